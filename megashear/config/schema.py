@@ -1,0 +1,164 @@
+"""The fields of a run's YAML file, as frozen dataclasses; a field's comment is its documentation.
+
+Nothing is checked here beyond what a single value can say of itself: `validate` looks at the whole.
+This module imports only the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGES = ("pretrain", "prune", "continue")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that define a LLaMA-architecture model, under Megatron-Core's names.
+
+    `num_query_groups` and `kv_channels` default to `num_attention_heads` (multi-head attention) and
+    `hidden_size // num_attention_heads`.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    num_query_groups: int = 0
+    kv_channels: int = 0  # size of one head
+    max_position_embeddings: int = 4096
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_query_groups == 0:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.kv_channels == 0 and self.num_attention_heads > 0:
+            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """The shape to prune to; a size left out stays as in the source model."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    ffn_hidden_size: int | None = None
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How the masks are learned (DESIGN section 3; defaults are the paper's)."""
+
+    sparsity_warmup_steps: int = 640  # steps over which the target sparsity rises from 0
+    mask_lr: float = 1.0
+    multiplier_lr: float = 1.0
+    multipliers: str = "shared"  # shared: one pair per mask; per_layer: one pair per row
+    clip_grad: float = 1.0  # norm at which mask and multiplier gradients are clipped, each apart
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One source of text: token files without their .bin/.idx suffix, and its share of the blend."""
+
+    name: str
+    train: str
+    valid: str
+    weight: float
+    reference_loss: float | None = None  # nats per token; needed by every rule but `constant`
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Domains and the rule by which their weights move (DESIGN section 4)."""
+
+    seq_length: int = 4096  # tokens
+    rule: str = "paper"  # paper | reference_code | constant
+    eta: float = 1.0
+    smoothing: float = 1e-4
+    seed: int = 1234
+    num_workers: int = 0  # loader processes per rank
+    domains: tuple[Domain, ...] = ()
+    domains_from: str | None = None  # a run whose domains, references and final weights to take
+    tokenizer: str | None = None  # directory or file copied into exports
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Per-domain validation."""
+
+    interval: int = 50  # steps
+    batches_per_domain: int = 16  # global batches of validation text at each evaluation
+    masks: str = "current"  # current | target: which deterministic masks, in stage prune
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for the weights, with linear warm-up and cosine decay."""
+
+    lr: float = 1e-4
+    min_lr_ratio: float = 0.1  # lr at the last step / lr
+    warmup_steps: int = 320
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # norm
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Length of the run and what happens on the way."""
+
+    steps: int = 3200
+    global_batch_size: int = 32  # sequences per optimizer step
+    micro_batch_size: int = 4  # sequences per forward pass and data-parallel rank
+    log_interval: int = 10  # steps
+    save_interval: int = 200  # steps
+    keep_checkpoints: int = 2  # newest ones kept
+    seed: int = 1234  # initial weights and mask noise
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid over processes; what is left over is data parallel."""
+
+    tensor: int = 1
+    sequence: bool = False
+
+
+@dataclass(frozen=True)
+class PlatformConfig:
+    """Where the run stands. `auto` takes the best that is there and says which."""
+
+    device: str = "auto"  # auto | cpu | cuda
+    layers: str = "auto"  # auto | torch | transformer_engine
+    kernels: str = "auto"  # auto | torch | apex
+    precision: str = "auto"  # auto (bf16 on cuda, fp32 on cpu) | fp32 | bf16
+    timeout_minutes: float = 10.0  # after which a collective that does not end is an error
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One YAML file: a whole run."""
+
+    stage: str
+    run_dir: str
+    init_from: str | None = None  # a checkpoint, a run directory or a Hugging Face directory
+    model: ModelShape | None = None  # stage pretrain only: the shape to initialise at random
+    target: TargetShape | None = None  # stage prune: the shape to reach, or
+    target_sparsity: float | None = None  # share of the source's parameters to remove, any shape
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    platform: PlatformConfig = field(default_factory=PlatformConfig)

@@ -1,0 +1,1 @@
+"""Text in, token files, and the dynamic blend of domains that a run reads."""

@@ -1,0 +1,1 @@
+"""Where a run stands: device, process groups, layer backend, kernels. The only home of CUDA calls."""

@@ -1,0 +1,1 @@
+"""The mathematics of targeted structured pruning. Imports torch and `config`; never Megatron."""

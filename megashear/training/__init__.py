@@ -1,0 +1,1 @@
+"""The training loop, its objectives, evaluation and the record of a run."""
