@@ -1,0 +1,60 @@
+"""How a command ends and how a table looks, for `megashear` and everything in tools/.
+
+Imports the standard library and `errors` only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from megashear.errors import ShearError
+
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+"""Exit statuses: a negative answer; wrong use or input; Ctrl-C; the reader of our output left."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command's main function and leave the process with its exit status.
+
+    A ShearError becomes one message on stderr and status 2; a bug keeps its traceback.
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except ShearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more while it exits: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
+    sys.exit(status)
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """Plain text in aligned columns, two spaces apart; a column of numbers stands to the right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    lines = ([list(header)] if header else []) + body
+    columns = [
+        _aligned(list(column), right=bool(body) and all(map(_is_number, column[-len(body) :])))
+        for column in zip(*lines, strict=True)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _aligned(column: list[str], right: bool) -> list[str]:
+    width = max(map(len, column))
+    return [cell.rjust(width) if right else cell.ljust(width) for cell in column]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "").rstrip("%"))
+    except ValueError:
+        return False
+    return True
