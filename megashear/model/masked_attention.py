@@ -1,0 +1,24 @@
+"""Self-attention that states how head and hidden masks act on its weights."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import nn
+
+
+class MaskedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention; a unit of its head mask is a query group.
+
+    linear_qkv [qkv/tp, d] holds, group after group, the group's query heads, its key and its value;
+    linear_proj [d, heads * dh / tp] has the same groups along axis 1.
+    """
+
+    def masked_modules(self) -> dict[str, nn.Module]:
+        """Rows of the table, by their names within a layer, and the modules that hold them."""
+        modules = {
+            "self_attention.linear_qkv.weight": self.linear_qkv,
+            "self_attention.linear_proj.weight": self.linear_proj,
+        }
+        if hasattr(self.linear_qkv, "layer_norm_weight"):  # Transformer Engine fuses the norm
+            modules["self_attention.linear_qkv.layer_norm_weight"] = self.linear_qkv
+        return modules

@@ -1,0 +1,85 @@
+"""A GPT model that says which of its parameters the masks act on, and how.
+
+Forward passes are inherited, never copied: masks act on the weights (`masked_weights`), and outside
+of that these are plain Megatron-Core models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from megashear.config.schema import ModelShape
+from megashear.model.masked_attention import MaskedSelfAttention
+from megashear.model.masked_mlp import MaskedMLP
+from megashear.pruning.table import Row, layer_rows, outer_rows
+
+
+@dataclass(frozen=True)
+class BoundRow:
+    """A row of the table with the parameter that holds it on this rank.
+
+    Attributes:
+        row: how masks act on the parameter.
+        parameter: this tensor-parallel rank's shard.
+        module: holds the parameter; for a norm it also holds `eps`.
+    """
+
+    row: Row
+    parameter: nn.Parameter
+    module: nn.Module
+
+
+class MaskedTransformerLayer(TransformerLayer):
+    """Megatron-Core's transformer layer; a layer mask of 0 makes it add nothing."""
+
+    self_attention: MaskedSelfAttention
+    mlp: MaskedMLP
+
+    def masked_modules(self) -> dict[str, nn.Module]:
+        """Rows of the table, by their names within a layer, and the modules that hold them."""
+        modules = {**self.self_attention.masked_modules(), **self.mlp.masked_modules()}
+        modules.setdefault("self_attention.linear_qkv.layer_norm_weight", self.input_layernorm)
+        modules.setdefault("mlp.linear_fc1.layer_norm_weight", self.pre_mlp_layernorm)
+        return modules
+
+    def bound_rows(self, shape: ModelShape) -> Iterator[BoundRow]:
+        """The layer's rows of the table, each with its parameter."""
+        number = self.layer_number - 1  # Megatron counts layers from 1
+        modules = self.masked_modules()
+        prefix = f"decoder.layers.{number}."
+        for row in layer_rows(shape, number):
+            yield _bind(row, modules[row.name.removeprefix(prefix)])
+
+
+class MaskedGPTModel(GPTModel):
+    """Megatron-Core's GPT model, or one pipeline stage of it, over masked layers."""
+
+    shape: ModelShape
+
+    def bound_rows(self) -> Iterator[BoundRow]:
+        """Every row of the table whose parameter this rank holds, each once."""
+        outer = {row.name: row for row in outer_rows(self.shape)}
+        if self.pre_process:
+            name = "embedding.word_embeddings.weight"
+            yield _bind(outer[name], self.embedding.word_embeddings)
+        for layer in self.decoder.layers:
+            yield from layer.bound_rows(self.shape)
+        if self.post_process:
+            yield _bind(outer["decoder.final_layernorm.weight"], self.decoder.final_layernorm)
+            if not self.shape.tied_embeddings:
+                yield _bind(outer["output_layer.weight"], self.output_layer)
+            elif not self.pre_process:  # the last stage's copy of the tied embedding
+                name = "embedding.word_embeddings.weight"
+                yield _bind(outer[name], self.output_layer)
+
+
+def _bind(row: Row, module: nn.Module) -> BoundRow:
+    fused = row.norm and hasattr(module, "layer_norm_weight")
+    parameter = module.layer_norm_weight if fused else module.weight
+    assert isinstance(parameter, nn.Parameter)
+    return BoundRow(row, parameter, module)

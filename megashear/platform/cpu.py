@@ -1,0 +1,104 @@
+"""Lets Megatron-Core run on CPU processes with gloo: the one home of patches to Megatron and torch.
+
+Megatron-Core's mathematics runs on any device, but it names CUDA in literal places. `redirect_cuda`
+points those at the CPU; nothing else of Megatron is changed. Which places, and why, is in the table
+of docs/design.md. Checked with megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# Modules whose own name `torch` becomes a proxy, because they write device="cuda".
+_MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.utils",
+    "megatron.core.dist_checkpointing.exchange_utils",
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like", "zeros_like", "full", "arange")
+
+
+class _TorchOnCpu(ModuleType):
+    """The torch module, except that its tensor factories read device="cuda" as the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Any) -> Any:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _NullStream(contextlib.nullcontext[None]):
+    """Stands for a CUDA stream where there is nothing to wait for."""
+
+    def wait_stream(self, other: object) -> None:
+        """Return at once."""
+
+    synchronize = wait_event = record_event = wait_stream
+
+
+def _cuda_name_of_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type`; without arguments it names the CUDA type, which Megatron compares with."""
+    name = _tensor_type(tensor, *args, **kwargs)
+    if args or kwargs or not name.startswith("torch."):
+        return name
+    return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+
+
+_tensor_type = torch.Tensor.type
+_redirected = False
+
+
+def redirect_cuda() -> None:
+    """Point Megatron-Core's literal CUDA calls at the CPU, for the rest of this process."""
+    global _redirected
+    if _redirected:
+        return
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NullStream()
+    cuda.manual_seed = cuda.random.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = _cuda_name_of_type
+
+    proxy = _TorchOnCpu()
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        with contextlib.suppress(ModuleNotFoundError):  # a module that only one release has
+            vars(importlib.import_module(name))["torch"] = proxy
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _load_sharded_tensors_to_cpu()
+    _redirected = True
+
+
+def _load_sharded_tensors_to_cpu() -> None:
+    mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+    init_data = mapping.ShardedTensor.init_data
+
+    def init_data_on_cpu(self: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        return init_data(self, "cpu", *args, **kwargs)
+
+    mapping.ShardedTensor.init_data = init_data_on_cpu

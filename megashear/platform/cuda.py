@@ -1,0 +1,37 @@
+"""CUDA: the only module that calls `torch.cuda` (besides the patches of `cpu`)."""
+
+from __future__ import annotations
+
+import torch
+
+from megashear.errors import PlatformError
+
+
+def is_available() -> bool:
+    """Whether a GPU can be used."""
+    return torch.cuda.is_available()
+
+
+def device_of_rank(local_rank: int) -> torch.device:
+    """Make the GPU of this rank the current one and return it.
+
+    Raises:
+        PlatformError: there are fewer GPUs on this machine than processes.
+    """
+    count = torch.cuda.device_count() if is_available() else 0
+    if local_rank >= count:
+        raise PlatformError(
+            f"process {local_rank} of this machine finds {count} GPU(s). Start fewer processes "
+            "per machine, or use platform.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory allocated on the device so far (GiB); on a CPU the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,184 @@
+"""Processes, groups and devices of a run: where it starts, what it stands on, and how ranks agree.
+
+The environment (torchrun's variables) is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megashear.config.schema import ParallelConfig, PlatformConfig
+from megashear.errors import PlatformError
+from megashear.platform import cuda
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a process of a run stands on, and its place among the others.
+
+    Attributes:
+        device: where this process computes.
+        dtype: of weights and activations.
+        layers: `torch` or `transformer_engine`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layers: str
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among all."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size()
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place among the tensor-parallel ranks."""
+        return _state().get_tensor_model_parallel_rank()
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return _state().get_tensor_model_parallel_world_size()
+
+    @property
+    def data_rank(self) -> int:
+        """Place among the data-parallel ranks."""
+        return _state().get_data_parallel_rank()
+
+    @property
+    def data_size(self) -> int:
+        """Number of data-parallel ranks."""
+        return _state().get_data_parallel_world_size()
+
+    def sum_over_model(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that hold the parts of one model (tensor x pipeline)."""
+        dist.all_reduce(tensor, group=_state().get_model_parallel_group())
+        return tensor
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the data-parallel ranks."""
+        dist.all_reduce(tensor, group=_state().get_data_parallel_group())
+        return tensor
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; a collective, so all must call it."""
+        tensor = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any_rank(False)
+
+
+def _state():  # type: ignore[no-untyped-def]
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def world_size() -> int:
+    """Processes that the launcher (torchrun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number as the launcher (torchrun) gave it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(config: PlatformConfig) -> torch.device:
+    """The device that `platform.device` names, or for `auto` a GPU where there is one.
+
+    Raises:
+        PlatformError: CUDA is asked for by name and not there.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not cuda.is_available()):
+        return torch.device("cpu")
+    return cuda.device_of_rank(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_layers(config: PlatformConfig, device: torch.device) -> str:
+    """`transformer_engine` where asked for or, for `auto`, installed and on a GPU; else `torch`.
+
+    Raises:
+        PlatformError: Transformer Engine is asked for by name and is not installed or has no GPU.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if config.layers == "transformer_engine" and not (installed and device.type == "cuda"):
+        why = "needs a GPU" if installed else "is not installed: pip install megashear[te]"
+        raise PlatformError(
+            f"platform.layers = transformer_engine, but Transformer Engine {why}. "
+            "Use torch or auto instead"
+        )
+    wanted = "transformer_engine" if installed and device.type == "cuda" else "torch"
+    return wanted if config.layers == "auto" else config.layers
+
+
+def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platform:
+    """Join the process group, build Megatron's groups and seed its generators.
+
+    Raises:
+        PlatformError: what the configuration asks for is not here.
+    """
+    device = choose_device(config)
+    layers = choose_layers(config, device)
+    if device.type == "cpu":
+        from megashear.platform.cpu import redirect_cuda
+
+        redirect_cuda()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        _join(device, datetime.timedelta(minutes=config.timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        create_gloo_process_groups=device.type == "cuda",
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers)
+
+
+def _join(device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def stop() -> None:
+    """Leave the process group, so that another run can start in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def single_process() -> Iterator[Platform]:
+    """Megatron-Core on the CPU in this one process, in fp32: what tools and checks compute on."""
+    platform = start(PlatformConfig(device="cpu", precision="fp32"), ParallelConfig(), seed=0)
+    try:
+        yield platform
+    finally:
+        stop()
