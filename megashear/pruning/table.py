@@ -1,7 +1,7 @@
 """The table: which axis of which parameter is indexed by which units, and which axes are scaled.
 
-One statement drives masking, mask gradients, extraction and the shapes of the result. A row is bound
-to a tensor-parallel shard by asking its axes for the units of that shard (DESIGN section 2).
+One statement drives masking, mask gradients, extraction and the shapes of the result. A row is
+bound to a tensor-parallel shard by asking its axes for the units of that shard (DESIGN section 2).
 
 Parameters go by their names in a Megatron-Core checkpoint, with the layer number written out, as in
 `decoder.layers.3.mlp.linear_fc2.weight`. Imports torch and `config` only; never Megatron.
@@ -19,7 +19,7 @@ from megashear.config.schema import ModelShape
 
 LAYER, HIDDEN, HEAD, INTERMEDIATE = "layer", "hidden", "head", "intermediate"
 MASKS = (LAYER, HIDDEN, HEAD, INTERMEDIATE)
-"""The four kinds of mask. A head unit is a query group: its query heads with their key and value."""
+"""The four kinds of mask. A head unit is a query group: query heads with their key and value."""
 
 
 def mask_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -145,9 +145,7 @@ def outer_rows(shape: ModelShape) -> tuple[Row, ...]:
         Row("decoder.final_layernorm.weight", (residual,), norm=True),
     ]
     if not shape.tied_embeddings:
-        rows.append(
-            Row("output_layer.weight", (vocabulary, Axis(HIDDEN, shape.hidden_size)))
-        )
+        rows.append(Row("output_layer.weight", (vocabulary, Axis(HIDDEN, shape.hidden_size))))
     return tuple(rows)
 
 

@@ -1,0 +1,46 @@
+"""How many parameters a shape has, and how many a masked model is expected to keep.
+
+Both read the table and nothing else. Imports torch and `config`; never Megatron.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megashear.config.schema import ModelShape
+from megashear.pruning.table import LAYER, Row, layer_rows, outer_rows, table
+
+
+def parameter_count(shape: ModelShape) -> int:
+    """Parameters of a dense model; a tied embedding counts once."""
+    return sum(math.prod(row.shape()) for row in table(shape))
+
+
+def expected_parameter_count(shape: ModelShape, probability_kept: dict[str, Tensor]) -> Tensor:
+    """Expected parameters of a masked model, float64 scalar, differentiable.
+
+    Units are independent, so the expectation of a product is the product of expectations: sums over
+    the units of each axis, multiplied; a layer's parameters go with the layer. All layers of a
+    source are alike, so the rows of one stand for all, as vectors over the layers.
+
+    Args:
+        shape: the source model's.
+        probability_kept: P(z > 0) of all four masks, [rows, units].
+    """
+    kept = {mask: p.double().sum(1) for mask, p in probability_kept.items()}  # [1] or [L]
+    layer_L = probability_kept[LAYER].double()[0]
+    outer = sum((_expected(row, kept) for row in outer_rows(shape)), torch.zeros(()))
+    per_layer_L = sum((_expected(row, kept) for row in layer_rows(shape, 0)), torch.zeros(()))
+    return outer.sum() + (layer_L * per_layer_L).sum()
+
+
+def _expected(row: Row, kept: dict[str, Tensor]) -> Tensor:
+    """Expected parameters of a row, given its layer: [1], or [L] where masks differ by layer."""
+    count = torch.ones(1, dtype=torch.float64, device=kept[LAYER].device)
+    for axis in row.axes:
+        units = axis.units if axis.mask is None else kept[axis.mask]
+        count = count * (axis.repeat * axis.tile * units)
+    return count

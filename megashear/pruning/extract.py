@@ -1,0 +1,155 @@
+"""Cuts the kept units out of a masked model, folding the masks into the weights that stay.
+
+The result is an ordinary dense model: a masked model gives the same logits as what is extracted
+from it. One tensor is in memory at a time. Imports torch and `config`; never Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.pruning.lagrangian import constraint_targets, constraints
+from megashear.pruning.masks import Masks
+from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, Axis, Row, table
+
+
+def uniform_shape(source: ModelShape, z: dict[str, Tensor]) -> ModelShape:
+    """Shape of the dense model that the masks leave; layers that are off do not count.
+
+    Raises:
+        CheckpointError: the kept layers differ in heads or intermediate units, or nothing is left.
+    """
+    layers = _kept(z[LAYER][0]).tolist()
+    counts = {
+        "layers": [len(layers)],
+        "hidden dimensions": [len(_kept(z[HIDDEN][0]))],
+        "query groups": [len(_kept(z[HEAD][layer])) for layer in layers],
+        "intermediate units": [len(_kept(z[INTERMEDIATE][layer])) for layer in layers],
+    }
+    reasons = []
+    for what, kept in counts.items():
+        if len(set(kept)) > 1:
+            listed = ", ".join(f"{n} in {layer}" for layer, n in zip(layers, kept, strict=True))
+            reasons.append(f"the kept layers differ in {what}: {listed}")
+        elif kept and kept[0] == 0:
+            reasons.append(f"no {what} are kept")
+    if reasons:
+        raise CheckpointError(
+            "these masks do not leave a uniform dense model:\n  "
+            + "\n  ".join(reasons)
+            + "\nPrune to a `target` shape, whose masks keep the same number in every layer"
+        )
+    groups = counts["query groups"][0]
+    return replace(
+        source,
+        num_layers=len(layers),
+        hidden_size=counts["hidden dimensions"][0],
+        num_attention_heads=groups * source.heads_per_group,
+        num_query_groups=groups,
+        ffn_hidden_size=counts["intermediate units"][0],
+    )
+
+
+def extract(
+    source: ModelShape, z: dict[str, Tensor], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of the extracted model, in the order of its table.
+
+    Args:
+        source: shape of the masked model.
+        z: deterministic masks, all four kinds [rows, units].
+        read: gives a parameter of the masked model by name, whole and without masks.
+
+    Raises:
+        CheckpointError: as `uniform_shape`, or a parameter that is read does not fit the source.
+    """
+    target = uniform_shape(source, z)
+    kept_layers = set(_kept(z[LAYER][0]).tolist())
+    rows = (row for row in table(source) if row.layer is None or row.layer in kept_layers)
+    for row, result in zip(rows, table(target), strict=True):
+        weight = read(row.name)
+        if tuple(weight.shape) != row.shape():
+            found = f"has shape {tuple(weight.shape)}, and the model's shape says {row.shape()}"
+            raise CheckpointError(f"{row.name} {found}")
+        yield result.name, _fold_and_cut(row, weight, z)
+
+
+def _fold_and_cut(row: Row, weight: Tensor, z: dict[str, Tensor]) -> Tensor:
+    """What is left of a parameter, times its masks; computed in float32 at least.
+
+    A norm's sqrt(n/d) is not folded: it stands for the dimensions that are missing from here on.
+    """
+    dtype, z_layer = weight.dtype, z[LAYER][0]
+    for dim, axis in enumerate(row.axes):
+        if axis.mask is None:
+            continue
+        units = _mask_row(axis, row, z).to(weight.device)
+        position_units = axis.unit_of_position().to(weight.device)
+        positions = _kept(units[position_units])
+        weight = weight.index_select(dim, positions)
+        if axis.scaled:
+            scale = units[position_units[positions]]
+            if dim == 0 and row.scaled_by_layer:
+                scale = scale * z_layer[row.layer].to(weight.device)
+            scale = scale.view(-1, *[1] * (weight.dim() - dim - 1))
+            weight = weight.to(torch.promote_types(dtype, torch.float32)) * scale
+    return weight.to(dtype)
+
+
+def _mask_row(axis: Axis, row: Row, z: dict[str, Tensor]) -> Tensor:
+    """Units of the row of a mask that acts on an axis: the layer's own, or the only one."""
+    assert axis.mask is not None
+    per_layer = axis.mask in (HEAD, INTERMEDIATE)
+    return z[axis.mask][row.layer if per_layer else 0]
+
+
+def _kept(units: Tensor) -> Tensor:
+    """Positions of what is not cut, int64, ascending."""
+    return units.nonzero().flatten()
+
+
+class OffTarget(NamedTuple):
+    """A row of a mask (or the whole model, row 0) that did not reach its target sparsity."""
+
+    mask: str
+    row: int
+    expected: float
+    target: float
+
+
+def off_target(
+    masks: Masks, tolerance: float = 0.02, target_sparsity: float | None = None
+) -> list[OffTarget]:
+    """Every row whose expected sparsity is `tolerance` or more from its target.
+
+    Args:
+        masks: at the end of pruning.
+        tolerance: absolute difference of sparsities.
+        target_sparsity: the whole model's, in a run without a target shape.
+    """
+    targets = constraint_targets(masks, target_sparsity)
+    return [
+        OffTarget(mask, row, expected, targets[mask])
+        for mask, sparsity in constraints(masks).items()
+        for row, expected in enumerate(sparsity.tolist())
+        if not abs(expected - targets[mask]) < tolerance  # so that a NaN is listed too
+    ]
+
+
+def format_off_target(rows: list[OffTarget]) -> str:
+    """The list of `off_target` as text, one line for each; empty if all are on target."""
+    if not rows:
+        return ""
+    lines = [f"MASKS OFF THEIR TARGETS: {len(rows)}. Extraction cuts them by rank all the same."]
+    for mask, row, expected, target in rows:
+        where = f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
+        sparsities = f"expected sparsity {expected:.3f}, target {target:.3f}"
+        lines.append(f"  {where:<24}  {sparsities}  ({expected - target:+.3f})")
+    return "\n".join(lines)

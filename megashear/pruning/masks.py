@@ -1,0 +1,143 @@
+"""The learned masks of a model: one log_alpha per unit, and the target shape that they must reach.
+
+The same on every rank, in float32, for the whole model. Imports torch and `config`; never
+Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megashear.config.schema import ModelShape, TargetShape
+from megashear.errors import ConfigError
+from megashear.pruning import hard_concrete
+from megashear.pruning.table import MASKS, mask_sizes
+
+
+def target_problems(source: ModelShape, target: TargetShape) -> list[tuple[str, str]]:
+    """What makes a target unreachable from a source, each as (path of the field, message)."""
+    sizes = {name: size for name, size in asdict(target).items() if size is not None}
+    problems = []
+    for name, size in sizes.items():
+        limit = getattr(source, name)
+        if not 1 <= size <= limit:
+            what = "larger than the source's" if size > limit else "not positive; the source has"
+            text = f"= {size} is {what} {limit}. Use 1 to {limit}"
+            problems.append((f"target.{name}", text))
+    heads, step = sizes.get("num_attention_heads", 0), source.heads_per_group
+    if heads % step:
+        text = f"= {heads} cuts through a query group. Use a multiple of {step}, the source's"
+        problems.append(("target.num_attention_heads", f"{text} query heads per key/value head"))
+    if all(size == getattr(source, name) for name, size in sizes.items()):
+        problems.append(("target", "every size is the source's. Make at least one smaller"))
+    return problems
+
+
+def resolve_target(source: ModelShape, target: TargetShape) -> ModelShape:
+    """The whole shape of the target; what the target does not name stays as in the source.
+
+    Raises:
+        ConfigError: the target cannot be cut out of the source (`target_problems`).
+    """
+    if problems := target_problems(source, target):
+        raise ConfigError("target", problems)
+    sizes = {name: size for name, size in asdict(target).items() if size is not None}
+    heads = sizes.get("num_attention_heads", source.num_attention_heads)
+    return replace(source, **sizes, num_query_groups=heads // source.heads_per_group)
+
+
+class Masks(nn.Module):
+    """log_alpha of every masked unit; gives z for training, evaluation and extraction.
+
+    Args:
+        source: shape of the model that is pruned.
+        target: shape to reach; a kind of mask whose size it leaves alone is not masked. None (a
+            constraint on the size of the whole model) masks all four kinds.
+
+    Attributes:
+        log_alpha: float32 [rows, units] per masked kind.
+        sizes: (rows, units per row) of the masked kinds.
+        target_units: units to keep per row, of the masked kinds; empty without a target.
+        target_sparsity: 1 - target / size, of the masked kinds; empty without a target.
+    """
+
+    def __init__(self, source: ModelShape, target: ModelShape | None) -> None:
+        super().__init__()
+        self.source, self.target = source, target
+        self.all_sizes = mask_sizes(source)
+        wanted = {mask: units for mask, (_, units) in mask_sizes(target).items()} if target else {}
+        self.sizes = {
+            mask: size for mask, size in self.all_sizes.items() if wanted.get(mask) != size[1]
+        }
+        self.target_units = {mask: units for mask, units in wanted.items() if mask in self.sizes}
+        self.target_sparsity = {
+            mask: 1 - units / self.sizes[mask][1] for mask, units in self.target_units.items()
+        }
+        self.log_alpha = nn.ParameterDict(
+            {
+                mask: nn.Parameter(torch.full(size, hard_concrete.INITIAL_LOG_ALPHA))
+                for mask, size in self.sizes.items()
+            }
+        )
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamp log_alpha itself to +-log(100); every use of the masks does so first."""
+        for log_alpha in self.log_alpha.values():
+            log_alpha.clamp_(-hard_concrete.LOG_ALPHA_LIMIT, hard_concrete.LOG_ALPHA_LIMIT)
+
+    def sample(self, seed: int, step: int) -> dict[str, Tensor]:
+        """Training masks of a step, all four kinds [rows, units], differentiable in log_alpha."""
+        self.clamp_()
+        generator = hard_concrete.generator(seed, step)
+        z = {}
+        for mask, size in self.sizes.items():  # not log_alpha: a ParameterDict may sort its names
+            log_alpha, uniform = self.log_alpha[mask], hard_concrete.noise(size, generator)
+            z[mask] = hard_concrete.sample(log_alpha, uniform.to(log_alpha.device))
+        return self._with_unmasked(z)
+
+    @torch.no_grad()
+    def deterministic(self, which: Literal["current", "target"]) -> dict[str, Tensor]:
+        """Evaluation masks, all four kinds [rows, units], detached.
+
+        Args:
+            which: `target` keeps the target's number of units in each row; `current` (and either,
+                without a target shape) the number that each row is expected to keep by now.
+        """
+        self.clamp_()
+        z = {}
+        for mask, log_alpha in self.log_alpha.items():
+            units = log_alpha.shape[1]
+            if which == "target" and self.target is not None:
+                removed = torch.tensor(units - self.target_units[mask])
+            else:
+                kept_R = hard_concrete.probability_kept(log_alpha).double().sum(1)
+                removed = (units - kept_R).round().long()
+            z[mask] = hard_concrete.deterministic(log_alpha, removed)
+        return self._with_unmasked(z)
+
+    def probability_kept(self) -> dict[str, Tensor]:
+        """P(z > 0), all four kinds [rows, units]; exactly 1 for a kind that is not masked."""
+        self.clamp_()
+        return self._with_unmasked(
+            {mask: hard_concrete.probability_kept(a) for mask, a in self.log_alpha.items()}
+        )
+
+    def expected_sparsity(self) -> dict[str, Tensor]:
+        """Expected share of units removed, of the masked kinds: [rows]."""
+        probability = self.probability_kept()
+        return {mask: 1 - probability[mask].mean(1) for mask in self.sizes}
+
+    def _with_unmasked(self, masked: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All four kinds, in the order of MASKS; ones for the kinds that are not masked."""
+        device = next((value.device for value in masked.values()), None)
+        return {
+            mask: masked[mask]
+            if mask in masked
+            else torch.ones(self.all_sizes[mask], device=device)
+            for mask in MASKS
+        }
