@@ -27,11 +27,13 @@ class BoundRow:
         row: how masks act on the parameter.
         parameter: this tensor-parallel rank's shard.
         module: holds the parameter; for a norm it also holds `eps`.
+        copy: whether another stage holds the same parameter as its own (a tied embedding).
     """
 
     row: Row
     parameter: nn.Parameter
     module: nn.Module
+    copy: bool = False
 
 
 class MaskedTransformerLayer(TransformerLayer):
@@ -75,11 +77,11 @@ class MaskedGPTModel(GPTModel):
                 yield _bind(outer["output_layer.weight"], self.output_layer)
             elif not self.pre_process:  # the last stage's copy of the tied embedding
                 name = "embedding.word_embeddings.weight"
-                yield _bind(outer[name], self.output_layer)
+                yield _bind(outer[name], self.output_layer, copy=True)
 
 
-def _bind(row: Row, module: nn.Module) -> BoundRow:
+def _bind(row: Row, module: nn.Module, copy: bool = False) -> BoundRow:
     fused = row.norm and hasattr(module, "layer_norm_weight")
     parameter = module.layer_norm_weight if fused else module.weight
     assert isinstance(parameter, nn.Parameter)
-    return BoundRow(row, parameter, module)
+    return BoundRow(row, parameter, module, copy)

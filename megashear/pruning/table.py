@@ -99,6 +99,15 @@ class Row:
         """Shape of one tensor-parallel rank's shard."""
         return tuple(axis.length(ranks) for axis in self.axes)
 
+    def shard(self, tensor: Tensor, rank: int, ranks: int) -> Tensor:
+        """One tensor-parallel rank's part of the whole parameter."""
+        for dim, axis in enumerate(self.axes):
+            if axis.parallel and ranks > 1:
+                share = axis.units // ranks
+                units = tensor.unflatten(dim, (axis.tile, axis.units, axis.repeat))
+                tensor = units.narrow(dim + 1, rank * share, share).flatten(dim, dim + 2)
+        return tensor
+
 
 def layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:
     """The rows of one transformer layer, in the order of Megatron's modules."""

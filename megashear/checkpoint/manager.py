@@ -1,0 +1,256 @@
+"""Checkpoints of runs and of dense models: their layout on disk, written whole or not at all.
+
+    run_dir/checkpoints/step-00000100/
+        model/              weights: an ordinary Megatron-Core torch_dist checkpoint
+        optimizer/          Megatron-Core's optimizer state, torch_dist
+        masks.safetensors   mask logits, multipliers and their optimizer (stage prune)
+        checkpoint.json     what this is: shape, stage, step, position in the data, config, versions
+    run_dir/checkpoints/latest
+
+A dense model (imported or extracted) is a directory with `model/` and `checkpoint.json` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform as python_platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import megashear
+from megashear.checkpoint import sharded
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.platform.parallel import Platform
+
+FORMAT = 1
+INFO, LATEST = "checkpoint.json", "latest"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself (its checkpoint.json).
+
+    Attributes:
+        shape: of the weights in it; in stage prune, of the source model.
+        stage: pretrain, prune, continue, imported or extracted.
+        step: optimizer steps done.
+        tokens: trained on in this run.
+        target: shape that the masks lead to (stage prune).
+        origin: where the weights came from.
+        progress: what the trainer needs to go on (position in the data, weights of domains).
+        config: the run's resolved configuration, as YAML.
+        tokenizer: file or directory of the tokenizer, for exports.
+    """
+
+    shape: ModelShape
+    stage: str
+    step: int = 0
+    tokens: int = 0
+    target: ModelShape | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: str | None = None
+    tokenizer: str | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    directory: Path = Path()
+
+    def to_json(self) -> str:
+        """The text of checkpoint.json."""
+        fields = dataclasses.asdict(self)
+        del fields["directory"]
+        return json.dumps({"format": FORMAT, **fields}, indent=1)
+
+    @property
+    def model_directory(self) -> Path:
+        """The Megatron-Core checkpoint of the weights."""
+        return self.directory / "model"
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written with."""
+    return {
+        "megashear": megashear.__version__,
+        "megatron-core": megatron.core.__version__,
+        "torch": version("torch"),
+        "python": python_platform.python_version(),
+    }
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint directory that a path means: itself, or the latest of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / INFO).is_file():
+        return path
+    latest = path / "checkpoints" / LATEST
+    if latest.is_file():
+        directory = latest.parent / latest.read_text().strip()
+        if (directory / INFO).is_file():
+            return directory
+        raise CheckpointError(f"{latest} names {directory}, which is no checkpoint")
+    what = "is neither a checkpoint nor a run with one" if path.exists() else "does not exist"
+    raise CheckpointError(
+        f"{path}: {what}. Give a checkpoint directory (with {INFO}), or a run directory "
+        "(with checkpoints/latest)"
+    )
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """What the checkpoint at a path (its own or a run's directory) says of itself.
+
+    Raises:
+        CheckpointError: there is none, or its checkpoint.json is damaged or of another format.
+    """
+    directory = find(path)
+    file = directory / INFO
+    try:
+        fields = json.loads(file.read_text())
+        if fields.pop("format") != FORMAT:
+            raise CheckpointError(f"{file}: written by another version of megashear")
+        fields["shape"] = ModelShape(**fields["shape"])
+        if fields["target"] is not None:
+            fields["target"] = ModelShape(**fields["target"])
+        return CheckpointInfo(**fields, directory=directory)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+
+
+def write_model(
+    directory: Path,
+    info: CheckpointInfo,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    overwrite: bool = False,
+) -> CheckpointInfo:
+    """Write a dense model's checkpoint from this process alone: beside its place, then renamed.
+
+    Args:
+        directory: where it is to lie.
+        info: of it; `versions` are filled in here.
+        weights: every tensor of `table(info.shape)`.
+        overwrite: whether an existing checkpoint there is replaced.
+
+    Raises:
+        CheckpointError: the directory exists, or the weights do not fit the shape.
+    """
+    if directory.exists() and not overwrite:
+        raise CheckpointError(f"{directory} exists. Remove it, or allow it with --overwrite")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        sharded.write_weights(partial / "model", info.shape, weights)
+        info = dataclasses.replace(info, versions=versions(), directory=directory)
+        _write_durably(partial / INFO, info.to_json())
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return info
+
+
+class CheckpointManager:
+    """Saves and loads the checkpoints of one run; its methods are collectives over all ranks."""
+
+    def __init__(self, run_dir: Path, platform: Platform, keep: int) -> None:
+        self.directory = run_dir / "checkpoints"
+        self.platform = platform
+        self.keep = keep
+
+    def save(
+        self,
+        info: CheckpointInfo,
+        model: torch.nn.Module,
+        optimizer: Any,
+        tensors: Mapping[str, Tensor],
+    ) -> Path:
+        """Write a checkpoint beside its place, rename it, then move `latest`; keep the newest.
+
+        Args:
+            info: of it; its step names it.
+            model: this rank's part.
+            optimizer: Megatron-Core's.
+            tensors: small state that is equal on every rank (masks and their optimizer).
+        """
+        final = self.directory / f"step-{info.step:08d}"
+        partial = final.with_name(f".{final.name}.partial")
+        if self.platform.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.platform.barrier()
+        weights = sharded.without_extra_state(model.sharded_state_dict())
+        sharded.save(weights, partial / "model")
+        weights = sharded.without_extra_state(model.sharded_state_dict())
+        sharded.save(optimizer.sharded_state_dict(weights), partial / "optimizer")
+        if self.platform.rank == 0:
+            if tensors:
+                save_file(dict(tensors), partial / "masks.safetensors")
+            written = dataclasses.replace(info, versions=versions(), directory=final)
+            _write_durably(partial / INFO, written.to_json())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _write_durably(self.directory / LATEST, final.name + "\n")
+            self._remove_old()
+        self.platform.barrier()
+        return final
+
+    def _remove_old(self) -> None:
+        saved = sorted(self.directory.glob("step-*"))
+        for old in saved[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest checkpoint of this run, or None where the run has not saved yet."""
+        if not (self.directory / LATEST).is_file():
+            return None
+        return read_info(self.directory.parent)
+
+    def load(
+        self, info: CheckpointInfo, model: torch.nn.Module, optimizer: Any
+    ) -> dict[str, Tensor]:
+        """Fill the model and the optimizer from a checkpoint; returns its small tensors."""
+        load_weights(info, model)
+        weights = sharded.without_extra_state(model.sharded_state_dict())
+        state = optimizer.sharded_state_dict(weights, is_loading=True)
+        optimizer.load_state_dict(sharded.load(state, info.directory / "optimizer"))
+        file = info.directory / "masks.safetensors"
+        try:
+            return load_file(file) if file.is_file() else {}
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+def load_weights(info: CheckpointInfo, model: torch.nn.Module) -> None:
+    """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective."""
+    state = sharded.without_extra_state(model.sharded_state_dict())
+    loaded = sharded.load(state, info.model_directory)
+    model.load_state_dict(loaded, strict=False)  # not strict for _extra_state alone:
+    missing = [name for name, value in state.items() if name not in loaded and value is not None]
+    if missing:
+        raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
+
+
+def _write_durably(file: Path, text: str) -> None:
+    """Write a small file so that after a crash it is there whole or as it was before."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)

@@ -1,0 +1,264 @@
+"""Weights as an ordinary Megatron-Core checkpoint (torch_dist), one tensor at a time or by rank.
+
+Tensors are addressed by their names in the table, the layer number written out; on disk Megatron
+stacks the layers, so that a checkpoint loads in any parallel layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import queue
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.platform.parallel import single_process
+from megashear.pruning.table import table
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+# What the pickled table of contents of a torch_dist checkpoint may name: plain descriptions, which
+# do no harm whatever they are called with. Of these modules only the classes they define.
+_METADATA_MODULES = tuple(
+    f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")
+)
+_METADATA_NAMES = {
+    ("torch", "Size"), ("torch", "device"), ("torch._utils", "_get_layout"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"), ("pathlib", "Path"), ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"), ("_codecs", "encode"),
+}  # fmt: skip
+
+
+def sharded_tensor(name: str, tensor: Tensor, num_layers: int) -> ShardedTensor:
+    """One whole tensor of the table as Megatron stores it: layers stacked along a first axis."""
+    match = _LAYER.match(name)
+    if match is None:
+        return ShardedTensor.from_rank_offsets(name, tensor)
+    layer = (0, int(match.group(1)), num_layers)
+    return ShardedTensor.from_rank_offsets(_key(name), tensor, layer, prepend_axis_num=1)
+
+
+def save(state: Mapping[str, Any], directory: Path) -> None:
+    """Write a sharded state dict; a collective over all ranks.
+
+    Args:
+        state: the values are Megatron-Core ShardedTensors and the like.
+        directory: made here; must not exist.
+    """
+    _write_from_this_process()
+    if torch.distributed.get_rank() == 0:
+        directory.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(dict(state), str(directory))
+
+
+def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for; a collective over all ranks.
+
+    Args:
+        state: the values are Megatron-Core ShardedTensors and the like, to be filled.
+        directory: the checkpoint.
+
+    Raises:
+        CheckpointError: the directory lacks something asked for, or is not a checkpoint.
+    """
+    check_metadata(directory)
+    try:
+        return dist_checkpointing.load(dict(state), str(directory))
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        KeyError,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointError(f"{directory}: cannot be loaded: {error}") from error
+
+
+def check_metadata(directory: Path) -> None:
+    """Refuse a checkpoint whose pickled metadata names anything but torch's own descriptions.
+
+    torch_dist keeps its table of contents as a pickle, which Megatron-Core reads without a check; a
+    foreign one could run any code there.
+
+    Raises:
+        CheckpointError: the metadata is missing, damaged or names something unexpected.
+    """
+    file = directory / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: not a torch_dist checkpoint (no .metadata)") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if "." not in name:  # a dotted name could reach through a module to what it imports
+            if (module, name) in _METADATA_NAMES:
+                return super().find_class(module, name)
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if module in _METADATA_MODULES:
+                found = super().find_class(module, name)
+                if isinstance(found, type) and found.__module__ == module:
+                    return found
+        raise CheckpointError(
+            f"refused: reading it would run {module}.{name}, which a torch_dist checkpoint does "
+            "not contain. Do not load it"
+        )
+
+
+def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A sharded state dict without Megatron's `_extra_state` objects.
+
+    They hold fp8 scales of Transformer Engine, are empty otherwise, and are the one thing in a
+    torch_dist checkpoint that torch would unpickle without a check.
+    """
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+class WeightsReader:
+    """Reads the weights of a checkpoint tensor by tensor, in one process and without a group.
+
+    Args:
+        directory: a torch_dist checkpoint of a model's weights.
+        shape: of the model in it.
+
+    Raises:
+        CheckpointError: it is no such checkpoint, or lacks tensors of this shape (all are named).
+    """
+
+    def __init__(self, directory: Path, shape: ModelShape) -> None:
+        check_metadata(directory)
+        self.directory = directory
+        self._reader = FileSystemReader(directory)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.rows = {row.name: row for row in table(shape)}
+        problems = [
+            f"{name} {row.shape()}: {self._stored(name) or 'missing'}"
+            for name, row in self.rows.items()
+            if self._stored(name) != row.shape()
+        ]
+        if problems:
+            raise CheckpointError(f"{directory}: lacks tensors:\n  " + "\n  ".join(problems))
+
+    def _stored(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor on disk, without the axis of the layers."""
+        entry = self._metadata.state_dict_metadata.get(_key(name))
+        if not isinstance(entry, TensorStorageMetadata):
+            return None
+        match = _LAYER.match(name)
+        if match is None:
+            return tuple(entry.size)
+        return tuple(entry.size[1:]) if int(match.group(1)) < entry.size[0] else None
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor of the table, in the dtype it is stored in.
+
+        Raises:
+            CheckpointError: its file is missing or damaged.
+        """
+        key, match = _key(name), _LAYER.match(name)
+        entry = self._metadata.state_dict_metadata[key]
+        shape = self.rows[name].shape()
+        tensor = torch.empty(shape, dtype=entry.properties.dtype)
+        first = () if match is None else (int(match.group(1)),)
+        chunk = ChunkStorageMetadata(
+            offsets=torch.Size((*first, *(0 for _ in shape))),
+            sizes=torch.Size((*(1 for _ in first), *shape)),
+        )
+        items = create_read_items_for_chunk_list(key, entry, [chunk])
+        target = tensor if match is None else tensor.unsqueeze(0)
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{self.directory}: cannot read {name}: {error}") from error
+        return tensor
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the table, in its order."""
+        for name in self.rows:
+            yield name, self.read(name)
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Puts the pieces that a read plan names into one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        return narrow_tensor_by_index(self.tensor, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the piece is a view."""
+
+
+def write_weights(
+    directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a model's weights as a torch_dist checkpoint, from this process alone.
+
+    Args:
+        directory: made here; must not exist.
+        shape: of the model.
+        weights: every tensor of `table(shape)`, in any order.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of the wrong shape; all are named.
+    """
+    expected = {row.name: row.shape() for row in table(shape)}
+    state = {}
+    problems = []
+    for name, tensor in weights:
+        if expected.pop(name, None) != tuple(tensor.shape):
+            problems.append(f"{name} {tuple(tensor.shape)} is unexpected or of the wrong shape")
+            continue
+        state[name] = sharded_tensor(name, tensor.detach().contiguous(), shape.num_layers)
+    problems += [f"{name} is missing" for name in expected]
+    if problems:
+        raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
+    with nullcontext() if torch.distributed.is_initialized() else single_process():
+        save(state, directory)
+
+
+def _key(name: str) -> str:
+    """The name on disk, where the layers are stacked."""
+    match = _LAYER.match(name)
+    return name if match is None else "decoder.layers." + name[match.end() :]
+
+
+def _write_from_this_process() -> None:
+    """Give Megatron's writer a plain results queue instead of one behind a spawned server process.
+
+    Without it every first save starts an interpreter that imports the main script again (6.3 s
+    instead of 0.3 s, and a hang where that script lacks a __main__ guard).
+    """
+    writer: Any = importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )
+    if writer._results_queue is None:
+        writer._results_queue = queue.Queue()
