@@ -1,1 +1,1 @@
-"""The configuration of a run: frozen dataclasses, read from YAML, checked before anything starts."""
+"""A run's configuration: frozen dataclasses, read from YAML, checked before anything starts."""

@@ -66,7 +66,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class Domain:
-    """One source of text: token files without their .bin/.idx suffix, and its share of the blend."""
+    """A source of text: token files without their .bin/.idx suffix, and its share of the blend."""
 
     name: str
     train: str

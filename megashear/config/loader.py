@@ -1,0 +1,288 @@
+"""A run's YAML file and `key.sub=value` overrides, read into the dataclasses of `schema`.
+
+Everything that is wrong is found in one pass and raised as one ConfigError. The dataclasses' type
+hints are the only description of the format: an option added there can be written at once.
+Imports the standard library, yaml and `errors`; never torch, Megatron or `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megashear.config.schema import Domain, ModelShape, RunConfig
+from megashear.config.validate import problems
+from megashear.config.values import Faulty, Problem, Unreadable, show
+from megashear.errors import ConfigError, ShearError
+
+DOMAINS_FILE = "domains.yaml"
+"""In a run directory: the domains with their weights of the last save, for `data.domains_from`."""
+
+T = TypeVar("T")
+_FAULTY: Any = Faulty()
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    source_shape: Callable[[str], ModelShape] | None = None,
+    world_size: int | None = None,
+    check_files: bool = True,
+) -> RunConfig:
+    """The run that a YAML file describes, checked as a whole.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.sub=value`, the value in YAML; `data.domains.0.weight=0.5` for a list.
+        source_shape: reads the shape of the model at `init_from`; without it, nothing that
+            compares with the source model is checked.
+        world_size: processes of the run; without it, nothing that depends on it is checked.
+        check_files: whether data files and checkpoints have to be there.
+
+    Raises:
+        ConfigError: with every problem that the file and the overrides have.
+    """
+    found: list[Problem] = []
+    tree = _read_yaml(path, "", found)
+    if tree is None or isinstance(tree, dict):
+        for override in overrides:
+            tree = _override(tree, override, found)
+    config = _read(RunConfig, tree, "", found)
+    if not isinstance(config, Faulty):
+        config = _with_domains_from(config, found, check_files)
+        source = _source(config, source_shape, found)
+        found += problems(config, source, world_size, check_files=check_files)
+    if found:
+        raise ConfigError(str(path), found)
+    return config  # type: ignore[no-any-return]  # built from the type hints of RunConfig
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML; reading that again gives an equal configuration."""
+    return _dump(asdict(config))
+
+
+def domains_to_yaml(domains: Sequence[Domain]) -> str:
+    """The text of a run's DOMAINS_FILE."""
+    return _dump([asdict(domain) for domain in domains])
+
+
+def _dump(tree: Any) -> str:
+    def plain(value: Any) -> Any:  # YAML knows lists, not tuples
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(tree), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read_yaml(file: Path, path: str, found: list[Problem]) -> Any:
+    """The file's plain lists and mappings, which stand at `path`; FAULTY where it is no YAML."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found += _duplicates(yaml.compose(text, Loader=yaml.SafeLoader), path, ())
+        return yaml.safe_load(text)
+    except FileNotFoundError:
+        problem = "does not exist"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read: {error}"
+    except yaml.YAMLError as error:
+        problem = f"is not YAML: {_one_line(error)}"
+    found.append((path or "(file)", problem))
+    return _FAULTY
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _duplicates(node: yaml.Node | None, path: str, above: tuple[int, ...]) -> Iterator[Problem]:
+    """Keys that a mapping has twice, of which YAML would silently take the last."""
+    if id(node) in above:  # an alias to a node that holds it
+        return
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _duplicates(item, f"{path}[{index}]", above)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                text = f"is given twice, in lines {lines[name]} and {line}. Leave one out"
+                yield _join(path, name), text
+            lines.setdefault(name, line)
+            yield from _duplicates(value, _join(path, name), above)
+
+
+def _override(tree: Any, override: str, found: list[Problem]) -> Any:
+    """The tree with one `key.sub=value` put in."""
+    key, equals, text = override.partition("=")
+    names = [name for name in re.split(r"[.\[\]]+", key.strip()) if name]
+    try:
+        if not equals or not names:
+            raise _NoOverride("is not of the form key.sub=value")
+        return _put(tree, names, yaml.safe_load(text), "")
+    except _NoOverride as error:
+        found.append((override, str(error)))
+    except yaml.YAMLError as error:
+        found.append((override, f"its value is not YAML: {_one_line(error)}"))
+    return tree
+
+
+class _NoOverride(Exception):
+    """An override that fits nowhere; its text says why."""
+
+
+def _put(tree: Any, names: Sequence[str], value: Any, path: str) -> Any:
+    """A copy of the tree with `value` at `names`; aliases of what is changed stay as they were."""
+    if not names:
+        return value
+    name, *rest = names
+    if isinstance(tree, list):
+        if not name.isdecimal() or int(name) >= len(tree):
+            count = f"{len(tree)} item{'s' if len(tree) != 1 else ''}"
+            raise _NoOverride(f"{path} has {count}, and none is number {show(name)} (0 is first)")
+        index = int(name)
+        inner = _put(tree[index], rest, value, f"{path}[{name}]")
+        return [*tree[:index], inner, *tree[index + 1 :]]
+    if tree is not None and not isinstance(tree, dict):
+        raise _NoOverride(f"{path} = {show(tree)} has no options of its own")
+    tree = tree or {}
+    return {**tree, name: _put(tree.get(name), rest, value, _join(path, name))}
+
+
+def _read(hint: Any, raw: Any, path: str, found: list[Problem]) -> Any:
+    """`raw` as a value of the type that a hint names; FAULTY, and a problem, where it is none."""
+    if isinstance(raw, Faulty):
+        return raw
+    if get_origin(hint) in (Union, UnionType):  # X | None
+        return None if raw is None else _read(get_args(hint)[0], raw, path, found)
+    if get_origin(hint) is tuple:
+        if not isinstance(raw, list):
+            return _wrong("a list", raw, path, found)
+        item = get_args(hint)[0]
+        return tuple(_read(item, each, f"{path}[{i}]", found) for i, each in enumerate(raw))
+    if is_dataclass(hint):
+        return _read_section(hint, {} if raw is None else raw, path, found)
+    if hint is float and isinstance(raw, (int, str)) and not isinstance(raw, bool):
+        try:
+            raw = float(raw)  # YAML 1.1 takes 1e-4 for text
+        except (ValueError, OverflowError):
+            return _wrong(_EXPECTED[hint], raw, path, found)
+    if type(raw) is not hint or (hint is float and not math.isfinite(raw)):
+        return _wrong(_EXPECTED[hint], raw, path, found)
+    return raw
+
+
+def _wrong(expected: str, raw: Any, path: str, found: list[Problem]) -> Any:
+    quotes = ". Put it in quotes" if expected == "text" and isinstance(raw, (bool, int)) else ""
+    found.append((path or "(file)", f"= {show(raw)}: expected {expected}{quotes}"))
+    return _FAULTY
+
+
+def _read_section(cls: Any, raw: Any, path: str, found: list[Problem]) -> Any:
+    """A dataclass from a mapping of its options."""
+    if not isinstance(raw, dict):
+        return _wrong("a mapping of options", raw, path, found)
+    hints = get_type_hints(cls)
+    given = _options(cls, raw, path, found)
+    values = {}
+    for field in fields(cls):
+        where = _join(path, field.name)
+        if field.name in given:
+            values[field.name] = _read(hints[field.name], given[field.name], where, found)
+        elif _required(field):
+            found.append((where, f"is missing: expected {_EXPECTED[hints[field.name]]}"))
+            values[field.name] = _FAULTY
+    try:
+        return cls(**values)
+    except Unreadable:  # a default is computed from a faulty value
+        return _FAULTY
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _options(cls: Any, raw: dict[Any, Any], path: str, found: list[Problem]) -> dict[str, Any]:
+    """The known options of a mapping; a misspelt one is reported, and read as what was meant.
+
+    So the checks that follow look at what the user wrote, and `wieght` makes one problem, not two.
+    """
+    names = [field.name for field in fields(cls)]
+    given = {name: raw[name] for name in names if name in raw}
+    for key, value in raw.items():
+        if key in names:
+            continue
+        close = get_close_matches(str(key), names, n=1)
+        elsewhere = [place for place in _places(RunConfig) if place.split(".")[-1] == key]
+        if close:
+            hint = f"Did you mean {close[0]!r}?"
+            given.setdefault(close[0], value)
+        elif elsewhere:
+            hint = f"Did you mean {elsewhere[0]!r}?"
+        else:
+            hint = f"Known here: {', '.join(names)}"
+        found.append((_join(path, str(key)), f"unknown option. {hint}"))
+    return given
+
+
+def _places(cls: Any) -> Iterator[str]:
+    """Dotted paths of all options below a dataclass, those of lists left out."""
+    for name, hint in get_type_hints(cls).items():
+        inner = next((arg for arg in (hint, *get_args(hint)) if is_dataclass(arg)), None)
+        if inner is None:
+            yield name
+        elif get_origin(hint) is not tuple:
+            yield from (f"{name}.{place}" for place in _places(inner))
+
+
+def _with_domains_from(config: RunConfig, found: list[Problem], check_files: bool) -> RunConfig:
+    """The domains of the run that `data.domains_from` names, put in its place."""
+    where, data = "data.domains_from", config.data
+    try:
+        if data.domains_from is None:
+            return config
+        file = Path(data.domains_from) / DOMAINS_FILE
+        if data.domains:
+            found.append((where, "data.domains are given as well. Leave one of the two out"))
+            return config
+    except Unreadable:
+        return config
+    if not file.is_file():
+        if check_files:
+            text = f"= {show(data.domains_from)}: no file {file}, which a run of any stage writes "
+            found.append((where, text + "at every save. Name a run directory that has been saved"))
+        return config
+    domains = _read(tuple[Domain, ...], _read_yaml(file, str(file), found), str(file), found)
+    return replace(config, data=replace(data, domains=domains, domains_from=None))
+
+
+def _source(
+    config: RunConfig, source_shape: Callable[[str], ModelShape] | None, found: list[Problem]
+) -> ModelShape | None:
+    """The shape of the model at `init_from`, where there is one."""
+    try:
+        if source_shape is None or config.init_from is None or not Path(config.init_from).exists():
+            return None
+        return source_shape(config.init_from)
+    except Unreadable:
+        return None
+    except ShearError as error:
+        found.append(("init_from", f"= {show(config.init_from)}: {error}"))
+        return None
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,273 @@
+"""What must hold between the fields of a run, each broken rule with its field, value and way out.
+
+`problems` is the whole of it: a list of small checks, each of which yields (path, message) pairs.
+Imports the standard library and `schema` only; never torch or Megatron, so that a run is refused
+within a second. Optional packages are looked for, not imported.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from megashear.config import shapes
+from megashear.config.schema import STAGES, ModelShape, RunConfig
+from megashear.config.values import (
+    SIZES,
+    Check,
+    Faulty,
+    Problem,
+    Run,
+    Unreadable,
+    either,
+    field,
+    given,
+    show,
+)
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "stage": STAGES,
+    "pruning.multipliers": ("shared", "per_layer"),
+    "data.rule": ("paper", "reference_code", "constant"),
+    "evaluation.masks": ("current", "target"),
+    "platform.device": ("auto", "cpu", "cuda"),
+    "platform.layers": ("auto", "torch", "transformer_engine"),
+    "platform.kernels": ("auto", "torch", "apex"),
+    "platform.precision": ("auto", "fp32", "bf16"),
+}
+
+_BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
+    ">= 1": (
+        *(f"model.{size}" for size in SIZES),
+        "model.vocab_size",
+        "model.max_position_embeddings",
+        *(f"target.{size}" for size in SIZES),
+        "data.seq_length",
+        "evaluation.interval",
+        "evaluation.batches_per_domain",
+        "trainer.steps",
+        "trainer.global_batch_size",
+        "trainer.micro_batch_size",
+        "trainer.log_interval",
+        "trainer.save_interval",
+        "trainer.keep_checkpoints",
+        "parallel.tensor",
+    ),
+    ">= 0": (
+        "model.num_query_groups",  # 0 stands for the default
+        "model.kv_channels",
+        "pruning.sparsity_warmup_steps",
+        "data.eta",
+        "data.smoothing",
+        "data.seed",
+        "data.num_workers",
+        "optimizer.min_lr_ratio",
+        "optimizer.warmup_steps",
+        "optimizer.adam_beta1",
+        "optimizer.adam_beta2",
+        "optimizer.weight_decay",
+        "trainer.seed",
+    ),
+    "> 0": (
+        "model.rotary_base",
+        "model.layernorm_epsilon",
+        "target_sparsity",
+        "pruning.mask_lr",
+        "pruning.multiplier_lr",
+        "pruning.clip_grad",
+        "optimizer.lr",
+        "optimizer.adam_eps",
+        "optimizer.clip_grad",
+        "platform.timeout_minutes",
+    ),
+    "<= 1": ("data.smoothing", "optimizer.min_lr_ratio"),
+    "< 1": ("target_sparsity", "optimizer.adam_beta1", "optimizer.adam_beta2"),
+}
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+
+def problems(
+    config: RunConfig,
+    source: ModelShape | None = None,
+    world_size: int | None = None,
+    *,
+    check_files: bool = True,
+) -> list[Problem]:
+    """Every rule that the configuration breaks, in the order of the checks.
+
+    Args:
+        config: the run; fields that could not be read hold a `Faulty`.
+        source: shape of the model at `init_from`; what needs it is left out where it is None.
+        world_size: processes of the run; what needs it is left out where it is None.
+        check_files: whether data files and checkpoints have to be there.
+    """
+    run = Run(config, source, world_size, check_files)
+    found: list[Problem] = []
+    for check in _CHECKS:
+        try:
+            for problem in check(run):  # not extend(): what came before an Unreadable stays
+                found.append(problem)
+        except Unreadable:
+            continue
+    return found
+
+
+def _choices(run: Run) -> Iterator[Problem]:
+    for path, value in given(run.config, CHOICES):
+        options = CHOICES[path]
+        if value not in options:
+            close = get_close_matches(value, options, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            yield path, f"= {show(value)} is no choice. {hint}Use {either(options)}"
+
+
+def _bounds(run: Run) -> Iterator[Problem]:
+    for rule, paths in _BOUNDS.items():
+        sign, bound = rule.split()
+        for path, value in given(run.config, paths):
+            if not _COMPARE[sign](value, int(bound)):
+                yield path, f"= {show(value)} must be {rule}"
+
+
+def _stage(run: Run) -> Iterator[Problem]:
+    """Which of model, init_from, target and target_sparsity each stage takes."""
+    config = run.config
+    stage = config.stage
+    if stage not in STAGES:
+        return
+    if stage == "pretrain":
+        if config.model is None:
+            yield "model", "is missing; stage pretrain needs the shape of the model to initialise"
+        if config.init_from is not None:
+            yield "init_from", "stage pretrain starts from random weights. Leave it out"
+    else:
+        if config.init_from is None:
+            yield "init_from", f"is missing; stage {stage} needs a checkpoint to start from"
+        if config.model is not None:
+            yield "model", f"stage {stage} reads the shape at init_from. Leave it out"
+    goals = [name for name in ("target", "target_sparsity") if field(config, name) is not None]
+    if stage == "prune":
+        if len(goals) != 1:
+            how = "give one of them" if not goals else "both are given; leave one out"
+            yield "target", f"stage prune needs either target or target_sparsity: {how}"
+        elif goals == ["target"] and all(field(config, f"target.{n}") is None for n in SIZES):
+            yield "target", f"names no size. Give one or more of {', '.join(SIZES)}"
+    else:
+        for name in goals:
+            yield name, f"stage {stage} does not prune. Leave it out"
+
+
+def _steps(run: Run) -> Iterator[Problem]:
+    steps = run.config.trainer.steps
+    paths = ["optimizer.warmup_steps"]
+    if run.config.stage == "prune":
+        paths.append("pruning.sparsity_warmup_steps")
+    for path, value in given(run.config, paths):
+        if value > steps:
+            yield path, f"= {value} is more than trainer.steps = {steps}. Use at most {steps}"
+
+
+def _domain_names(run: Run) -> Iterator[Problem]:
+    domains = run.config.data.domains
+    if not domains and run.config.data.domains_from is None:
+        yield "data.domains", "is empty. Give at least one domain, or a run as data.domains_from"
+    for name, count in Counter(domain.name for domain in domains).items():
+        if count > 1:
+            yield "data.domains", f"{count} domains are named {show(name)}. Give each its own name"
+    for index, domain in enumerate(domains):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", domain.name):
+            text = f"= {show(domain.name)} names files. Use letters, digits, '.', '_' and '-'"
+            yield f"data.domains[{index}].name", text
+
+
+def _domain_weights(run: Run) -> Iterator[Problem]:
+    domains = run.config.data.domains
+    for index, domain in enumerate(domains):
+        if not isinstance(domain.weight, Faulty) and domain.weight < 0:
+            text = f"= {domain.weight:g} is negative. A weight is a share of the blend, 0 to 1"
+            yield f"data.domains[{index}].weight", text
+    total = sum(domain.weight for domain in domains)
+    if domains and abs(total - 1) > 1e-3:
+        yield "data.domains", f"weights sum to {total:.6g}; they must sum to 1"
+
+
+def _references(run: Run) -> Iterator[Problem]:
+    """Rules that move the weights need every domain's reference loss."""
+    data = run.config.data
+    for index, domain in enumerate(data.domains):
+        if domain.reference_loss is not None and domain.reference_loss <= 0:
+            text = f"= {domain.reference_loss:g} must be > 0 (nats per token)"
+            yield f"data.domains[{index}].reference_loss", text
+    missing = [domain.name for domain in data.domains if domain.reference_loss is None]
+    if missing and data.rule in CHOICES["data.rule"] and data.rule != "constant":
+        names = ", ".join(map(str, missing))
+        text = f"no reference_loss for {names}, which data.rule = {show(data.rule)} needs. "
+        text += "Measure it with `megashear reference-loss`, or use data.rule = 'constant'"
+        yield "data.domains", text
+
+
+def _data_files(run: Run) -> Iterator[Problem]:
+    if not run.check_files:
+        return
+    for index, domain in enumerate(run.config.data.domains):
+        for name in ("train", "valid"):
+            prefix = getattr(domain, name)
+            if isinstance(prefix, Faulty):
+                continue
+            absent = [f for f in (f"{prefix}.bin", f"{prefix}.idx") if not Path(f).is_file()]
+            if absent:
+                text = f"= {show(prefix)}: no file {either(absent)}. "
+                suffixed = prefix.endswith((".bin", ".idx"))
+                text += "Leave the suffix away" if suffixed else "Write it by `megashear tokenize`"
+                yield f"data.domains[{index}].{name}", text
+
+
+def _paths(run: Run) -> Iterator[Problem]:
+    if not run.config.run_dir:
+        yield "run_dir", "is empty. Name a directory for the run"
+    elif Path(run.config.run_dir).is_file():
+        yield "run_dir", f"= {show(run.config.run_dir)} is a file. Name a directory for the run"
+    if run.check_files:
+        for path, value in given(run.config, ("init_from", "data.tokenizer")):
+            if not Path(value).exists():
+                yield path, f"= {show(value)} does not exist"
+
+
+def _packages(run: Run) -> Iterator[Problem]:
+    """What is asked for by name is installed, and can run on the device asked for."""
+    platform = run.config.platform
+    asked = []
+    if platform.layers == "transformer_engine":
+        asked.append(("layers", "Transformer Engine", "Install it by `pip install megashear[te]`"))
+    if platform.kernels == "apex":
+        # The package index has something else under this name.
+        asked.append(("kernels", "Apex", "Build it from NVIDIA's sources"))
+    for name, title, install in asked:
+        module = getattr(platform, name)
+        if platform.device == "cpu":
+            text = f"{title} needs platform.device = 'cuda'. Use that, or 'torch' or 'auto' here"
+        elif find_spec(module) is None:
+            text = f"{title} is not installed. {install}, or use 'torch' or 'auto' here"
+        else:
+            continue
+        yield f"platform.{name}", f"= {show(module)}: {text}"
+
+
+_CHECKS: tuple[Check, ...] = (
+    _choices,
+    _bounds,
+    _stage,
+    *shapes.CHECKS,
+    _steps,
+    _domain_names,
+    _domain_weights,
+    _references,
+    _data_files,
+    _paths,
+    _packages,
+)

@@ -1,0 +1,95 @@
+"""Values of a configuration as checks see them: problems, faulty values, and how both are worded.
+
+Imports the standard library and `schema` only; never torch or Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megashear.config.schema import ModelShape, RunConfig
+
+Problem = tuple[str, str]
+"""Path of the field, and what is wrong with it together with the way out."""
+
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+"""The sizes that pruning changes."""
+
+
+class Unreadable(Exception):
+    """A check touched a value that could not be read; the loader has reported it already."""
+
+
+class Faulty:
+    """Stands for a value that could not be read: the check that uses it ends there.
+
+    Without it a wrong `trainer.steps` would either hide every other problem of the file or, with a
+    default in its place, bring forth problems that are not there.
+    """
+
+    def _end_check(self, *_: object) -> Any:
+        raise Unreadable
+
+    __getattr__ = __bool__ = __str__ = __float__ = __fspath__ = __iter__ = __len__ = _end_check
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _end_check
+    __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _end_check
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that checks look at."""
+
+    config: RunConfig
+    source: ModelShape | None  # the shape at init_from, where it is known
+    world_size: int | None  # processes of the run, where they are known
+    check_files: bool
+
+
+Check = Callable[[Run], Iterator[Problem]]
+"""A rule: what it finds wrong with a run."""
+
+
+def show(value: object) -> str:
+    """A value as it would stand in the YAML file, cut to one short line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def either(options: Sequence[object]) -> str:
+    """`1, 2 or 4`."""
+    *most, last = map(str, options)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def field(config: RunConfig, path: str) -> Any:
+    """The value at a dotted path; None below a section that is not given."""
+    value: Any = config
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def given(config: RunConfig, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """(path, value) of the fields that are given and could be read."""
+    for path in paths:
+        try:
+            value = field(config, path)
+        except Unreadable:
+            continue
+        if value is not None and not isinstance(value, Faulty):
+            yield path, value
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors up to 1024: as advice, more than any cluster has use for."""
+    return [n for n in range(1, min(number, 1024) + 1) if number % n == 0]
+
+
+def multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` on both sides of `number`: `8 or 12`."""
+    below = number // unit * unit
+    return either([n for n in (below, below + unit) if n > 0])
