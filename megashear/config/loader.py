@@ -83,7 +83,7 @@ def _dump(tree: Any) -> str:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(plain(tree), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(plain(tree), sort_keys=False, width=100)
 
 
 def _read_yaml(file: Path, path: str, found: list[Problem]) -> Any:
