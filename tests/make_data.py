@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 
@@ -16,13 +15,13 @@ def write_tokens(prefix: str | Path, documents: Iterable[Sequence[int]], vocab: 
     path.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(f"{path}.bin", dtype=DType.optimal_dtype(vocab))
     for document in documents:
-        builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
+        builder.add_document(np.asarray(document, dtype=np.int64), [len(document)])
     builder.finalize(f"{path}.idx")
     return str(path)
 
 
 def random_documents(tokens: int, vocab: int, seed: int = 0, mean: int = 40) -> list[list[int]]:
-    """Documents of uneven length, `tokens` in all: random ids in [1, vocab), each ended by eod 0."""
+    """Documents of uneven length, `tokens` in all: ids in [1, vocab) at random, ended by eod 0."""
     rng = np.random.default_rng(seed)
     documents: list[list[int]] = []
     left = tokens

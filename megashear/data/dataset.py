@@ -1,0 +1,308 @@
+"""Training text as functions of a number: the samples of one domain, and the blend of all of them.
+
+Megatron-Core's IndexedDataset, GPTDataset and blending rule do the work; here they become endless
+and re-weightable. Needs no process group, and imports nothing of model or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets import gpt_dataset, helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split, normalize
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megashear.config.schema import DataConfig
+from megashear.data.mixture import Mixture, Segment
+from megashear.errors import DataError
+
+log = logging.getLogger("megashear")
+
+VALIDATION_SEED = 0
+"""Fixed, so that runs of any seed, and the source model, are measured on the same sequences."""
+
+# Epoch indices are kept in memory on purpose; GPTDataset warns of that for each one.
+logging.getLogger(gpt_dataset.__name__).addFilter(
+    lambda record: "path_to_cache is None" not in record.getMessage()
+)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text."""
+
+    vocab_size: int
+    eod: int | None = None
+    pad: int = -1
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size}
+
+
+class DomainDataset(Dataset[dict[str, Tensor]]):
+    """The endless sequence of samples of one domain: epoch after epoch, each in its own shuffle.
+
+    Sample k is a function of the file, the seed and k: sample k % samples_per_epoch of a GPTDataset
+    that is built when its epoch is first needed. Documents run on across sample boundaries.
+
+    Args:
+        name: the domain; with `seed` it keys the shuffles.
+        prefix: path of the token file without .bin/.idx.
+        seq_length: tokens of a sample (one more is read, for the last label).
+        vocab_size: ids in the file must be below it.
+        seed: any integer.
+        dataset_id: number of the domain in its blend, given with every sample.
+
+    Raises:
+        DataError: the files are missing or damaged, or too short for one sample.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prefix: str,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        seed: int,
+        dataset_id: int = 0,
+    ) -> None:
+        self.name, self.prefix, self.dataset_id = name, prefix, dataset_id
+        self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
+        self._text = _open_tokens(prefix)
+        tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
+        # GPTDataset's own count: the last, partial sequence of an epoch is dropped.
+        self.samples_per_epoch = (tokens - 1) // seq_length
+        if self.samples_per_epoch < 1:
+            raise DataError(
+                f"{prefix}.bin holds {tokens} tokens, fewer than the {seq_length + 1} of one "
+                f"sample: give domain {name} more text, or lower data.seq_length."
+            )
+        self._epochs: dict[int, GPTDataset] = {}
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        """Sample k: tokens, labels, loss_mask and position_ids [seq_length], and dataset_id [].
+
+        Raises:
+            DataError: the file holds a token id that the vocabulary does not have.
+        """
+        epoch, number = divmod(k, self.samples_per_epoch)
+        sample: dict[str, Tensor] = self._epoch(epoch)[number]
+        highest = int(torch.maximum(sample["tokens"], sample["labels"]).max())
+        if highest >= self.vocab_size:
+            raise DataError(
+                f"{self.prefix}.bin holds token id {highest}, but the vocabulary ends at "
+                f"{self.vocab_size - 1}: tokenize domain {self.name} with the model's tokenizer."
+            )
+        return {**sample, "dataset_id": torch.tensor(self.dataset_id)}
+
+    def _epoch(self, epoch: int) -> GPTDataset:
+        """Index of an epoch; the one before it is kept too, for samples still on their way."""
+        if epoch not in self._epochs:
+            kept = {e: index for e, index in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**kept, epoch: self._build_epoch(epoch)}
+        return self._epochs[epoch]
+
+    def _build_epoch(self, epoch: int) -> GPTDataset:
+        key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
+        config = GPTDatasetConfig(
+            random_seed=int.from_bytes(key[:4], "little"),
+            sequence_length=self.seq_length,
+            blend=([self.prefix], None),
+            split="1",
+            path_to_cache="",  # none: Megatron's is not safe when many ranks build at once
+            tokenizer=_Vocabulary(self.vocab_size),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(len(self._text), dtype=np.int32)
+        index = GPTDataset(self._text, self.prefix, documents, None, Split.train, config)
+        assert len(index) == self.samples_per_epoch
+        return index
+
+
+class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
+    """Global sample number -> sample of a domain, by the weights of the mixture's segments.
+
+    Stands where Megatron's BlendedDataset stands. Within a segment domains alternate by the same
+    greedy rule; each segment goes on where every domain was (DESIGN section 4).
+
+    Args:
+        members: the domains, in the mixture's order.
+        mixture: may be updated at any time; samples of its newest segment then follow it.
+    """
+
+    def __init__(self, members: Sequence[DomainDataset], mixture: Mixture) -> None:
+        assert [member.name for member in members] == list(mixture.names)
+        assert [member.dataset_id for member in members] == list(range(len(members)))
+        self.members, self.mixture = list(members), mixture
+        self._segments: tuple[Segment, ...] = ()  # the ones that _cursors was made for
+        self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
+        self._blend: _Blend | None = None  # of the segment asked for last
+        self._epochs: dict[int, int] = {}
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """Global sample n, as its domain gives it."""
+        domain, k = self.locate(n)
+        return self.members[domain][k]
+
+    def locate(self, n: int) -> tuple[int, int]:
+        """(domain, sample number within it) of global sample n, in constant time on average."""
+        self._follow_mixture()
+        index = bisect_right(self._segments, n, key=lambda segment: segment.first_sample) - 1
+        assert index >= 0, f"there is no sample {n}"
+        segment = self._segments[index]
+        domain, k = self._blend_of(segment).locate(n - segment.first_sample)
+        k += int(self._cursors[index][domain])
+        self._note_epoch(domain, k // self.members[domain].samples_per_epoch, n)
+        return domain, k
+
+    def _follow_mixture(self) -> None:
+        """Bring the cursors up to the mixture's segments: an update costs one segment's length."""
+        segments = self.mixture.segments
+        if segments is self._segments:
+            return
+        if segments[: len(self._segments)] != self._segments:  # a checkpoint was loaded
+            self._cursors = []
+        for index in range(len(self._cursors), len(segments)):
+            cursor = np.zeros(len(self.members), dtype=np.int64)
+            if index > 0:
+                before, length = segments[index - 1], segments[index].first_sample
+                length -= before.first_sample
+                cursor = self._cursors[index - 1] + self._blend_of(before).counts(length)
+            self._cursors.append(cursor)
+        self._segments = segments
+
+    def _blend_of(self, segment: Segment) -> _Blend:
+        if self._blend is None or self._blend.weights != segment.weights:
+            self._blend = _Blend(segment.weights)
+        return self._blend
+
+    def _note_epoch(self, domain: int, epoch: int, n: int) -> None:
+        if epoch > self._epochs.setdefault(domain, epoch):
+            log.info(
+                "domain %s begins epoch %d at sample %d, in a new order",
+                *(self.members[domain].name, epoch + 1, n),
+            )
+            self._epochs[domain] = epoch
+
+
+class _Blend:
+    """The order of domains under fixed weights, computed as far as it has been asked for.
+
+    The rule takes the domain that is furthest behind its share, so a longer order begins with the
+    shorter one, and doubling the length keeps the cost per sample constant.
+    """
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        self.weights = weights
+        self._domains = np.zeros(0, dtype=np.int16)
+        self._samples = np.zeros(0, dtype=np.int64)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(domain, how many samples it gave before) at a position of the order."""
+        self._grow(position + 1)
+        return int(self._domains[position]), int(self._samples[position])
+
+    def counts(self, length: int) -> np.ndarray:
+        """Samples of every domain among the first `length`."""
+        self._grow(length)
+        return np.bincount(self._domains[:length], minlength=len(self.weights))
+
+    def _grow(self, length: int) -> None:
+        if length <= len(self._domains):
+            return
+        length = max(length, 2 * len(self._domains), 4096)
+        domains, samples = np.zeros(length, dtype=np.int16), np.zeros(length, dtype=np.int64)
+        # The rule gives a domain of weight 0 a sample when all the others are exactly even.
+        active = np.flatnonzero(self.weights).astype(np.int16)
+        weights = normalize([self.weights[domain] for domain in active])
+        helpers.build_blending_indices(domains, samples, weights, len(active), length, False)
+        self._domains, self._samples = active[domains], samples
+
+
+def build_train_dataset(
+    config: DataConfig, vocab_size: int, mixture: Mixture
+) -> DynamicBlendedDataset:
+    """The blend of the training files of all domains.
+
+    Raises:
+        DataError: names every file that is missing, damaged or too short.
+    """
+    prefixes = [domain.train for domain in config.domains]
+    return DynamicBlendedDataset(_open_all(config, prefixes, vocab_size, config.seed), mixture)
+
+
+def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, DomainDataset]:
+    """The validation files by domain, in an order that depends on nothing but file and domain.
+
+    Raises:
+        DataError: names every file that is missing, damaged or too short.
+    """
+    prefixes = [domain.valid for domain in config.domains]
+    members = _open_all(config, prefixes, vocab_size, VALIDATION_SEED)
+    return {member.name: member for member in members}
+
+
+def _open_all(
+    config: DataConfig, prefixes: Sequence[str], vocab_size: int, seed: int
+) -> list[DomainDataset]:
+    members, problems = [], []
+    for number, (domain, prefix) in enumerate(zip(config.domains, prefixes, strict=True)):
+        try:
+            member = DomainDataset(
+                domain.name,
+                prefix,
+                seq_length=config.seq_length,
+                vocab_size=vocab_size,
+                seed=seed,
+                dataset_id=number,
+            )
+            members.append(member)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return members
+
+
+def _open_tokens(prefix: str) -> IndexedDataset:
+    """Open a token file, after checks that Megatron's reader makes by assertion or not at all."""
+    missing = [path for path in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.isfile(path)]
+    if missing:
+        raise DataError(
+            f"{' and '.join(missing)} not found: write token files with `megashear tokenize`, or "
+            "correct the path in data.domains (without .bin or .idx)."
+        )
+    with open(f"{prefix}.idx", "rb") as file:
+        header = file.read(34).ljust(34, b"\0")
+    magic, version, dtype, sequences, documents = struct.unpack("<9sQBQQ", header)
+    size = 34 + 12 * sequences + 8 * documents
+    known = magic == b"MMIDIDX\0\0" and version == 1 and 1 <= dtype <= 8
+    if not known or os.path.getsize(f"{prefix}.idx") != size:
+        raise DataError(f"{prefix}.idx is not a whole Megatron token index: tokenize it again.")
+    if sequences == 0 or os.path.getsize(f"{prefix}.bin") == 0:
+        raise DataError(f"{prefix}.bin holds no tokens: its domain needs text.")
+    text = IndexedDataset(prefix)
+    expected = int(text.sequence_lengths.sum(dtype=np.int64)) * np.dtype(text.index.dtype).itemsize
+    if os.path.getsize(f"{prefix}.bin") != expected:
+        raise DataError(
+            f"{prefix}.bin is {os.path.getsize(f'{prefix}.bin')} bytes long, but {prefix}.idx "
+            f"describes {expected}: the two are not of one run; tokenize again."
+        )
+    return text

@@ -1,0 +1,197 @@
+"""Micro-batches of a data-parallel rank, for training and for validation, fetched ahead by workers.
+
+The main process alone knows the blend: it tells workers which sample of which domain to read, so
+nothing of the order of samples lives in them. Imports nothing of model or training.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
+from megashear.data.sampler import microbatch_samples
+from megashear.errors import DataError
+
+MicroBatch = dict[str, Tensor]
+"""tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]."""
+
+
+class TrainLoader:
+    """The micro-batches of each step on one data-parallel rank, in the order of the blend.
+
+    Fetches whole steps, ahead only as far as `fetch_until` allows. Its position is
+    `consumed_samples` and nothing else: made anew with that number, on any number of ranks and
+    workers, it goes on with the same samples.
+
+    Args:
+        dataset: the blend.
+        global_batch_size: sequences of a step over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank.
+        dp_rank: this rank's place among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
+        consumed_samples: where to begin: global samples that the run has taken before.
+    """
+
+    def __init__(
+        self,
+        dataset: DynamicBlendedDataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        num_workers: int = 0,
+        consumed_samples: int = 0,
+    ) -> None:
+        self._mixture = dataset.mixture
+        self._step_samples = global_batch_size
+        self._step_batches = global_batch_size // (micro_batch_size * dp_size)
+        self._consumed = self._limit = consumed_samples
+        self._segments = dataset.mixture.segments
+        self._order = _Order(dataset, global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self._order.steps = range(consumed_samples, consumed_samples, global_batch_size)
+        self._loader: DataLoader[Any] | None = DataLoader(
+            _Reader(dataset.members),
+            batch_size=None,  # an index is a whole micro-batch
+            sampler=self._order,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # else it would draw from the run's random state
+        )
+        self._batches: Iterator[Any] = iter(())
+
+    @property
+    def consumed_samples(self) -> int:
+        """Global samples taken by the steps so far, over all ranks."""
+        return self._consumed
+
+    def fetch_until(self, sample: int) -> None:
+        """Allow fetching ahead of steps that end at or before `sample`: the next evaluation.
+
+        The blend may change there, so it must not be passed. Without it nothing is fetched ahead.
+        """
+        self._limit = sample
+
+    def next_step(self, limit_samples: int | None = None) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step; `limit_samples` as in `fetch_until`.
+
+        Raises:
+            DataError: a token file does not fit the vocabulary.
+        """
+        if limit_samples is not None:
+            self.fetch_until(limit_samples)
+        if self._consumed == self._order.steps.stop:
+            self._allow_steps()
+        assert self._mixture.segments is self._segments, (
+            f"weights changed at sample {self._consumed} of the steps {self._order.steps} that "
+            "fetch_until allowed"
+        )
+        batches = [next(self._batches) for _ in range(self._step_batches)]
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+        self._consumed += self._step_samples
+        return batches
+
+    def close(self) -> None:
+        """End the workers; harmless when repeated."""
+        self._batches, self._loader = iter(()), None  # with the last reference torch ends them
+
+    def _allow_steps(self) -> None:
+        """Hand out the steps up to the limit, and one at least; none of them is taken back."""
+        assert self._loader is not None, "the loader is closed"
+        steps = max(1, (self._limit - self._consumed) // self._step_samples)
+        stop = self._consumed + steps * self._step_samples
+        self._order.steps = range(self._consumed, stop, self._step_samples)
+        self._segments = self._mixture.segments
+        self._batches = iter(self._loader)
+
+
+def valid_microbatches(
+    dataset: DomainDataset, sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[MicroBatch]:
+    """This rank's micro-batches of the first `sequences` samples of one epoch, or of all it has.
+
+    Over the ranks each sequence counts once. All ranks get equally many micro-batches of the same
+    shape, which Megatron's schedules need: what is lacking is filled with loss_mask 0.
+    """
+    count = min(sequences, dataset.samples_per_epoch)
+    across = micro_batch_size * dp_size
+    filled = -(-count // across) * across
+    return [
+        default_collate([_sequence_or_filling(dataset, sample, count) for sample in samples])
+        for samples in microbatch_samples(0, filled, micro_batch_size, dp_rank, dp_size)
+    ]
+
+
+def _sequence_or_filling(dataset: DomainDataset, sample: int, count: int) -> dict[str, Tensor]:
+    if sample < count:
+        return dataset[sample]
+    filling = dataset[0]
+    return {**filling, "loss_mask": torch.zeros_like(filling["loss_mask"])}
+
+
+class _Order:
+    """DataLoader's sampler: a rank's micro-batches over `steps`, each located as it is handed out.
+
+    Attributes:
+        steps: the first global sample of each step.
+    """
+
+    def __init__(
+        self,
+        dataset: DynamicBlendedDataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        self._dataset = dataset
+        self._sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self.steps = range(0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first_sample in self.steps:
+            for samples in microbatch_samples(first_sample, *self._sizes):
+                yield [self._dataset.locate(sample) for sample in samples]
+
+
+class _Reader(Dataset[Any]):
+    """What a worker does: read the samples of one micro-batch and stack them."""
+
+    def __init__(self, members: Sequence[DomainDataset]) -> None:
+        self._members = members
+
+    def __getitem__(self, located: list[tuple[int, int]]) -> MicroBatch | DataError:
+        try:
+            batch: MicroBatch = default_collate([self._members[d][k] for d, k in located])
+        except DataError as error:  # as a value: torch would wrap a worker's traceback around it
+            return error
+        return batch
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C or a scheduler's signal reaches a whole job; the parent saves, then ends its workers.
+
+    A worker that died of it would end the parent first, with an error and nothing saved.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,153 @@
+"""Domain weights: the rule that moves them, and the list of segments that is the whole state.
+
+The mathematics of dynamic batch loading (Sheared LLaMA, section 2.2 and algorithm 1; DESIGN
+section 4) without any file or framework: numpy only, never torch or Megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megashear.config.schema import DataConfig
+from megashear.errors import CheckpointError, DataError
+
+CONSTANT = "constant"
+"""The rule that never moves a weight, and so needs neither losses nor references."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Weights of the blend from global sample `first_sample` on, until the next segment begins."""
+
+    first_sample: int
+    weights: tuple[float, ...]
+
+
+def updated_weights(
+    weights: Sequence[float],
+    losses: Mapping[str, float],
+    references: Mapping[str, float],
+    names: Sequence[str],
+    rule: str,
+    eta: float,
+    smoothing: float,
+) -> tuple[float, ...]:
+    """Domain weights after an evaluation: w * exp(eta * gap), normalised, then smoothed.
+
+    The gap is `max(loss - reference, 0)` under rule `paper` (algorithm 1), and `loss - reference`
+    under `reference_code`; losses and references are in nats per token. Smoothing moves the share
+    `smoothing` of the whole evenly to all domains. Rule `constant` returns the weights.
+
+    Raises:
+        DataError: losses or references are missing or not finite; every such domain is named.
+    """
+    if rule == CONSTANT:
+        return tuple(weights)
+    problems = [
+        f"  {name}: {what} is {values.get(name, 'missing')}"
+        for what, values in (("validation loss", losses), ("reference loss", references))
+        for name in names
+        if not math.isfinite(values.get(name, math.nan))
+    ]
+    if problems:
+        raise DataError(
+            "domain weights cannot be updated and stay as they were:\n"
+            + "\n".join(problems)
+            + "\nCheck the domains' validation files, and reference_loss in data.domains."
+        )
+    gap = np.array([losses[name] - references[name] for name in names])
+    exponent = eta * (np.maximum(gap, 0.0) if rule == "paper" else gap)
+    old = np.asarray(weights, dtype=np.float64)
+    # Measured from the largest exponent of a domain that has weight, none overflows, and not all
+    # vanish. A domain without weight stays at 0 here, whatever its exponent.
+    new = np.where(old > 0, old * np.exp(np.minimum(exponent - exponent[old > 0].max(), 0.0)), 0.0)
+    new = (1.0 - smoothing) * new / new.sum() + smoothing / len(old)
+    return tuple(new.tolist())
+
+
+class Mixture:
+    """The blend of domains over the run: a rule, and the segments that it has led to so far.
+
+    Every rank keeps its own copy and must be given the same losses, bit for bit.
+
+    Attributes:
+        names: domains in the order of the configuration; a domain's `dataset_id` is its position.
+        segments: weights by first sample, ascending; replaced as a whole when it changes.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        references: Mapping[str, float],
+        rule: str = "paper",
+        eta: float = 1.0,
+        smoothing: float = 1e-4,
+    ) -> None:
+        self.names = tuple(names)
+        self.references = dict(references)
+        self.rule, self.eta, self.smoothing = rule, eta, smoothing
+        self.segments: tuple[Segment, ...] = (Segment(0, tuple(weights)),)
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> Mixture:
+        """The mixture at the start of a run; domains without a reference loss have none here."""
+        domains = config.domains
+        references = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
+        return cls(
+            names=[domain.name for domain in domains],
+            weights=[domain.weight for domain in domains],
+            references=references,
+            rule=config.rule,
+            eta=config.eta,
+            smoothing=config.smoothing,
+        )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the newest segment, one per domain."""
+        return self.segments[-1].weights
+
+    def update(self, first_sample: int, losses: Mapping[str, float]) -> None:
+        """Blend by new weights from global sample `first_sample` on (no sample before it changes).
+
+        Raises:
+            DataError: as `updated_weights`; no segment is added.
+        """
+        if self.rule == CONSTANT:
+            return
+        last = self.segments[-1]
+        assert first_sample >= last.first_sample, "weights cannot be changed for samples drawn"
+        weights = updated_weights(
+            last.weights, losses, self.references, self.names, self.rule, self.eta, self.smoothing
+        )
+        self.segments = (*self.segments, Segment(first_sample, weights))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and segments as plain lists, for a checkpoint or a JSON file."""
+        return {
+            "names": list(self.names),
+            "segments": [[s.first_sample, list(s.weights)] for s in self.segments],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the segments of a saved mixture of the same domains; rule and references stay.
+
+        Raises:
+            CheckpointError: the saved mixture has other domains, or the same in another order.
+        """
+        if list(state["names"]) != list(self.names):
+            raise CheckpointError(
+                f"the checkpoint blends the domains {', '.join(state['names'])}, but data.domains "
+                f"lists {', '.join(self.names)}: a resumed run needs the same ones in the same "
+                "order. Put them back, or start a new run_dir."
+            )
+        self.segments = tuple(
+            Segment(int(first), tuple(float(weight) for weight in weights))
+            for first, weights in state["segments"]
+        )
