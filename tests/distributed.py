@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes, forked after importing once (0.3 s instead of 10 s)."""
+"""Runs a function on gloo processes, forked after importing once (0.3 s instead of 10 s)."""
 
 from __future__ import annotations
 

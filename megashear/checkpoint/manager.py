@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import megatron.core
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import megashear
 from megashear.checkpoint import sharded
+from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import Platform
@@ -130,6 +130,20 @@ def read_info(path: str | Path) -> CheckpointInfo:
         raise CheckpointError(f"{file}: damaged: {error!r}") from error
 
 
+def is_huggingface(path: str | Path) -> bool:
+    """Whether a path is a Hugging Face model directory."""
+    return (Path(path) / "config.json").is_file()
+
+
+def read_shape(path: str | Path) -> ModelShape:
+    """Shape of the model at a path: a checkpoint, a run, or a Hugging Face directory.
+
+    Raises:
+        CheckpointError: there is no such thing, or its description cannot be read.
+    """
+    return HuggingFaceReader(Path(path)).shape if is_huggingface(path) else read_info(path).shape
+
+
 def write_model(
     directory: Path,
     info: CheckpointInfo,
@@ -156,7 +170,7 @@ def write_model(
     try:
         sharded.write_weights(partial / "model", info.shape, weights)
         info = dataclasses.replace(info, versions=versions(), directory=directory)
-        _write_durably(partial / INFO, info.to_json())
+        write_durably(partial / INFO, info.to_json())
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(partial, directory)
@@ -176,7 +190,7 @@ class CheckpointManager:
     def save(
         self,
         info: CheckpointInfo,
-        model: torch.nn.Module,
+        model: Any,
         optimizer: Any,
         tensors: Mapping[str, Tensor],
     ) -> Path:
@@ -202,10 +216,10 @@ class CheckpointManager:
             if tensors:
                 save_file(dict(tensors), partial / "masks.safetensors")
             written = dataclasses.replace(info, versions=versions(), directory=final)
-            _write_durably(partial / INFO, written.to_json())
+            write_durably(partial / INFO, written.to_json())
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            _write_durably(self.directory / LATEST, final.name + "\n")
+            write_durably(self.directory / LATEST, final.name + "\n")
             self._remove_old()
         self.platform.barrier()
         return final
@@ -221,9 +235,7 @@ class CheckpointManager:
             return None
         return read_info(self.directory.parent)
 
-    def load(
-        self, info: CheckpointInfo, model: torch.nn.Module, optimizer: Any
-    ) -> dict[str, Tensor]:
+    def load(self, info: CheckpointInfo, model: Any, optimizer: Any) -> dict[str, Tensor]:
         """Fill the model and the optimizer from a checkpoint; returns its small tensors."""
         load_weights(info, model)
         weights = sharded.without_extra_state(model.sharded_state_dict())
@@ -236,7 +248,7 @@ class CheckpointManager:
             raise CheckpointError(f"{file}: damaged: {error}") from error
 
 
-def load_weights(info: CheckpointInfo, model: torch.nn.Module) -> None:
+def load_weights(info: CheckpointInfo, model: Any) -> None:
     """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective."""
     state = sharded.without_extra_state(model.sharded_state_dict())
     loaded = sharded.load(state, info.model_directory)
@@ -246,7 +258,7 @@ def load_weights(info: CheckpointInfo, model: torch.nn.Module) -> None:
         raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
 
 
-def _write_durably(file: Path, text: str) -> None:
+def write_durably(file: Path, text: str) -> None:
     """Write a small file so that after a crash it is there whole or as it was before."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w") as stream:

@@ -20,7 +20,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -181,7 +182,7 @@ class WeightsReader:
             CheckpointError: its file is missing or damaged.
         """
         key, match = _key(name), _LAYER.match(name)
-        entry = self._metadata.state_dict_metadata[key]
+        entry: Any = self._metadata.state_dict_metadata[key]
         shape = self.rows[name].shape()
         tensor = torch.empty(shape, dtype=entry.properties.dtype)
         first = () if match is None else (int(match.group(1)),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
@@ -82,7 +84,7 @@ def build_model(
     return Float16Module(config, model) if config.bf16 else model
 
 
-def unwrap(model: torch.nn.Module) -> MaskedGPTModel:
+def unwrap(model: Any) -> MaskedGPTModel:
     """The MaskedGPTModel inside Megatron-Core's wrappers (data parallelism, bf16)."""
     while not isinstance(model, MaskedGPTModel):
         model = model.module

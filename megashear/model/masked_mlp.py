@@ -14,7 +14,10 @@ class MaskedMLP(MLP):
 
     def masked_modules(self) -> dict[str, nn.Module]:
         """Rows of the table, by their names within a layer, and the modules that hold them."""
-        modules = {"mlp.linear_fc1.weight": self.linear_fc1, "mlp.linear_fc2.weight": self.linear_fc2}
+        modules = {
+            "mlp.linear_fc1.weight": self.linear_fc1,
+            "mlp.linear_fc2.weight": self.linear_fc2,
+        }
         if hasattr(self.linear_fc1, "layer_norm_weight"):  # Transformer Engine fuses the norm
             modules["mlp.linear_fc1.layer_norm_weight"] = self.linear_fc1
         return modules

@@ -144,7 +144,8 @@ class MaskedWeights:
 
     @torch.no_grad()
     def _chain_rule(self, bound: BoundRow, scales: _Scales) -> tuple[Tensor, Tensor]:
-        grad: Tensor = bound.parameter.main_grad  # of the masked weight; becomes that of the weight
+        # Megatron's gradient of the masked weight, to become that of the weight.
+        grad: Tensor = bound.parameter.main_grad  # type: ignore[attr-defined]
         product = grad * bound.parameter
         axis0 = scales.axis0.detach() if scales.axis0 is not None else None
         axis1 = scales.axis1.detach() if scales.axis1 is not None else None

@@ -1,4 +1,4 @@
-"""Where a run stands: device, process groups, layer backend, kernels. The only home of CUDA calls."""
+"""Where a run stands: device, process groups, layers, kernels. The only home of CUDA calls."""
 
 import logging
 import warnings

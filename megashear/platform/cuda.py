@@ -29,7 +29,7 @@ def device_of_rank(local_rank: int) -> torch.device:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory allocated on the device so far (GiB); on a CPU the process's peak resident set."""
+    """Most memory allocated on a GPU so far; on a CPU the process's peak resident set (GiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

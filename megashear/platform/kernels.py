@@ -1,4 +1,4 @@
-"""Apex: says whether its fused kernels are there. Megatron-Core itself picks them up where they are.
+"""Apex: says whether its fused kernels are there; Megatron-Core itself picks them up.
 
 Apex is NVIDIA's, built from its sources; the package of that name on the Python package index is
 something else and is never installed by this project.

@@ -48,7 +48,8 @@ class SDPAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
         self.softmax_scale = softmax_scale
 
     def forward(

@@ -148,7 +148,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         _join(device, datetime.timedelta(minutes=config.timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
-        create_gloo_process_groups=device.type == "cuda",
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -161,7 +161,7 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 

@@ -1,0 +1,55 @@
+"""Per-domain validation loss: an exact token-weighted mean over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megashear.data.dataset import DomainDataset
+from megashear.data.loader import MicroBatch, valid_microbatches
+from megashear.errors import DataError
+from megashear.platform.parallel import Platform
+from megashear.training.step import run_microbatches
+
+
+class Evaluator:
+    """Measures a model on a bounded part of every domain's validation text.
+
+    Args:
+        datasets: validation data by domain.
+        sequences: sequences of each to use, at most.
+        micro_batch_size: sequences of one forward pass on one rank.
+        platform: where to compute.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, DomainDataset],
+        sequences: int,
+        micro_batch_size: int,
+        platform: Platform,
+    ) -> None:
+        self.platform = platform
+        place = (platform.data_rank, platform.data_size)
+        self._batches: dict[str, list[MicroBatch]] = {
+            name: valid_microbatches(dataset, sequences, micro_batch_size, *place)
+            for name, dataset in datasets.items()
+        }
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Loss of each domain (nats per token), the same on every rank; a collective.
+
+        Raises:
+            DataError: a domain has no validation tokens.
+        """
+        model.eval()
+        losses = {}
+        for number, (name, batches) in enumerate(self._batches.items()):
+            result = run_microbatches(
+                model, batches, self.platform, len(self._batches), forward_only=True
+            )
+            if not result.tokens[number]:
+                raise DataError(f"domain {name} has no validation tokens. Check its `valid` file")
+            losses[name] = result.of_domains()[number]
+        model.train()
+        return losses

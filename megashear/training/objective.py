@@ -1,0 +1,175 @@
+"""What a stage optimises besides the loss: nothing (language modelling), or the masks (pruning)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megashear.config.schema import ModelShape, RunConfig
+from megashear.model.masked_weights import MaskedWeights
+from megashear.platform.parallel import Platform
+from megashear.pruning.extract import format_off_target, off_target
+from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
+from megashear.pruning.masks import Masks, resolve_target
+
+
+class LanguageModeling:
+    """Stages pretrain and continue: the loss alone."""
+
+    target: ModelShape | None = None
+
+    def step_weights(self, step: int) -> AbstractContextManager[None]:
+        """The weights as they are during the micro-batches of a step."""
+        return nullcontext()
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """The weights as they are during an evaluation."""
+        return nullcontext()
+
+    def backward(self, step: int) -> float | None:
+        """After the micro-batches' backward: what the objective adds; returns its penalty."""
+        return None
+
+    def update(self, lr_share: float) -> None:
+        """Apply the objective's own gradients, at this share of their learning rates."""
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """What the record of a step says of the objective."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything to resume from, equal on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up a state again."""
+
+    def verdict(self) -> str:
+        """What must be said of the result at the end of the run; empty if all is well."""
+        return ""
+
+
+class PruningObjective(LanguageModeling):
+    """Stage prune: masks that descend on loss and penalty, multipliers that ascend.
+
+    Masks, multipliers and their optimizer are the same on every rank: the noise is a function of
+    (seed, step), mask gradients are summed over the ranks of a model, and all that follows is
+    computed everywhere alike.
+
+    Args:
+        config: of the run.
+        model: this rank's part, of the source shape.
+        source: the model's shape.
+        platform: where it stands.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: nn.Module, source: ModelShape, platform: Platform
+    ) -> None:
+        self.config, self.platform = config, platform
+        self.target = resolve_target(source, config.target) if config.target else None
+        self.masks = Masks(source, self.target).to(platform.device)
+        pruning = config.pruning
+        sparsity = constraints(self.masks)
+        self.lagrangian = Lagrangian(
+            constraint_targets(self.masks, config.target_sparsity),
+            {name: len(rows) for name, rows in sparsity.items()},
+            pruning.sparsity_warmup_steps,
+            pruning.multipliers == "per_layer",
+        ).to(platform.device)
+        self.masked_weights = MaskedWeights(model, platform)
+        self._groups: dict[str, dict[str, nn.Parameter]] = {
+            "log_alpha": dict(self.masks.log_alpha.items()),
+            "multipliers": dict(self.lagrangian.multipliers.items()),
+        }
+        self._lrs = (pruning.mask_lr, pruning.multiplier_lr)
+        betas = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
+        groups: list[dict[str, Any]] = [
+            {"params": list(self._groups["log_alpha"].values())},
+            {"params": list(self._groups["multipliers"].values()), "maximize": True},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            betas=betas,
+            eps=config.optimizer.adam_eps,
+            weight_decay=0.0,
+            foreach=False,
+        )
+
+    def step_weights(self, step: int) -> AbstractContextManager[None]:
+        """The weights under the masks drawn for this step."""
+        return self.masked_weights.masked(self.masks.sample(self.config.trainer.seed, step))
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """The weights under deterministic masks, of the current or the target model."""
+        which: Literal["current", "target"] = (
+            "target" if self.config.evaluation.masks == "target" else "current"
+        )
+        return self.masked_weights.masked(self.masks.deterministic(which))
+
+    def backward(self, step: int) -> float:
+        """Chain rule to the weights and log_alpha, then the penalty, which needs no data."""
+        self._optimizer.zero_grad(set_to_none=False)
+        self.masked_weights.backward()
+        gradients = [parameter.grad for parameter in self._groups["log_alpha"].values()]
+        present = [gradient for gradient in gradients if gradient is not None]
+        flat = self.platform.sum_over_model(torch.cat([g.flatten() for g in present]))
+        for gradient, part in zip(present, flat.split([g.numel() for g in present]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        penalty = self.lagrangian.penalty(constraints(self.masks), step)
+        penalty.backward()
+        return float(penalty.detach())
+
+    def update(self, lr_share: float) -> None:
+        """Masks descend, multipliers ascend; each kind's gradients are clipped by its own norm."""
+        groups = zip(self._groups.values(), self._optimizer.param_groups, self._lrs, strict=True)
+        for parameters, group, lr in groups:
+            nn.utils.clip_grad_norm_(parameters.values(), self.config.pruning.clip_grad)
+            group["lr"] = lr * lr_share
+        self._optimizer.step()
+        self.masks.clamp_()
+
+    @torch.no_grad()
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Expected and target sparsity of each constraint (mean over rows), and multipliers."""
+        sparsity = {name: float(rows.mean()) for name, rows in constraints(self.masks).items()}
+        multipliers = self._groups["multipliers"]
+        return {
+            "sparsity": sparsity,
+            "target_sparsity": self.lagrangian.warmed_targets(step),
+            "multipliers": {name: value.tolist() for name, value in multipliers.items()},
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """log_alpha, multipliers, and the moments of their optimizer."""
+        state = {}
+        for kind, parameters in self._groups.items():
+            for name, parameter in parameters.items():
+                state[f"{kind}.{name}"] = parameter.detach().cpu().clone()
+                for key, value in self._optimizer.state[parameter].items():
+                    state[f"{kind}.{name}.{key}"] = value.detach().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up masks, multipliers and moments again."""
+        for kind, parameters in self._groups.items():
+            for name, parameter in parameters.items():
+                parameter.copy_(state[f"{kind}.{name}"])
+                prefix = f"{kind}.{name}."
+                self._optimizer.state[parameter] = {
+                    key.removeprefix(prefix): value
+                    if key.endswith(".step")
+                    else value.to(parameter)
+                    for key, value in state.items()
+                    if key.startswith(prefix)
+                }
+
+    def verdict(self) -> str:
+        """The masks that did not reach their targets, each by how much."""
+        return format_off_target(
+            off_target(self.masks, target_sparsity=self.config.target_sparsity)
+        )

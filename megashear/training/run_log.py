@@ -1,0 +1,122 @@
+"""The record of a run: metrics.jsonl, and the console as a view of it. Only rank 0 writes.
+
+Every line of metrics.jsonl is a JSON object with `kind` (step or evaluation) and `step`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megashear.console import table
+
+
+class RunLog:
+    """Appends to metrics.jsonl and prints a line of progress.
+
+    Args:
+        run_dir: of the run.
+        steps: of the whole run.
+        writes: whether this process writes (rank 0); the others are silent.
+        resumed_step: records of later steps are dropped, since these steps are done again.
+    """
+
+    def __init__(self, run_dir: Path, steps: int, writes: bool, resumed_step: int) -> None:
+        self.file = run_dir / "metrics.jsonl"
+        self.steps = steps
+        self.writes = writes
+        self._shown: list[Mapping[str, Any]] = []  # records since the last console line
+        if writes:
+            self._drop_after(resumed_step)
+
+    def _drop_after(self, step: int) -> None:
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a line cut by a crash belongs to a step that is done again
+            if record["step"] <= step and step > 0:
+                kept.append(line + "\n")
+        partial = self.file.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.file)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def say(self, text: str) -> None:
+        """Print a message once."""
+        if self.writes:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a message once, on stderr."""
+        if self.writes:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, record: Mapping[str, Any], *, show: bool) -> None:
+        """Record a training step, and show it where a logging interval ends."""
+        if not self.writes:
+            return
+        self._append({"kind": "step", **record})
+        self._shown.append(record)
+        if show:
+            print(step_line(self._shown, self.steps), flush=True)
+            self._shown = []
+
+    def evaluation(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        references: Mapping[str, float],
+        before: Sequence[float],
+        after: Sequence[float],
+    ) -> None:
+        """Record and show an evaluation: losses (nats per token), references, domain weights."""
+        if not self.writes:
+            return
+        weights = dict(zip(losses, after, strict=True))
+        record = {"step": step, "losses": losses, "references": references, "weights": weights}
+        self._append({"kind": "evaluation", **record})
+        rows = []
+        for (name, loss), old, new in zip(losses.items(), before, after, strict=True):
+            reference = references.get(name)
+            gap = "-" if reference is None else f"{loss - reference:+.3f}"
+            moved = f"{old:.3f} -> {new:.3f}" if old != new else f"{new:.3f}"
+            rows.append((name, f"{loss:.4f}", reference or "-", gap, moved))
+        print(f"evaluation at step {step}")
+        header = ("domain", "loss", "reference", "gap", "weight")
+        print("  " + table(rows, header).replace("\n", "\n  "), flush=True)
+
+
+def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
+    """One console line of the steps since the last one: the newest values, at their mean speed."""
+    last = records[-1]
+    seconds = sum(record["seconds"] for record in records) / len(records)
+    width = len(str(steps))
+    parts = [f"step {last['step']:>{width}}/{steps}", f"loss {last['loss']:.3f}"]
+    if last["penalty"] is not None:
+        parts.append(f"penalty {last['penalty']:.3f}")
+    parts += [f"grad_norm {last['grad_norm']:.2f}", f"lr {last['lr']:.1e}"]
+    if "sparsity" in last:
+        target = last["target_sparsity"]
+        pairs = [f"{name} {now:.2f}/{target[name]:.2f}" for name, now in last["sparsity"].items()]
+        parts.append("sparsity " + " ".join(pairs))
+    parts.append(f"tok/s {last['tokens_per_second'] * last['seconds'] / seconds:,.0f}")
+    parts.append(f"mem {last['memory_gib']:.1f}GiB")
+    parts.append(f"ETA {_duration((steps - last['step']) * seconds)}")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

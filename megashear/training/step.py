@@ -1,0 +1,91 @@
+"""Forward and backward of one step, or forward alone, by Megatron-Core's own schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megashear.data.loader import MicroBatch
+from megashear.platform.parallel import Platform
+
+
+class DomainLosses:
+    """Sums of token losses and numbers of tokens per domain, over any set of batches and ranks.
+
+    Attributes:
+        sums: nats, float64 [domains].
+        tokens: float64 [domains].
+    """
+
+    def __init__(self, sums: Tensor, tokens: Tensor) -> None:
+        self.sums, self.tokens = sums, tokens
+
+    @property
+    def mean(self) -> float:
+        """Loss over all tokens (nats per token)."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+    def of_domains(self) -> list[float]:
+        """Loss of each domain (nats per token); NaN for one without tokens."""
+        return (self.sums / self.tokens).tolist()
+
+
+def run_microbatches(
+    model: Any,
+    batches: Sequence[MicroBatch],
+    platform: Platform,
+    num_domains: int,
+    *,
+    forward_only: bool = False,
+) -> DomainLosses:
+    """Run all micro-batches of this rank; with the backward pass, gradients end up reduced.
+
+    Args:
+        model: this rank's part.
+        batches: this rank's micro-batches, equally shaped and equally many on every rank.
+        platform: where to compute, and over which ranks to sum.
+        num_domains: domains that `dataset_id` may name.
+        forward_only: without the backward pass.
+
+    Returns:
+        Losses summed over all ranks, the same on each.
+    """
+    micro_batch_size, seq_length = batches[0]["tokens"].shape
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(_forward, device=platform.device, num_domains=num_domains),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    total = torch.stack([report["domains"] for report in reports]).sum(0)
+    sums, tokens = platform.sum_over_data(total)
+    return DomainLosses(sums, tokens)
+
+
+def _forward(
+    batches: Iterator[MicroBatch], model: Any, *, device: torch.device, num_domains: int
+) -> tuple[Tensor, Any]:
+    batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(_loss, batch=batch, num_domains=num_domains)
+
+
+def _loss(
+    losses: Tensor, *, batch: MicroBatch, num_domains: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses [b, s], number of tokens, and both per domain, for Megatron."""
+    mask = batch["loss_mask"].float()
+    per_sample = (losses.float() * mask).sum(1)  # [b]
+    tokens = mask.sum(1)
+    domains = torch.zeros(2, num_domains, dtype=torch.float64, device=losses.device)
+    domains[0].index_add_(0, batch["dataset_id"], per_sample.detach().double())
+    domains[1].index_add_(0, batch["dataset_id"], tokens.double())
+    return per_sample.sum(), tokens.sum().to(torch.int), {"domains": domains}

@@ -1,0 +1,301 @@
+"""The training loop: one run from its configuration to its last checkpoint, stopped and resumed.
+
+Stages differ by their Objective. Everything that a resumed run needs is in its checkpoint or is a
+function of the step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megashear.checkpoint import manager
+from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.load import fill_from_reader
+from megashear.checkpoint.manager import CheckpointInfo, CheckpointManager
+from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, to_yaml
+from megashear.config.schema import ModelShape, RunConfig
+from megashear.data.dataset import build_train_dataset, build_valid_datasets
+from megashear.data.loader import MicroBatch, TrainLoader
+from megashear.data.mixture import Mixture
+from megashear.errors import CheckpointError, TrainingError
+from megashear.model.build import build_model
+from megashear.platform import cuda
+from megashear.platform.parallel import Platform
+from megashear.training.evaluation import Evaluator
+from megashear.training.objective import LanguageModeling, PruningObjective
+from megashear.training.optimizer import WeightOptimizer
+from megashear.training.run_log import RunLog
+from megashear.training.step import DomainLosses, run_microbatches
+
+# Options that may differ between a run and its continuation without changing what it computes.
+_FREE_OPTIONS = ("run_dir", "parallel", "platform", "trainer.log_interval", "trainer.save_interval",
+                 "trainer.keep_checkpoints", "data.num_workers", "data.tokenizer")  # fmt: skip
+
+
+def source_shape(config: RunConfig) -> ModelShape:
+    """The shape that a run trains: its `model`, or that of the model at `init_from`."""
+    if config.model is not None:
+        return config.model
+    assert config.init_from is not None
+    return manager.read_shape(config.init_from)
+
+
+class Trainer:
+    """One run on one process.
+
+    Args:
+        config: checked.
+        platform: started.
+    """
+
+    def __init__(self, config: RunConfig, platform: Platform) -> None:
+        self.config, self.platform = config, platform
+        self.shape = source_shape(config)
+        self.run_dir = Path(config.run_dir)
+        trainer, data = config.trainer, config.data
+        self.checkpoints = CheckpointManager(self.run_dir, platform, trainer.keep_checkpoints)
+        resumed = self.checkpoints.latest()
+        if resumed is not None:
+            _refuse_other_config(resumed, config)
+        self.step = resumed.step if resumed else 0
+        self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, self.step)
+
+        self.mixture = Mixture.from_config(data)
+        dataset = build_train_dataset(data, self.shape.vocab_size, self.mixture)
+        self.evaluator = Evaluator(
+            build_valid_datasets(data, self.shape.vocab_size),
+            config.evaluation.batches_per_domain * trainer.global_batch_size,
+            trainer.micro_batch_size,
+            platform,
+        )
+        self.losses: dict[str, float] = {}
+        model = build_model(self.shape, platform, config.parallel, data.seq_length)
+        if resumed is None and config.init_from is not None:
+            self._initialise(model, config.init_from)
+        self.optimizer = WeightOptimizer(model, config.optimizer, trainer.steps)
+        self.objective = (
+            PruningObjective(config, model, self.shape, platform)
+            if config.stage == "prune"
+            else LanguageModeling()
+        )
+        if resumed is not None:
+            self._resume(resumed)
+        self.loader = TrainLoader(
+            dataset,
+            global_batch_size=trainer.global_batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            dp_rank=platform.data_rank,
+            dp_size=platform.data_size,
+            num_workers=data.num_workers,
+            consumed_samples=self.step * trainer.global_batch_size,
+        )
+        self._stopped_by: int | None = None
+
+    def _initialise(self, model: Any, init_from: str) -> None:
+        if manager.is_huggingface(init_from):
+            fill_from_reader(model, HuggingFaceReader(Path(init_from)).read, self.platform)
+        else:
+            manager.load_weights(manager.read_info(init_from), model)
+        self.log.say(f"weights from {init_from}")
+
+    def _resume(self, info: CheckpointInfo) -> None:
+        tensors = self.checkpoints.load(info, self.optimizer.unwrapped, self.optimizer.megatron)
+        self.objective.load_state(tensors)
+        self.mixture.load_state_dict(info.progress["mixture"])
+        self.losses = info.progress["losses"]
+        self.log.say(f"resumed from {info.directory} at step {info.step}")
+
+    def run(self) -> None:
+        """Train to the last step, or until a signal; either way the last state is saved.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            SystemExit: a signal ended the run; the status is 128 + its number, as in a shell.
+        """
+        steps = self.config.trainer.steps
+        if self.step >= steps:
+            self.log.say(f"{self.run_dir} is complete: {steps} steps. Nothing to do")
+            return
+        with self._signals():
+            if self.step == 0:
+                self._evaluate()
+            saved = self.step
+            while self.step < steps and not self._must_stop():
+                self.train_step()
+                if self._due(self.config.evaluation.interval):
+                    self._evaluate()
+                if self._due(self.config.trainer.save_interval):
+                    self.save()
+                    saved = self.step
+            if saved != self.step or saved == 0:
+                self.save()
+        self.loader.close()
+        if self.step < steps:
+            self.log.say(f"stopped by a signal at step {self.step}; start it again to go on")
+            raise SystemExit(128 + (self._stopped_by or signal.SIGTERM))
+        if verdict := self.objective.verdict():
+            self.log.warn(verdict)
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.trainer.steps
+
+    def train_step(self) -> None:
+        """One optimizer step: every micro-batch forward and backward, then one update."""
+        began = time.perf_counter()
+        self.loader.fetch_until(self._next_evaluation() * self.config.trainer.global_batch_size)
+        batches = self.loader.next_step()
+        loaded = time.perf_counter()
+        lr_share = self.optimizer.begin_step(self.step)
+        self.optimizer.zero_grad()
+        with self.objective.step_weights(self.step):
+            losses = run_microbatches(
+                self.optimizer.model, batches, self.platform, len(self.mixture.names)
+            )
+        self._check_finite(losses, batches)
+        penalty = self.objective.backward(self.step)
+        grad_norm = self.optimizer.step()
+        self.objective.update(lr_share)
+        record = self.objective.metrics(self.step)
+        self.step += 1
+        self._log_step(record, losses, penalty, grad_norm, loaded - began, began)
+
+    def _next_evaluation(self) -> int:
+        interval = self.config.evaluation.interval
+        return min((self.step // interval + 1) * interval, self.config.trainer.steps)
+
+    def _check_finite(self, losses: DomainLosses, batches: list[MicroBatch]) -> None:
+        if math.isfinite(losses.mean):
+            return
+        counts = {
+            name: int(tokens) // self.config.data.seq_length
+            for name, tokens in zip(self.mixture.names, losses.tokens, strict=True)
+        }
+        good = self.checkpoints.latest()
+        raise TrainingError(
+            f"the loss of step {self.step + 1} is {losses.mean}. Sequences of its batch by domain: "
+            f"{', '.join(f'{name} {count}' for name, count in counts.items())}; losses by domain: "
+            f"{dict(zip(self.mixture.names, losses.of_domains(), strict=True))}. Last good "
+            f"checkpoint: {good.directory if good else 'none'}. Lower the learning rate or check "
+            "the domain's text, then start again: the run goes on from that checkpoint"
+        )
+
+    def _log_step(
+        self,
+        record: dict[str, Any],
+        losses: DomainLosses,
+        penalty: float | None,
+        grad_norm: float,
+        data_seconds: float,
+        began: float,
+    ) -> None:
+        trainer, seq_length = self.config.trainer, self.config.data.seq_length
+        seconds = time.perf_counter() - began
+        of_domains = zip(self.mixture.names, losses.of_domains(), strict=True)
+        record = {
+            "step": self.step,
+            "tokens": self.step * trainer.global_batch_size * seq_length,
+            "loss": losses.mean,
+            "penalty": penalty,
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.lr,
+            **record,
+            "domain_losses": {name: loss for name, loss in of_domains if not math.isnan(loss)},
+            "seconds": seconds,
+            "data_seconds": data_seconds,
+            "tokens_per_second": trainer.global_batch_size * seq_length / seconds,
+            "memory_gib": cuda.peak_memory_gib(self.platform.device),
+        }
+        self.log.step(record, show=self.step == 1 or self._due(trainer.log_interval))
+
+    def _evaluate(self) -> None:
+        with self.objective.evaluation_weights():
+            self.losses = self.evaluator.losses(self.optimizer.model)
+        before = self.mixture.weights
+        if self.step < self.config.trainer.steps:
+            self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)
+        self.log.evaluation(
+            self.step, self.losses, self.mixture.references, before, self.mixture.weights
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, and beside the run what its continuation starts from."""
+        config = self.config
+        info = CheckpointInfo(
+            shape=self.shape,
+            stage=config.stage,
+            step=self.step,
+            tokens=self.step * config.trainer.global_batch_size * config.data.seq_length,
+            target=self.objective.target,
+            origin={"init_from": config.init_from},
+            progress={"mixture": self.mixture.state_dict(), "losses": self.losses},
+            config=to_yaml(config),
+            tokenizer=config.data.tokenizer,
+        )
+        model = self.optimizer.unwrapped
+        where = self.checkpoints.save(info, model, self.optimizer.megatron, self.objective.state())
+        if self.platform.rank == 0:
+            domains = [
+                replace(domain, weight=weight)
+                for domain, weight in zip(config.data.domains, self.mixture.weights, strict=True)
+            ]
+            manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
+            manager.write_durably(self.run_dir / "config.yaml", to_yaml(config))
+        self.log.say(f"saved {where}")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) end the run after the step."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def stop(number: int, frame: Any) -> None:
+            self._stopped_by = number
+
+        for number in numbers:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _must_stop(self) -> bool:
+        """Whether any rank got a signal: they come between different steps on different ranks."""
+        return self.platform.any_rank(self._stopped_by is not None)
+
+
+def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
+    """A run is continued under the configuration that it began with, but for free options."""
+    before, after = (
+        _flat(yaml.safe_load(info.config or "{}")),
+        _flat(yaml.safe_load(to_yaml(config))),
+    )
+    differences = [
+        f"  {name}: {before.get(name)!r} in the run, {after.get(name)!r} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(_FREE_OPTIONS)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{config.run_dir} holds a run of another configuration:\n"
+            + "\n".join(differences)
+            + "\nUndo the changes to continue it, or give another run_dir"
+        )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        name = f"{path}.{key}" if path else str(key)
+        flat |= _flat(value, name) if isinstance(value, dict | list) else {name: value}
+    return flat

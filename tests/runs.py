@@ -1,0 +1,84 @@
+"""Small runs for tests: token files, configurations, and the first steps of a trainer on a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megashear.config.schema import (
+    DataConfig,
+    Domain,
+    EvaluationConfig,
+    ModelShape,
+    OptimizerConfig,
+    ParallelConfig,
+    PlatformConfig,
+    PruningConfig,
+    RunConfig,
+    TargetShape,
+    TrainerConfig,
+)
+from megashear.pruning.table import table
+from tests.make_data import random_documents, write_tokens
+
+MHA = ModelShape(
+    num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=64
+)
+GQA = ModelShape(
+    num_layers=3,
+    hidden_size=32,
+    num_attention_heads=8,
+    num_query_groups=4,
+    ffn_hidden_size=48,
+    vocab_size=64,
+)
+TARGETS = {
+    MHA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=2, ffn_hidden_size=32),
+    GQA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32),
+}
+
+
+def write_domains(directory: Path, vocab: int = 64) -> tuple[Domain, ...]:
+    """Two domains of random tokens, training and validation."""
+    domains = []
+    for seed, (name, weight) in enumerate((("first", 0.7), ("second", 0.3))):
+        files = {}
+        for part, tokens in (("train", 6000), ("valid", 600)):
+            documents = random_documents(tokens, vocab, seed=2 * seed + (part == "valid"))
+            files[part] = write_tokens(directory / f"{name}_{part}", documents, vocab)
+        domains.append(Domain(name, files["train"], files["valid"], weight, reference_loss=4.0))
+    return tuple(domains)
+
+
+def random_weights(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that every part of the model shows in its logits."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        row.name: 1 + 0.1 * torch.randn(row.shape(), generator=generator)
+        if row.norm
+        else 0.15 * torch.randn(row.shape(), generator=generator)
+        for row in table(shape)
+    }
+
+
+def run_config(directory: Path, domains: tuple[Domain, ...], **changes: Any) -> RunConfig:
+    """A short run in fp32 on the CPU: 6 steps of 4 sequences of 16 tokens, unless changed.
+
+    adam_eps is above the rounding of the gradients, which Adam would else blow up to whole steps.
+    """
+    settings: dict[str, Any] = {
+        "stage": "pretrain",
+        "run_dir": str(directory / "run"),
+        "data": DataConfig(seq_length=16, domains=domains),
+        "evaluation": EvaluationConfig(interval=3, batches_per_domain=1),
+        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2, adam_eps=1e-6),
+        "trainer": TrainerConfig(
+            steps=6, global_batch_size=4, micro_batch_size=1, log_interval=2, save_interval=3
+        ),
+        "parallel": ParallelConfig(),
+        "platform": PlatformConfig(device="cpu", precision="fp32", timeout_minutes=2),
+        "pruning": PruningConfig(sparsity_warmup_steps=3),
+    }
+    return RunConfig(**{**settings, **changes})

@@ -1,0 +1,131 @@
+"""Every layout computes what one process computes: losses, gradients, masks, parameters.
+
+Each row of LAYOUTS runs the real trainer for three steps and is compared with one process. Adding a
+layout is adding a row. fp32, to 1e-5 of the largest value of each tensor (gradients of the first
+step), and parameters after three steps, through which Adam amplifies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.manager import CheckpointInfo, write_model
+from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
+from megashear.model.build import unwrap
+from megashear.platform import parallel
+from megashear.pruning.table import table
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.runs import GQA, MHA, TARGETS, random_weights, run_config, write_domains
+
+LAYOUTS = {
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "tp2-sp": (2, ParallelConfig(tensor=2, sequence=True)),
+    "dp2": (2, ParallelConfig()),
+    "tp2-sp-dp2": (4, ParallelConfig(tensor=2, sequence=True)),
+}
+SHAPES = {"mha": MHA, "gqa-tied": replace(GQA, tied_embeddings=True)}
+
+
+def three_steps(config: RunConfig) -> dict[str, Any]:
+    """What a rank computes: losses, gradients of step 1, state after step 3; weights by shard."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    found: dict[str, Any] = {"losses": [], "rank": (platform.tensor_rank, platform.tensor_size)}
+    trainer.log.step = lambda record, show: found["losses"].append(record["loss"])  # type: ignore
+    objective, megatron_step = trainer.objective, trainer.optimizer.step
+
+    def weights() -> dict[str, Tensor]:
+        return {b.row.name: b.parameter for b in unwrap(trainer.optimizer.model).bound_rows()}
+
+    def step_and_keep_gradients() -> float:
+        if "gradients" not in found:
+            found["gradients"] = {n: p.main_grad.clone() for n, p in weights().items()}
+            if config.stage == "prune":
+                found["mask_gradients"] = {
+                    **{n: p.grad.clone() for n, p in objective.masks.log_alpha.items()},
+                    **{
+                        n + ".l": p.grad.clone()
+                        for n, p in objective.lagrangian.multipliers.items()
+                    },
+                }
+        return megatron_step()
+
+    trainer.optimizer.step = step_and_keep_gradients  # type: ignore[method-assign]
+    for _ in range(3):
+        trainer.train_step()
+    found["weights"] = {name: p.detach().clone() for name, p in weights().items()}
+    found["state"] = objective.state()
+    parallel.stop()
+    return found
+
+
+def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    scale = expected.abs().max().clamp_min(1e-12)
+    difference = (ours - expected).abs().max() / scale
+    assert difference < tolerance, f"{what}: {difference:.1e} of the maximum {scale:.1e}"
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(configuration, what one process computes), once for each stage and shape."""
+    made: dict[tuple[str, str], tuple[RunConfig, dict[str, Any]]] = {}
+
+    def get(stage: str, shape_name: str) -> tuple[RunConfig, dict[str, Any]]:
+        if (stage, shape_name) not in made:
+            directory = tmp_path_factory.mktemp(f"{stage}-{shape_name}")
+            config = configuration(directory, stage, SHAPES[shape_name])
+            made[stage, shape_name] = (config, run_distributed(three_steps, 1, config)[0])
+        return made[stage, shape_name]
+
+    return get
+
+
+def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
+    """A prune or continue run from random weights, the same for every layout."""
+    run_distributed(write_source, 1, directory / "source", shape)  # not here: this process forks
+    return run_config(
+        directory,
+        write_domains(directory),
+        stage=stage,
+        init_from=str(directory / "source"),
+        target=TARGETS[replace(shape, tied_embeddings=False)] if stage == "prune" else None,
+    )
+
+
+def write_source(directory: Path, shape: ModelShape) -> None:
+    """Write a checkpoint with random weights."""
+    info = CheckpointInfo(shape=shape, stage="imported")
+    write_model(directory, info, random_weights(shape).items())
+
+
+@pytest.mark.parametrize("shape_name", SHAPES)
+@pytest.mark.parametrize("stage", ["prune", "continue"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_computes_what_one_process_computes(
+    layout: str, stage: str, shape_name: str, oracle: Any
+) -> None:
+    config, expected = oracle(stage, shape_name)
+    world_size, parallel_config = LAYOUTS[layout]
+    ranks = run_distributed(three_steps, world_size, replace(config, parallel=parallel_config))
+    rows = {row.name: row for row in table(SHAPES[shape_name])}
+    for found in ranks:
+        place = found["rank"]
+        assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), 1e-5, "loss")
+        for name, gradient in found["gradients"].items():
+            shard = rows[name].shard(expected["gradients"][name], *place)
+            assert_close(gradient, shard, 1e-5, f"gradient of {name}")
+        for name, gradient in found.get("mask_gradients", {}).items():
+            assert_close(gradient, expected["mask_gradients"][name], 1e-5, f"mask gradient {name}")
+        for name, weight in found["weights"].items():
+            shard = rows[name].shard(expected["weights"][name], *place)
+            assert_close(weight, shard, 1e-5, f"{name} after three steps")
+        for name, value in found["state"].items():
+            assert_close(value, expected["state"][name], 1e-5, f"{name} after three steps")
+            assert torch.equal(value, ranks[0]["state"][name]), f"ranks disagree on {name}"
