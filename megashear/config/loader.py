@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,7 +26,6 @@ from megashear.errors import ConfigError, ShearError
 DOMAINS_FILE = "domains.yaml"
 """In a run directory: the domains with their weights of the last save, for `data.domains_from`."""
 
-T = TypeVar("T")
 _FAULTY: Any = Faulty()
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -57,14 +56,14 @@ def load_config(
     if tree is None or isinstance(tree, dict):
         for override in overrides:
             tree = _override(tree, override, found)
-    config = _read(RunConfig, tree, "", found)
+    config: RunConfig = _read(RunConfig, tree, "", found)
     if not isinstance(config, Faulty):
         config = _with_domains_from(config, found, check_files)
         source = _source(config, source_shape, found)
         found += problems(config, source, world_size, check_files=check_files)
     if found:
         raise ConfigError(str(path), found)
-    return config  # type: ignore[no-any-return]  # built from the type hints of RunConfig
+    return config
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all the set-up they need, in one local .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+MAX_KB := 500
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.12), VENV=$(VENV), ARGS (for demo and test)"
+
+venv: $(STAMP) ## install everything into .venv, with pinned versions
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10 to 3.12. Name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv. Install it: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# On its own first: whatever build of torch the index offers for the pinned version is kept.
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machine
+	$(BIN)/python examples/demo/run.py $(ARGS)
+
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, format, types, spelling, sizes of committed files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megashear
+	$(BIN)/codespell
+	@big=$$(git ls-files -z | xargs -0 sh -c 'find "$$@" -maxdepth 0 -size +$(MAX_KB)k' sh); \
+	  test -z "$$big" || { echo "error: larger than $(MAX_KB) kB: $$big" >&2; exit 1; }
+
+format: $(STAMP) ## put imports and layout in order
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+
+clean: ## remove .venv, caches and the demo's run (not runs/)
+	rm -rf $(VENV) demo-run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

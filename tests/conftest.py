@@ -1,0 +1,18 @@
+"""Settings for every test: one thread a process, and nothing written into the checkout."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before torch is imported. More threads than cores make several ranks on one machine crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from hypothesis import configuration, settings
+
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "megashear-hypothesis")
+# Random outside of CI, so that cases never seen before turn up where somebody can look at them.
+settings.register_profile("megashear", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("megashear")
