@@ -1,0 +1,359 @@
+"""Hugging Face directories: read tensor by tensor, checked as a whole; written whole or not at all.
+
+Nothing in a directory is ever executed: safetensors, or .bin files through torch's weights-only
+loader. Imports neither Megatron nor transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from megashear.checkpoint.hf_config import (
+    family_of,
+    hf_config,
+    read_json,
+    refuse,
+    shape_from_hf_config,
+    write_json,
+)
+from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
+from megashear.checkpoint.whole import whole_directory
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.pruning.table import table
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights that are read, by their names in safetensors; others are quantised."""
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+VOCABULARIES = {"tokenizer.model", "tokenizer.json", "vocab.json"}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError)
+"""What the libraries raise for files that are missing, truncated, or not what they say."""
+
+Found = dict[str, tuple[Path, tuple[int, ...], str]]
+"""File, shape and type of tensors, by name."""
+
+
+class HuggingFaceReader:
+    """Reads the weights of a Hugging Face directory, in the table's names and layouts.
+
+    Attributes:
+        directory: where the model lies.
+        config: its config.json.
+        shape: of the model.
+
+    Raises:
+        CheckpointError: config.json or the index of the weights is missing, damaged or refused.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        file = self.directory / "config.json"
+        self.config = read_json(file)
+        self.family = family_of(self.config, file)
+        self.shape = shape_from_hf_config(self.config, file)
+        self._index = _read_index(self.directory)
+
+    def check(self) -> None:
+        """Check the whole directory, reading no more than the headers of its files.
+
+        Raises:
+            CheckpointError: listing every tensor that is missing, unexpected, of another shape
+                than config.json implies or of a type that holds no plain weights.
+        """
+        _ = self._files
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor of the table, in the type it is stored in.
+
+        Raises:
+            CheckpointError: as `check`, or the tensor cannot be read or is not finite.
+        """
+        return to_megatron(self.shape, name, self._tensor, self.family)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the table, in its order, one in memory at a time."""
+        for row in table(self.shape):
+            yield row.name, self.read(row.name)
+
+    @functools.cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of each tensor, after the check."""
+        found, problems = _scan(self.directory, self._index)
+        problems += self._misfits(found)
+        if problems:
+            refuse(self.directory, problems)
+        files = {name: file for name, (file, _, _) in found.items()}
+        if self.shape.tied_embeddings and HEAD in files:
+            head, embedding = (_read(files[name], name) for name in (HEAD, EMBEDDING))
+            if not torch.equal(head, embedding):
+                text = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+                refuse(self.directory, [f"{text}; one of the two is wrong"])
+        return files
+
+    def _misfits(self, found: Found) -> list[str]:
+        if self.shape.num_layers > len(found):  # and never list what a wrong number implies
+            text = f"num_hidden_layers = {self.shape.num_layers} in config.json, but the files"
+            return [f"{text} hold only {len(found)} tensors"]
+        expected = hf_tensors(self.shape, self.family)
+        problems = [f"{name} is missing" for name in expected if name not in found]
+        if self.shape.tied_embeddings:
+            expected[HEAD] = expected[EMBEDDING]
+        for name, (file, shape, dtype) in found.items():
+            if name not in expected:
+                problems.append(f"{name} in {file.name} is unexpected")
+            elif shape != expected[name]:
+                text = f"is {list(shape)} in {file.name}, but config.json says"
+                problems.append(f"{name} {text} {list(expected[name])}")
+            elif dtype not in DTYPES:
+                problems.append(f"{name} in {file.name} has type {dtype}; use {', '.join(DTYPES)}")
+        return problems
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = _read(self._files[name], name)
+        lowest, highest = tensor.aminmax()
+        if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+            raise CheckpointError(f"{self._files[name]}: {name} holds values that are not finite")
+        return tensor
+
+
+def _read_index(directory: Path) -> dict[str, str | None]:
+    """File name of each tensor; where one file holds all, that file under the name ''."""
+    for single, index in zip(SINGLE, INDICES, strict=True):  # the order in which transformers looks
+        if (directory / single).is_file():
+            return {"": single}
+        if (directory / index).is_file():
+            return _checked_index(directory / index)
+    raise CheckpointError(f"{directory}: no weights (none of {', '.join(SINGLE + INDICES)})")
+
+
+def _checked_index(file: Path) -> dict[str, str | None]:
+    """The index, all of whose files lie beside it and are of its own kind."""
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{file}: must have a mapping weight_map, of tensors to files")
+    suffix = Path(file.name.removesuffix(".index.json")).suffix
+    problems = [
+        f"{tensor} is said to be in {name!r}: not the name of a {suffix} file in this directory"
+        for tensor, name in names.items()
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix)
+    ]
+    if problems:
+        refuse(file, problems)
+    return names
+
+
+def _scan(directory: Path, index: Mapping[str, str | None]) -> tuple[Found, list[str]]:
+    """What the files hold, and where that is not what the index says."""
+    found: Found = {}
+    problems = []
+    for name in sorted({str(name) for name in index.values()}):
+        file = directory / name
+        try:
+            held = _describe(file)
+        except DAMAGED as error:
+            reason = "is missing" if not file.exists() else f"cannot be read: {error}"
+            problems.append(f"{name} {reason}")
+            continue
+        for tensor, (shape, dtype) in held.items():
+            if tensor.endswith("rotary_emb.inv_freq"):
+                continue  # follows from rope_theta; old releases of transformers wrote it
+            found[tensor] = (file, shape, dtype)
+            if "" not in index and index.get(tensor) != name:
+                problems.append(f"{tensor} is in {name}, but the index does not say so")
+        if "" not in index:
+            lost = [tensor for tensor, home in index.items() if home == name and tensor not in held]
+            problems += [f"{tensor} is not in {name}, where the index has it" for tensor in lost]
+    return found, problems
+
+
+def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor in a file."""
+    if file.suffix == ".bin":
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {
+            name: (tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in _load_bin(file, file.stat().st_mtime_ns).items()
+        }
+    with safe_open(file, framework="pt") as reader:
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+        return {
+            name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()
+        }
+
+
+def _read(file: Path, name: str) -> Tensor:
+    """One tensor; the file is opened for it alone, so that no more of it stays in memory."""
+    try:
+        if file.suffix == ".bin":
+            return _load_bin(file, file.stat().st_mtime_ns)[name]
+        with safe_open(file, framework="pt") as reader:
+            return reader.get_tensor(name)
+    except DAMAGED as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_bin(file: Path, mtime_ns: int) -> dict[str, Tensor]:
+    """A .bin file as of a time, mapped into memory; never unpickles anything but tensors."""
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # whose text advises to load it without the check
+        held = None
+    if not isinstance(held, dict) or not all(isinstance(held[name], Tensor) for name in held):
+        raise ValueError("damaged, or holds something else than named tensors")
+    return held
+
+
+def write_huggingface(
+    directory: str | Path,
+    shape: ModelShape,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    card: str | None = None,
+    max_shard_bytes: int = 2**30,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as transformers loads it.
+
+    Args:
+        directory: where it is to lie.
+        shape: of the model.
+        weights: every tensor of `table(shape)`, under its name; one at a time is held.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
+        tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
+        bos_token_id: of the tokenizer; by default what its directory tells.
+        eos_token_id: the same.
+        card: text of README.md.
+        max_shard_bytes: size that no file exceeds unless one tensor does.
+        overwrite: whether a model that is there is replaced.
+
+    Raises:
+        CheckpointError: the weights do not fit the shape or are not finite, transformers cannot
+            express the shape, or the directory exists or cannot be written.
+    """
+    config = hf_config(shape)
+    with whole_directory(directory, marker="config.json", overwrite=overwrite) as partial:
+        told = _copy_tokenizer(Path(tokenizer), partial) if tokenizer is not None else (None, None)
+        ids = {
+            "bos_token_id": told[0] if bos_token_id is None else bos_token_id,
+            "eos_token_id": told[1] if eos_token_id is None else eos_token_id,
+        }
+        kept = None if dtype is None else getattr(torch, dtype)
+        tensors = _hf_tensors_of(shape, weights, kept)
+        config["torch_dtype"] = _write_shards(partial, tensors, max_shard_bytes)
+        write_json(partial / "config.json", {**config, **ids})
+        write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        if card is not None:
+            (partial / "README.md").write_text(card)
+    return Path(directory)
+
+
+def _copy_tokenizer(tokenizer: Path, directory: Path) -> tuple[Any, ...]:
+    """Copy a tokenizer's files; returns its bos and eos ids as far as they are told there."""
+    source = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if tokenizer.is_file() and tokenizer.name not in files:
+        files = {f"tokenizer{tokenizer.suffix}": tokenizer}
+    if not tokenizer.exists() or not VOCABULARIES & files.keys():
+        raise CheckpointError(
+            f"{tokenizer}: no tokenizer (none of {', '.join(sorted(VOCABULARIES))})"
+        )
+    for name, file in files.items():
+        shutil.copyfile(file, directory / name)
+    if (source / "config.json").is_file():
+        config = read_json(source / "config.json")
+        return config.get("bos_token_id"), config.get("eos_token_id")
+    if "tokenizer.model" not in files:
+        return None, None
+    try:
+        processor = SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
+    except (OSError, RuntimeError) as error:
+        text = f"{files['tokenizer.model']}: not a sentencepiece model: {error}"
+        raise CheckpointError(text) from None
+    return tuple(i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+
+
+def _hf_tensors_of(
+    shape: ModelShape, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of Hugging Face's names and layouts, each checked."""
+    expected = {row.name: row.shape() for row in table(shape)}
+    for name, whole in weights:
+        if expected.pop(name, None) != tuple(whole.shape):
+            text = f"{name} {list(whole.shape)} is unexpected, comes twice or has another shape"
+            raise CheckpointError(f"{text} than the model's")
+        for hf_name, part in to_hf(shape, name, whole.detach()):
+            tensor = part.to("cpu", dtype or part.dtype).contiguous()
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+                raise CheckpointError(f"{name} holds values that are not finite in {tensor.dtype}")
+            yield hf_name, tensor
+    if expected:
+        raise CheckpointError(f"weights are missing: {', '.join(expected)}")
+
+
+def _write_shards(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> str:
+    """Write tensors as files of bounded size, with an index if need be; returns their type."""
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+    size = total = 0
+
+    def write() -> None:
+        save_file(waiting, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > max_shard_bytes:
+            write()
+            size = 0
+        waiting[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+        dtypes.add(tensor.dtype)
+    write()
+    _name_shards(directory, shards, total)
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (directory / "0.part").rename(directory / SINGLE[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{number}.part").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / INDICES[0], index)

@@ -1,0 +1,81 @@
+"""Output directories that are there whole or not at all.
+
+Imports nothing of megashear but `errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from megashear.errors import CheckpointError
+
+
+@contextmanager
+def whole_directory(directory: str | Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Give a directory to write into; when the block ends well, it takes the name `directory`.
+
+    It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C too)
+    removes it and leaves what was there before.
+
+    Args:
+        directory: where the result is to lie; an empty directory may be there.
+        marker: file by which a former result is known; nothing else is ever overwritten.
+        overwrite: whether a former result is replaced.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or writing failed.
+    """
+    final = Path(directory).resolve()
+    _check_replaceable(final, marker, overwrite)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        _swap(partial, final)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{final}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(final: Path, marker: str, overwrite: bool) -> None:
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{final} exists. Remove it, or allow it with --overwrite")
+    if not (final / marker).is_file():
+        raise CheckpointError(f"{final} is not overwritten: it holds no {marker}. Remove it first")
+    inside = sorted(path.name for path in final.iterdir() if path.is_dir())
+    if inside:
+        raise CheckpointError(
+            f"{final} is not overwritten: it holds directories ({', '.join(inside)}), which would "
+            "be lost. Move them away first"
+        )
+
+
+def _swap(partial: Path, final: Path) -> None:
+    former = final.with_name(f".{final.name}.former")
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(final, former)
+    os.replace(partial, final)
+    _flush(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Make a file or a directory's list of names survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
