@@ -1,0 +1,138 @@
+"""Do two models compute the same? Logits by transformers and by Megatron-Core, and how they differ.
+
+The one module that runs transformers' models, so that imports and exports are held against it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.extraction import read_pruned
+from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.load import fill_from_reader
+from megashear.checkpoint.manager import is_huggingface, read_info
+from megashear.checkpoint.sharded import WeightsReader
+from megashear.config.schema import ParallelConfig
+from megashear.errors import CheckpointError
+from megashear.model.build import build_model
+from megashear.model.masked_weights import MaskedWeights
+from megashear.platform.parallel import single_process
+
+
+@dataclass(frozen=True)
+class LogitsDifference:
+    """How far the logits of one model are from another's, over the same tokens.
+
+    Attributes:
+        max_abs: largest difference.
+        mean_abs: mean of the absolute differences.
+        scale: standard deviation of the first model's logits within a token, which unlike their
+            size does not change when a constant is added that no probability depends on.
+        kl_per_token: Kullback-Leibler divergence of the second from the first, nats per token.
+        top1_agreement: share of tokens after which both find the same token likeliest.
+    """
+
+    max_abs: float
+    mean_abs: float
+    scale: float
+    kl_per_token: float
+    top1_agreement: float
+
+    @property
+    def relative(self) -> float:
+        """Largest difference on the scale of the logits; infinite where that scale is 0."""
+        return self.max_abs / self.scale if self.scale else float("inf")
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the largest difference is below a share of the scale; never where one is NaN."""
+        return self.max_abs == 0 or self.relative < tolerance
+
+
+def logits_difference(a: Tensor, b: Tensor) -> LogitsDifference:
+    """Compare logits [b, s, vocab] of two models, in float64.
+
+    Raises:
+        CheckpointError: the models have vocabularies of different sizes.
+    """
+    if a.shape != b.shape:
+        raise CheckpointError(f"logits {list(a.shape)} and {list(b.shape)} cannot be compared")
+    largest, sums, variance = torch.zeros((), dtype=torch.float64), torch.zeros(3).double(), 0.0
+    for row_a, row_b in zip(a.double(), b.double(), strict=True):  # [s, vocab]
+        difference = (row_a - row_b).abs()
+        largest = torch.maximum(largest, difference.max())  # propagates NaN, as max() would not
+        log_p, log_q = row_a.log_softmax(-1), row_b.log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum()
+        same = (row_a.argmax(-1) == row_b.argmax(-1)).sum()
+        sums += torch.stack([difference.sum(), divergence, same.double()])
+        variance += float(row_a.var(-1, correction=0).sum())
+    tokens = a.shape[0] * a.shape[1]
+    total_abs, divergence, same = sums.tolist()
+    return LogitsDifference(
+        max_abs=float(largest),
+        mean_abs=total_abs / a.numel(),
+        scale=(variance / tokens) ** 0.5,
+        kl_per_token=divergence / tokens,
+        top1_agreement=same / tokens,
+    )
+
+
+def logits(path: str | Path, tokens: Tensor) -> Tensor:
+    """Logits [b, s, vocab] of int64 tokens [b, s], in fp32 on the CPU, of the model at a path.
+
+    Args:
+        path: Hugging Face directory, checkpoint or run.
+        tokens: of its vocabulary.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+    """
+    run = hf_logits if is_huggingface(path) else megatron_logits
+    return run(Path(path), tokens)
+
+
+@torch.no_grad()
+def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
+    """Logits by transformers; see `logits`.
+
+    Raises:
+        CheckpointError: also where transformers leaves a weight out or makes one up.
+    """
+    import transformers
+
+    HuggingFaceReader(directory).check()
+    key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **{key: torch.float32},
+    )
+    wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in info.items() if names]
+    if wrong:
+        raise CheckpointError(f"{directory}: transformers reports {'; '.join(wrong)}")
+    model.eval()
+    return torch.cat([model(row[None]).logits for row in tokens])
+
+
+@torch.no_grad()
+def megatron_logits(path: Path, tokens: Tensor) -> Tensor:
+    """Logits by Megatron-Core's model in one process; see `logits`.
+
+    Of a pruning run they are those of the masked model, with the masks that extraction would cut
+    by folded in as in training.
+    """
+    info = read_info(path)
+    positions = torch.arange(tokens.shape[1])[None]
+    with single_process() as platform:
+        model = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1]).eval()
+        reader = WeightsReader(info.model_directory, info.shape)
+        fill_from_reader(model, reader.read, platform)
+        z = read_pruned(info.directory).z if info.stage == "prune" else None
+        with MaskedWeights(model, platform).masked(z) if z is not None else nullcontext():
+            return torch.cat([model(row[None], positions, None) for row in tokens])

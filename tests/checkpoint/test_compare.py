@@ -1,0 +1,148 @@
+"""The comparison itself, and the two models it is for: transformers' and Megatron-Core's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megashear.checkpoint.compare import logits, logits_difference
+from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
+from megashear.checkpoint.manager import CheckpointInfo, write_model
+from megashear.checkpoint.sharded import WeightsReader
+from megashear.config.schema import ModelShape, TargetShape
+from megashear.errors import CheckpointError
+from megashear.platform.parallel import single_process
+from megashear.pruning.masks import Masks, resolve_target
+from tests.hf_models import VARIANTS, save_llama, tokens_of
+from tests.reference_llama import random_weights
+
+
+def import_model(source: Path, out: Path) -> None:
+    """A Megatron checkpoint of a Hugging Face directory."""
+    reader = HuggingFaceReader(source)
+    with single_process():
+        write_model(out, CheckpointInfo(reader.shape, "imported"), reader.items())
+
+
+def test_difference_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    a = 3 * rng.standard_normal((2, 5, 7)).astype(np.float32)
+    b = a + 0.5 * rng.standard_normal((2, 5, 7)).astype(np.float32)
+    found = logits_difference(torch.from_numpy(a), torch.from_numpy(b))
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    assert found.max_abs == pytest.approx(np.abs(a - b).max())
+    assert found.mean_abs == pytest.approx(np.abs(a - b).mean())
+    assert found.scale == pytest.approx(np.sqrt(a.var(-1).mean()))
+    assert found.kl_per_token == pytest.approx((p * np.log(p / q)).sum(-1).mean())
+    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert found.within(found.relative * 1.01)
+    assert not found.within(found.relative * 0.99)
+
+
+def test_scale_does_not_grow_with_a_constant() -> None:
+    a = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    plain, shifted = logits_difference(a, a + 1e-3), logits_difference(a + 1000, a + 1000)
+    assert plain.scale == pytest.approx(shifted.scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_within_no_tolerance(value: float) -> None:
+    a = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    b = a.clone()
+    b[0, 0, 2] = value  # not the last, for a later finite row must not hide it
+    for pair in ((a, b), (b, a), (b, b)):
+        assert not logits_difference(*pair).within(1e9)
+
+
+def test_vocabularies_must_be_the_same() -> None:
+    with pytest.raises(CheckpointError, match="cannot be compared"):
+        logits_difference(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_imported_model_computes_what_transformers_computes(tmp_path: Path, variant: str) -> None:
+    model = save_llama(tmp_path / "hf", **VARIANTS[variant])
+    import_model(tmp_path / "hf", tmp_path / "megatron")
+    tokens = tokens_of(model)
+    expected = logits(tmp_path / "hf", tokens)
+    with torch.no_grad():
+        assert torch.allclose(expected, model(tokens).logits, atol=1e-5)
+    found = logits_difference(expected, logits(tmp_path / "megatron", tokens))
+    assert found.within(1e-4)
+    assert found.top1_agreement == 1.0
+    assert found.kl_per_token < 1e-8
+
+
+@pytest.mark.parametrize("variant", ["grouped_query", "tied"])
+def test_megatron_checkpoint_exports_the_same_tensors(tmp_path: Path, variant: str) -> None:
+    model = save_llama(tmp_path / "hf", **VARIANTS[variant])
+    import_model(tmp_path / "hf", tmp_path / "megatron")
+    shape = HuggingFaceReader(tmp_path / "hf").shape
+    with single_process():
+        reader = WeightsReader(tmp_path / "megatron" / "model", shape)
+        write_huggingface(tmp_path / "out", shape, reader.items())
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        assert torch.equal(exported.pop(name), tensor), name
+    assert not exported
+    assert model.config.tie_word_embeddings == (variant == "tied")
+
+
+def test_a_wrong_conversion_is_found(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "hf", num_key_value_heads=2)
+    reader = HuggingFaceReader(tmp_path / "hf")
+    weights = dict(reader.items())
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    group = weights[name].unflatten(0, (2, 4, 8))  # key and value of each group changed over
+    weights[name] = group[:, [0, 1, 3, 2]].flatten(0, 2)
+    with single_process():
+        info = CheckpointInfo(reader.shape, "imported")
+        write_model(tmp_path / "megatron", info, weights.items())
+    tokens = tokens_of(model)
+    found = logits_difference(
+        logits(tmp_path / "hf", tokens), logits(tmp_path / "megatron", tokens)
+    )
+    assert not found.within(1e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_masked_run_equals_its_extraction_and_export(tmp_path: Path, tied: bool) -> None:
+    shape = ModelShape(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=8,
+        num_query_groups=4,
+        ffn_hidden_size=48,
+        vocab_size=96,
+        tied_embeddings=tied,
+    )
+    sizes = TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32)
+    target = resolve_target(shape, sizes)
+    masks = Masks(shape, target)
+    state = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        for number, (name, value) in enumerate(masks.state_dict().items())
+    }
+    info = CheckpointInfo(shape, "prune", target=target)
+    run, cut, out = (tmp_path / name for name in ("run", "cut", "out"))
+    with single_process():
+        write_model(run, info, random_weights(shape, 0).items())
+        save_file(state, run / "masks.safetensors")
+        dense = extract_checkpoint(read_pruned(run), cut)
+        weights = WeightsReader(cut / "model", dense.shape)
+        write_huggingface(out, dense.shape, weights.items())
+    tokens = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(1))
+    masked = logits(run, tokens)
+    assert logits_difference(masked, logits(cut, tokens)).within(1e-4)
+    assert logits_difference(masked, logits(out, tokens)).within(1e-4)
+    twice = tmp_path / "twice"  # the mistake of folding the final norm a second time
+    wrong = dict(HuggingFaceReader(out).items())
+    wrong["decoder.final_layernorm.weight"] *= wrong["decoder.final_layernorm.weight"]
+    write_huggingface(twice, dense.shape, wrong.items())
+    assert not logits_difference(masked, logits(twice, tokens)).within(1e-2)
