@@ -22,8 +22,8 @@ $(STAMP): setup.py constraints.txt
 	  { echo "error: $(PYTHON) has no venv. Install it: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@# On its own first: whatever build of torch the index offers for the pinned version is kept.
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machine
