@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megashear.config.schema import (
     DataConfig,
     Domain,
@@ -20,7 +18,6 @@ from megashear.config.schema import (
     TargetShape,
     TrainerConfig,
 )
-from megashear.pruning.table import table
 from tests.make_data import random_documents, write_tokens
 
 MHA = ModelShape(
@@ -50,17 +47,6 @@ def write_domains(directory: Path, vocab: int = 64) -> tuple[Domain, ...]:
             files[part] = write_tokens(directory / f"{name}_{part}", documents, vocab)
         domains.append(Domain(name, files["train"], files["valid"], weight, reference_loss=4.0))
     return tuple(domains)
-
-
-def random_weights(shape: ModelShape, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights large enough that every part of the model shows in its logits."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        row.name: 1 + 0.1 * torch.randn(row.shape(), generator=generator)
-        if row.norm
-        else 0.15 * torch.randn(row.shape(), generator=generator)
-        for row in table(shape)
-    }
 
 
 def run_config(directory: Path, domains: tuple[Domain, ...], **changes: Any) -> RunConfig:

@@ -30,6 +30,7 @@ from torch import Tensor
 import megashear
 from megashear.checkpoint import sharded
 from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import Platform
@@ -162,20 +163,10 @@ def write_model(
     Raises:
         CheckpointError: the directory exists, or the weights do not fit the shape.
     """
-    if directory.exists() and not overwrite:
-        raise CheckpointError(f"{directory} exists. Remove it, or allow it with --overwrite")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    info = dataclasses.replace(info, versions=versions(), directory=directory)
+    with whole_directory(directory, marker=INFO, overwrite=overwrite, parts=["model"]) as partial:
         sharded.write_weights(partial / "model", info.shape, weights)
-        info = dataclasses.replace(info, versions=versions(), directory=directory)
         write_durably(partial / INFO, info.to_json())
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return info
 
 

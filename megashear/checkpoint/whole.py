@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from megashear.errors import CheckpointError
 
 
 @contextmanager
-def whole_directory(directory: str | Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+def whole_directory(
+    directory: str | Path, *, marker: str, overwrite: bool, parts: Sequence[str] = ()
+) -> Iterator[Path]:
     """Give a directory to write into; when the block ends well, it takes the name `directory`.
 
     It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C too)
@@ -27,12 +29,13 @@ def whole_directory(directory: str | Path, *, marker: str, overwrite: bool) -> I
         directory: where the result is to lie; an empty directory may be there.
         marker: file by which a former result is known; nothing else is ever overwritten.
         overwrite: whether a former result is replaced.
+        parts: directories that a result has; one with others in it is not overwritten.
 
     Raises:
         CheckpointError: something is there that may not be replaced, or writing failed.
     """
     final = Path(directory).resolve()
-    _check_replaceable(final, marker, overwrite)
+    _check_replaceable(final, marker, overwrite, parts)
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -47,14 +50,14 @@ def whole_directory(directory: str | Path, *, marker: str, overwrite: bool) -> I
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(final: Path, marker: str, overwrite: bool) -> None:
+def _check_replaceable(final: Path, marker: str, overwrite: bool, parts: Sequence[str]) -> None:
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         raise CheckpointError(f"{final} exists. Remove it, or allow it with --overwrite")
     if not (final / marker).is_file():
         raise CheckpointError(f"{final} is not overwritten: it holds no {marker}. Remove it first")
-    inside = sorted(path.name for path in final.iterdir() if path.is_dir())
+    inside = sorted(p.name for p in final.iterdir() if p.is_dir() and p.name not in parts)
     if inside:
         raise CheckpointError(
             f"{final} is not overwritten: it holds directories ({', '.join(inside)}), which would "

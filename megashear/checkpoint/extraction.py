@@ -1,0 +1,86 @@
+"""Cuts the target model out of a pruning run's checkpoint, into a dense checkpoint of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.checkpoint.sharded import WeightsReader
+from megashear.errors import CheckpointError
+from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
+from megashear.pruning.masks import Masks
+
+
+@dataclass(frozen=True)
+class PrunedRun:
+    """A checkpoint of a pruning run with its masks.
+
+    Attributes:
+        info: of the checkpoint.
+        masks: as learned so far.
+        off_target: which masks are not where they should be, as text; empty if all are.
+    """
+
+    info: CheckpointInfo
+    masks: Masks
+    off_target: str
+
+    @property
+    def z(self) -> dict[str, Tensor]:
+        """The deterministic masks that extraction folds in."""
+        return self.masks.deterministic("target")
+
+
+def read_pruned(path: Path) -> PrunedRun:
+    """Read a pruning run's latest checkpoint, or one of its checkpoints, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or it is not of a pruning run, or it is damaged.
+    """
+    info = read_info(path)
+    file = info.directory / "masks.safetensors"
+    if info.stage != "prune":
+        raise CheckpointError(
+            f"{info.directory} is of stage {info.stage}: there are no masks in it"
+        )
+    masks = Masks(info.shape, info.target)
+    try:
+        stored = load_file(file)
+        masks.load_state_dict({name: stored[name] for name in masks.state_dict()})
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: damaged or of another model: {error}") from error
+    target_sparsity = yaml.safe_load(info.config or "{}").get("target_sparsity")
+    report = format_off_target(off_target(masks, target_sparsity=target_sparsity))
+    return PrunedRun(info, masks, report)
+
+
+def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
+    """Write the dense target model of a pruning run.
+
+    Args:
+        pruned: what `read_pruned` returned.
+        out: directory of the dense checkpoint.
+        overwrite: whether an existing one is replaced.
+
+    Raises:
+        CheckpointError: the layers do not come out alike, or `out` exists.
+    """
+    info, z = pruned.info, pruned.z
+    shape = uniform_shape(info.shape, z)
+    reader = WeightsReader(info.model_directory, info.shape)
+    dense = CheckpointInfo(
+        shape=shape,
+        stage="extracted",
+        step=info.step,
+        tokens=info.tokens,
+        origin={"pruned": str(info.directory), **info.origin},
+        progress={"losses": info.progress.get("losses", {})},
+        tokenizer=info.tokenizer,
+    )
+    return write_model(out, dense, extract(info.shape, z, reader.read), overwrite=overwrite)
