@@ -182,8 +182,8 @@ class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
         for index in range(len(self._cursors), len(segments)):
             cursor = np.zeros(len(self.members), dtype=np.int64)
             if index > 0:
-                before, length = segments[index - 1], segments[index].first_sample
-                length -= before.first_sample
+                before = segments[index - 1]
+                length = segments[index].first_sample - before.first_sample
                 cursor = self._cursors[index - 1] + self._blend_of(before).counts(length)
             self._cursors.append(cursor)
         self._segments = segments
@@ -195,10 +195,8 @@ class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
 
     def _note_epoch(self, domain: int, epoch: int, n: int) -> None:
         if epoch > self._epochs.setdefault(domain, epoch):
-            log.info(
-                "domain %s begins epoch %d at sample %d, in a new order",
-                *(self.members[domain].name, epoch + 1, n),
-            )
+            name = self.members[domain].name
+            log.info("domain %s begins epoch %d at sample %d, in a new order", name, epoch + 1, n)
             self._epochs[domain] = epoch
 
 

@@ -88,6 +88,7 @@ class TrainLoader:
         Raises:
             DataError: a token file does not fit the vocabulary.
         """
+        assert self._loader is not None, "the loader is closed"
         if limit_samples is not None:
             self.fetch_until(limit_samples)
         if self._consumed == self._order.steps.stop:
@@ -109,12 +110,11 @@ class TrainLoader:
 
     def _allow_steps(self) -> None:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
-        assert self._loader is not None, "the loader is closed"
         steps = max(1, (self._limit - self._consumed) // self._step_samples)
         stop = self._consumed + steps * self._step_samples
         self._order.steps = range(self._consumed, stop, self._step_samples)
         self._segments = self._mixture.segments
-        self._batches = iter(self._loader)
+        self._batches = iter(self._loader or ())
 
 
 def valid_microbatches(
