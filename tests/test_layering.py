@@ -22,7 +22,7 @@ DIRECTION: dict[str, set[str]] = {
     "platform": {"errors", "config"},
     "model": {"errors", "config", "pruning", "platform"},
     "data": {"errors", "config", "platform"},
-    "checkpoint": {"errors", "config", "model", "pruning", "platform"},
+    "checkpoint": {"errors", "config", "console", "model", "pruning", "platform"},
     "training": {
         *("errors", "config", "console"),
         *("checkpoint", "data", "model", "pruning", "platform"),

@@ -243,19 +243,19 @@ def _packages(run: Run) -> Iterator[Problem]:
     platform = run.config.platform
     asked = []
     if platform.layers == "transformer_engine":
-        asked.append(("layers", "Transformer Engine", "Install it by `pip install megashear[te]`"))
+        install = "Install it by `pip install megashear[te]`"
+        asked.append(("layers", "transformer_engine", "Transformer Engine", install))
     if platform.kernels == "apex":
-        # The package index has something else under this name.
-        asked.append(("kernels", "Apex", "Build it from NVIDIA's sources"))
-    for name, title, install in asked:
-        module = getattr(platform, name)
+        # By its compiled kernels: the package index has something else under the name of apex.
+        asked.append(("kernels", "amp_C", "NVIDIA's Apex", "Build it from its sources"))
+    for name, module, title, install in asked:
         if platform.device == "cpu":
             text = f"{title} needs platform.device = 'cuda'. Use that, or 'torch' or 'auto' here"
         elif find_spec(module) is None:
             text = f"{title} is not installed. {install}, or use 'torch' or 'auto' here"
         else:
             continue
-        yield f"platform.{name}", f"= {show(module)}: {text}"
+        yield f"platform.{name}", f"= {show(getattr(platform, name))}: {text}"
 
 
 _CHECKS: tuple[Check, ...] = (

@@ -430,18 +430,24 @@ class TestPackages:
     """Optional parts asked for by name."""
 
     CASES = (
-        ("layers", "transformer_engine", "megashear[te]"),
-        ("kernels", "apex", "NVIDIA's sources"),
+        ("layers", "transformer_engine", "transformer_engine", "megashear[te]"),
+        ("kernels", "apex", "amp_C", "from its sources"),
     )
 
-    @pytest.mark.parametrize(("name", "module", "words"), CASES)
+    @pytest.mark.parametrize(("name", "choice", "module", "words"), CASES)
     @pytest.mark.parametrize("installed", [False, True])
     def test_have_to_be_installed(
-        self, name: str, module: str, words: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+        self,
+        name: str,
+        choice: str,
+        module: str,
+        words: str,
+        installed: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         known = {module} if installed else set()
         monkeypatch.setattr(validate, "find_spec", lambda name: name if name in known else None)
-        arguments = {f"platform__{name}": module}
+        arguments = {f"platform__{name}": choice}
         if installed:
             assert found(**arguments) == []
         else:
