@@ -92,7 +92,7 @@ class TrainLoader:
         if limit_samples is not None:
             self.fetch_until(limit_samples)
         if self._consumed == self._order.steps.stop:
-            self._allow_steps()
+            self._allow_steps(self._loader)
         assert self._mixture.segments is self._segments, (
             f"weights changed at sample {self._consumed} of the steps {self._order.steps} that "
             "fetch_until allowed"
@@ -108,13 +108,13 @@ class TrainLoader:
         """End the workers; harmless when repeated."""
         self._batches, self._loader = iter(()), None  # with the last reference torch ends them
 
-    def _allow_steps(self) -> None:
+    def _allow_steps(self, loader: DataLoader[Any]) -> None:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
         steps = max(1, (self._limit - self._consumed) // self._step_samples)
         stop = self._consumed + steps * self._step_samples
         self._order.steps = range(self._consumed, stop, self._step_samples)
         self._segments = self._mixture.segments
-        self._batches = iter(self._loader or ())
+        self._batches = iter(loader)
 
 
 def valid_microbatches(

@@ -204,6 +204,8 @@ def test_closing_ends_the_workers(prefixes: list[str]) -> None:
     loader.close()
     loader.close()
     assert multiprocessing.active_children() == []
+    with pytest.raises(AssertionError, match="closed"):
+        loader.next_step()
 
 
 def test_signals_to_the_whole_job_do_not_end_workers_but_their_parent_can(
