@@ -207,7 +207,7 @@ def _references(run: Run) -> Iterator[Problem]:
     if missing and data.rule in CHOICES["data.rule"] and data.rule != "constant":
         names = ", ".join(map(str, missing))
         text = f"no reference_loss for {names}, which data.rule = {show(data.rule)} needs. "
-        text += "Measure it with `megashear reference-loss`, or use data.rule = 'constant'"
+        text += "Give the loss to reach (nats per token), or use data.rule = 'constant'"
         yield "data.domains", text
 
 

@@ -379,7 +379,7 @@ class TestDomains:
     @pytest.mark.parametrize("rule", ["paper", "reference_code"])
     def test_references(self, rule: str) -> None:
         config = change(PRUNE, "data.domains.0.reference_loss", None)
-        only("data.domains", "no reference_loss for cc, ", rule, "megashear reference-loss",
+        only("data.domains", "no reference_loss for cc, ", rule, "nats per token",
              config=config, data__rule=rule)  # fmt: skip
         only("data.domains", "for cc, wiki, ", config=config, data__rule=rule,
              data__domains__1__reference_loss=None)  # fmt: skip
