@@ -1,0 +1,306 @@
+"""JSONL text to Megatron token files: what `megashear tokenize` does.
+
+Documents keep their order, whatever the number of processes. Imports `errors` and its siblings in
+`data`; never torch or Megatron at the top, because every worker process imports this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megashear.data.jsonl import Chunk, find_inputs, read_chunks, text_of
+from megashear.data.token_files import SUFFIXES, TokenFileWriter, publish
+from megashear.data.tokenizer import load_tokenizer
+from megashear.errors import DataError, PlatformError
+
+BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
+MAX_PROBLEMS = 20
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One pair of files that was written: PREFIX.bin and PREFIX.idx."""
+
+    prefix: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What `tokenize_files` did."""
+
+    outputs: tuple[TokenFile, ...]
+    empty: int  # documents skipped because they hold no text
+    seconds: float  # of reading, encoding and writing, start-up apart
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker must know; the hash makes a new job of another tokenizer at the same path."""
+
+    tokenizer: str
+    sha256: str
+    field: str
+    valid_fraction: float
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A chunk's documents, their tokens one after the other."""
+
+    tokens: np.ndarray  # int32
+    lengths: list[int]
+    valid: list[bool]  # whether the document belongs to the validation text
+    empty: int
+    problems: list[str]
+    read: int  # bytes of input
+
+
+def tokenize_files(
+    inputs: Sequence[str],
+    tokenizer: Path | str,
+    output: Path | str,
+    *,
+    valid_fraction: float | None = None,
+    field: str = "text",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> TokenizeReport:
+    """Tokenize JSONL files into PREFIX.bin, PREFIX.idx and PREFIX.json; each document bos ... eos.
+
+    Args:
+        inputs: files or glob patterns, `.jsonl` or `.jsonl.gz`.
+        tokenizer: see `load_tokenizer`.
+        output: PREFIX.
+        valid_fraction: share of documents for PREFIX_valid, the rest is PREFIX_train; which, a hash
+            of the text decides, so copies of a document are never on both sides. None: only PREFIX.
+        field: name of the text in each record.
+        workers: processes; None takes as many as the CPUs and the size of the input warrant.
+        overwrite: replace existing files.
+        progress: show it on stderr.
+
+    Raises:
+        DataError: a problem of the input, the tokenizer or the output; nothing is written then.
+    """
+    files = find_inputs(inputs)
+    prefixes = _check_output(str(output), valid_fraction, overwrite)
+    vocabulary = load_tokenizer(tokenizer)
+    size = sum(file.stat().st_size for file in files)
+    workers = _default_workers(size) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers is {workers}; it must be 1 or more")
+    job = _Job(str(tokenizer), vocabulary.sha256, field, valid_fraction or 0.0)
+    chunks = (chunk for file in files for chunk in read_chunks(file))
+    folder = Path(prefixes[0]).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder))
+            encoded = stack.enter_context(closing(_encode_all(chunks, job, workers)))
+            writers = [TokenFileWriter(prefix, Path(name), vocabulary) for prefix in prefixes]
+            for writer in writers:
+                stack.enter_context(writer)
+            shown = stack.enter_context(_Progress(size, progress))
+            started = time.monotonic()
+            empty = _fill(writers, encoded, shown)
+            publish(writers)
+            seconds = time.monotonic() - started
+    except OSError as error:
+        raise DataError(f"cannot write {output}: {error.strerror or error}") from error
+    written = tuple(TokenFile(w.prefix, w.documents, w.tokens) for w in writers)
+    return TokenizeReport(written, empty, seconds)
+
+
+def _check_output(output: str, valid_fraction: float | None, overwrite: bool) -> list[str]:
+    """The prefixes to write: one, or those of training and validation text."""
+    if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
+        raise DataError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1")
+    if output.endswith(("/", ".bin", ".idx", ".json")) or Path(output).is_dir():
+        raise DataError(f"output {output}: give the files' path without suffix, as in data/prose")
+    parts = [""] if valid_fraction is None else ["_train", "_valid"]
+    prefixes = [output + part for part in parts]
+    paths = [Path(prefix + suffix) for prefix in prefixes for suffix in SUFFIXES]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise DataError(f"already there: {', '.join(existing)}. Use --overwrite to replace them")
+    return prefixes
+
+
+def _default_workers(size: int) -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Slurm's share of the node; not on macOS
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cpus, 1 + size // BYTES_PER_WORKER)
+
+
+class _Encoder:
+    """Turns chunks of lines into tokens."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.tokenizer = load_tokenizer(job.tokenizer)
+
+    def encode(self, chunk: Chunk) -> _Encoded:
+        texts, problems, empty = [], [], 0
+        for number, line in enumerate(chunk.lines, chunk.first_line):
+            if not line.strip():
+                continue  # an empty line is no record
+            try:
+                text = text_of(line, self.job.field)
+            except ValueError as error:
+                problems.append(f"{chunk.file}:{number}: {error}")
+                continue
+            if text.strip():
+                texts.append(text)
+            else:
+                empty += 1
+        tokens: list[int] = []
+        lengths = []
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        for ids in self.tokenizer.encode(texts) if not problems else ():
+            tokens += [*bos, *ids, self.tokenizer.eos_id]
+            lengths.append(len(bos) + len(ids) + 1)
+        valid = [_is_valid(text, self.job.valid_fraction) for text in texts]
+        array = np.array(tokens, dtype=np.int32)
+        return _Encoded(array, lengths, valid, empty, problems, chunk.read)
+
+
+def _is_valid(text: str, fraction: float) -> bool:
+    """Whether a document is validation text: the same for every copy of it, everywhere."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+@lru_cache(maxsize=1)
+def _encoder(job: _Job) -> _Encoder:
+    return _Encoder(job)
+
+
+def _encode(job: _Job, chunk: Chunk) -> _Encoded:
+    return _encoder(job).encode(chunk)
+
+
+def _encode_all(
+    chunks: Iterable[Chunk], job: _Job, workers: int
+) -> Generator[_Encoded, None, None]:
+    """Encoded chunks in order; at most two per worker are under way or waiting."""
+    if workers == 1:
+        yield from (_encode(job, chunk) for chunk in chunks)
+        return
+    # Spawned, not forked: the caller may have threads, and torch need not be in the workers.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    waiting: deque[Future[_Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode, job, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise PlatformError(
+            "a tokenizing process was killed, perhaps for want of memory. Use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave signals to the parent, use one thread, and do not outlive a parent that is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: _Progress) -> int:
+    """Write all documents; the number of empty ones. Problems are gathered and raised together."""
+    problems: list[str] = []
+    empty = 0
+    for chunk in encoded:
+        problems += chunk.problems
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        empty += chunk.empty
+        ends = np.cumsum(chunk.lengths, dtype=np.int64)
+        for end, length, valid in zip(ends, chunk.lengths, chunk.valid, strict=False):
+            # Without a split the only output is both the first and the last.
+            writers[-1 if valid else 0].add(chunk.tokens[end - length : end])
+        shown.add(chunk.read, len(chunk.tokens))
+    if problems:
+        found = problems[:MAX_PROBLEMS]
+        lines = "line" if len(found) == 1 else "lines"
+        more = "; there may be more" if len(found) == MAX_PROBLEMS else ""
+        head = f"{len(found)} malformed {lines}, nothing was written{more}:"
+        raise DataError("\n  ".join([head, *found]))
+    documents = sum(writer.documents for writer in writers)
+    for writer in writers:
+        if writer.documents == 0:
+            raise DataError(
+                f"none of {documents:,} documents ({empty:,} empty ones besides) is for "
+                f"{writer.prefix}. Give more text"
+                + (", or another valid fraction" * bool(documents))
+            )
+    return empty
+
+
+class _Progress:
+    """Bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, size: int, shown: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=size, unit="B", unit_scale=True, disable=not (shown and terminal))
+        self._lines = shown and not terminal
+        self._size, self._read, self._tokens = size, 0, 0
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def add(self, read: int, tokens: int) -> None:
+        self._read += read
+        self._tokens += tokens
+        self._bar.update(read)
+        self._bar.set_postfix_str(f"{self._tokens:,} tokens", refresh=False)
+        now = time.monotonic()
+        if self._lines and now - self._said >= PROGRESS_SECONDS:
+            self._said = now
+            rate = self._tokens / (now - self._started)
+            left = (now - self._started) * max(self._size - self._read, 0) / max(self._read, 1)
+            print(
+                f"  {self._read / 1e6:,.1f} of {self._size / 1e6:,.1f} MB  "
+                f"{self._tokens:,} tokens  {rate:,.0f} tok/s  {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,118 @@
+"""Megatron token files in the making: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
+
+Imports `errors`, `data.tokenizer` and, only once files are written, Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megashear.data.tokenizer import Tokenizer
+from megashear.errors import DataError
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What stands beside a token file in PREFIX.json, for a run to check its domains with."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    documents: int
+    tokens: int
+
+    @classmethod
+    def read(cls, prefix: Path | str) -> Fingerprint:
+        """The fingerprint of the token files PREFIX.bin and PREFIX.idx.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        path = Path(f"{prefix}.json")
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError as error:
+            raise DataError(f"no {path}: make {prefix} with `megashear tokenize`") from error
+        except (ValueError, TypeError, OSError) as error:
+            raise DataError(f"{path} is damaged ({error}): make {prefix} again") from error
+
+
+class TokenFileWriter:
+    """Writes one set of token files in a folder beside their place, until `publish` moves them.
+
+    As a context manager it closes its file; what was not published is the caller's to delete.
+    """
+
+    def __init__(self, prefix: str, partial: Path, tokenizer: Tokenizer) -> None:
+        indexed = _indexed_dataset()
+        self.prefix = prefix
+        self.documents = self.tokens = 0
+        self._partial = str(partial / Path(prefix).name)
+        self._tokenizer = tokenizer
+        dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
+        self._builder = indexed.IndexedDatasetBuilder(self._partial + ".bin", dtype=dtype)
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._builder.data_file.close()
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document."""
+        self._builder.add_document(tokens, [len(tokens)])
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def finish(self) -> None:
+        """Write the index and the fingerprint."""
+        self._builder.finalize(self._partial + ".idx")
+        known = self._tokenizer
+        fingerprint = Fingerprint(
+            tokenizer_sha256=known.sha256,
+            vocab_size=known.vocab_size,
+            bos_id=known.bos_id,
+            eos_id=known.eos_id,
+            documents=self.documents,
+            tokens=self.tokens,
+        )
+        Path(self._partial + ".json").write_text(json.dumps(asdict(fingerprint), indent=2) + "\n")
+
+    def move(self, suffix: str) -> None:
+        """Put one finished file in its place."""
+        os.replace(self._partial + suffix, self.prefix + suffix)
+
+
+def publish(writers: Sequence[TokenFileWriter]) -> None:
+    """Finish all files, then move them to their places.
+
+    Killed at any point, this leaves no .bin without .idx, no .idx beside another run's .bin, and
+    PREFIX.json only where all of PREFIX is in place.
+    """
+    for writer in writers:
+        writer.finish()
+    for writer in writers:
+        for suffix in (".json", ".bin"):
+            Path(writer.prefix + suffix).unlink(missing_ok=True)
+    for writer in writers:
+        for suffix in (".idx", ".bin", ".json"):
+            writer.move(suffix)
+
+
+def _indexed_dataset() -> Any:
+    """Megatron's module, imported here because it brings torch and takes seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset

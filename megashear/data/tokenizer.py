@@ -1,0 +1,208 @@
+"""Tokenizers behind one small interface: sentencepiece's `.model`, Hugging Face's `tokenizer.json`.
+
+Imports `errors` and the two tokenizer libraries; never torch or Megatron, for worker processes of
+`preprocess` start with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megashear.errors import DataError
+
+SENTENCEPIECE, HUGGING_FACE = "tokenizer.model", "tokenizer.json"
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's sign for a space
+
+
+class Tokenizer(Protocol):
+    """Text to token ids, without special tokens; a special token's text is text like any other.
+
+    Attributes:
+        vocab_size: ids are below this.
+        bos_id: begins a document; None where the vocabulary has no such token.
+        eos_id: ends a document.
+        sha256: of the tokenizer's file, to tell whether two token files belong together.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    sha256: str
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a tokenizer from its file, or from a folder that holds one as Hugging Face names it.
+
+    Raises:
+        DataError: there is none, it cannot be read, or it lacks an end-of-document token.
+    """
+    file = _tokenizer_file(Path(path))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {file}: {error.strerror}") from error
+    return _HuggingFace(file, content) if file.suffix == ".json" else _SentencePiece(file, content)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in (SENTENCEPIECE, HUGGING_FACE):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"{path} has neither {SENTENCEPIECE} nor {HUGGING_FACE}")
+
+
+class _SentencePiece:
+    def __init__(self, file: Path, content: bytes) -> None:
+        self._processor = load_sentencepiece(file, content)
+        self.vocab_size: int = self._processor.get_piece_size()
+        bos, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        if self.eos_id < 0:
+            raise DataError(f"{file} has no end-of-sentence piece (eos_id); train it with one")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # One thread: processes do the work side by side.
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        return ids
+
+
+def load_sentencepiece(file: Path, content: bytes) -> Any:
+    """A SentencePieceProcessor of a model file's content.
+
+    Raises:
+        DataError: it is not a sentencepiece model.
+    """
+    import sentencepiece
+
+    try:
+        # The library takes "" for a model; and the path is not given to it, for then it logs.
+        return sentencepiece.SentencePieceProcessor(model_proto=content or b"none")
+    except RuntimeError as error:
+        raise DataError(
+            f"{file} is not a sentencepiece model ({len(content):,} bytes). Name a file that "
+            f"sentencepiece trained, or a {HUGGING_FACE} (Llama 3's tokenizer.model is a tiktoken "
+            "file: take the tokenizer.json beside it)"
+        ) from error
+
+
+class _HuggingFace:
+    def __init__(self, file: Path, content: bytes) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing more precise
+            raise DataError(f"{file} is not a Hugging Face tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Without this a document that says "</s>" would be cut in two.
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.bos_id = self._special_id(file, "bos_token")
+        eos_id = self._special_id(file, "eos_token")
+        if eos_id is None:
+            raise DataError(
+                f"no eos_token for {file}: its tokenizer_config.json must stand beside it and name "
+                "a token of the vocabulary as eos_token"
+            )
+        self.eos_id = eos_id
+
+    def _special_id(self, file: Path, name: str) -> int | None:
+        """The id of a special token that tokenizer_config.json names, as text or as a record."""
+        config = file.with_name("tokenizer_config.json")
+        try:
+            token = json.loads(config.read_bytes()).get(name) if config.is_file() else None
+        except (ValueError, AttributeError, OSError) as error:
+            raise DataError(f"{config} cannot be read as a JSON object: {error}") from error
+        token = token.get("content") if isinstance(token, dict) else token
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def save_for_transformers(model: Path, folder: Path) -> None:
+    """Write what `AutoTokenizer.from_pretrained(folder)` needs to give exactly the model's ids.
+
+    Copies the sentencepiece model and adds `tokenizer.json` and `tokenizer_config.json`, because
+    transformers' own conversion needs protobuf, and its LlamaTokenizer takes one space off a text
+    that begins with one.
+
+    Raises:
+        DataError: `model` is no sentencepiece model, or not one with LLaMA's settings (BPE, byte
+            fallback, dummy prefix, no normalisation, bos and eos).
+    """
+    processor = load_sentencepiece(model, model.read_bytes())
+    ids = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
+    special = {f"{name}_token": processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    twin = _twin(processor, special) if len(special) == len(ids) else None
+    probe = " ".join(processor.id_to_piece(i) for i in range(processor.get_piece_size()) if i > 2)
+    probe = "  " + probe.replace(_SPACE, " ") + "\n\N{LLAMA}"
+    if twin is None or twin.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
+        raise DataError(
+            f"{model} was not trained with LLaMA's settings, so no {HUGGING_FACE} can be derived "
+            "from it here. Put one beside it (transformers converts with protobuf installed)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.resolve() != (folder / SENTENCEPIECE).resolve():
+        shutil.copyfile(model, folder / SENTENCEPIECE)
+    twin.save(str(folder / HUGGING_FACE))
+    # Not LlamaTokenizer, which would replace parts of tokenizer.json by its own.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    text = json.dumps(config | special, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _twin(processor: Any, special: dict[str, str]) -> Any:
+    """A `tokenizers.Tokenizer` that does what a LLaMA-like sentencepiece model does."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    merges = _merges(processor, vocabulary)
+    unknown, bos = special["unk_token"], special["bos_token"]
+    twin = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    twin.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    )
+    byte_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    twin.decoder = decoders.Sequence([*byte_text, decoders.Strip(" ", 1, 0)])
+    twin.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in special.values()]
+    )
+    twin.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+    )
+    return twin
+
+
+def _merges(processor: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece out of two, best piece first: sentencepiece's order of merging."""
+    merges = []
+    for piece, number in vocabulary.items():
+        if (
+            processor.is_control(number)
+            or processor.is_byte(number)
+            or number == processor.unk_id()
+        ):
+            continue
+        parts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        score = processor.get_score(number)
+        merges += [
+            (-score, left, right) for left, right in parts if {left, right} <= vocabulary.keys()
+        ]
+    merges.sort(key=lambda merge: merge[0])
+    return [(left, right) for _, left, right in merges]
