@@ -1,0 +1,93 @@
+"""The `megashear` command: one sub-command, one function that calls the library and prints.
+
+Imports of the library stand in the functions, so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megashear import console
+
+
+def main() -> None:
+    """Run the command line and leave the process with its exit status."""
+    console.run(lambda: execute(sys.argv[1:]))
+
+
+def execute(arguments: Sequence[str]) -> int | None:
+    """Run one sub-command; its exit status."""
+    args = _parser().parse_args(arguments)
+    status: int | None = args.run(args)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megashear", description="Make a small language model out of a large one."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_tokenize(commands)
+    return parser
+
+
+def _add_tokenize(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tokenize",
+        help="JSONL text to the token files that training reads",
+        description="Turn JSONL text (plain or gzip) into Megatron token files, one domain at a\n"
+        "time: PREFIX.bin, PREFIX.idx, and PREFIX.json that says which tokenizer made them.",
+        epilog="example: a domain with 5% of its documents held out for validation, as\n"
+        "data/prose_train and data/prose_valid\n\n"
+        "  megashear tokenize --input 'text/prose/*.jsonl.gz' --output data/prose \\\n"
+        "      --tokenizer llama/tokenizer.model --valid-fraction 0.05",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="files or quoted patterns")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one of them",
+    )
+    add("--output", required=True, metavar="PREFIX", help="files to write, without suffix")
+    add(
+        "--valid-fraction",
+        type=float,
+        metavar="F",
+        help="write PREFIX_train and PREFIX_valid, the latter with this share of the documents; "
+        "copies of a document are never on both sides",
+    )
+    add("--field", default="text", help="field of a record that holds its text (default: text)")
+    add("--workers", type=int, metavar="N", help="processes (default: as many as there are CPUs)")
+    add("--overwrite", action="store_true", help="replace existing files")
+    parser.set_defaults(run=_tokenize)
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    from megashear.data.preprocess import tokenize_files
+
+    # A batch system's SIGTERM then removes what is unfinished, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report = tokenize_files(
+        args.input,
+        args.tokenizer,
+        args.output,
+        valid_fraction=args.valid_fraction,
+        field=args.field,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+    rows = [
+        (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
+        for o in report.outputs
+    ]
+    print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
+    if report.empty:
+        print(f"skipped {report.empty:,} empty documents")

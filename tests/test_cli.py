@@ -1,0 +1,79 @@
+"""The `megashear` command as its user meets it: output, messages, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megashear import cli
+from megashear.data.preprocess import tokenize_files
+from tests.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megashear", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_tokenize_prints_what_it_wrote(tokenizer: Path, tmp_path: Path) -> None:
+    texts = real_texts()
+    source = write_jsonl(tmp_path / "in" / "a.jsonl", [*texts, ""])
+    prefix = tmp_path / "out" / "x"
+    arguments = ["--input", f"{tmp_path}/in/*.jsonl", "--tokenizer", tokenizer, "--output", prefix]
+    done = run("tokenize", *arguments, "--valid-fraction", 0.2)
+    assert (done.returncode, done.stderr) == (0, "")
+    header, *rows, skipped = done.stdout.splitlines()
+    assert header.split() == ["output", "documents", "tokens", "tokens/s"]
+    assert skipped == "skipped 1 empty documents"
+    library = tokenize_files([str(source)], tokenizer, tmp_path / "y", valid_fraction=0.2)
+    for row, output in zip(rows, library.outputs, strict=True):
+        shown = row.split()[1:3]
+        assert shown == [f"{output.documents:,}", f"{output.tokens:,}"]
+    for part in ("_train.bin", "_train.idx", "_valid.bin", "_valid.idx"):
+        assert Path(f"{prefix}{part}").read_bytes() == (tmp_path / f"y{part}").read_bytes()
+
+
+def test_errors_are_one_message_and_status_2(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "a"}\n{"text"\n')
+    done = run("tokenize", "--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "x")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: 1 malformed line")
+    assert f"{source}:2: not JSON" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_shows_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.execute(["tokenize", "--help"])
+    assert left.value.code == 0
+    example = capsys.readouterr().out.split("  megashear ")[1]
+    words = example.replace("\\\n", " ").replace("'", "").split()
+    parsed = cli._parser().parse_args(words)
+    assert (parsed.output, parsed.valid_fraction) == ("data/prose", 0.05)
+
+
+def test_wrong_use_is_status_2() -> None:
+    for arguments in ([], ["tokenise"], ["tokenize", "--input", "x"]):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert "usage: megashear" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, megashear.cli as c\n"
+        "try: c.execute(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == 0, done.stderr
