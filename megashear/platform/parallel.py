@@ -75,15 +75,15 @@ class Platform:
         dist.all_reduce(tensor, group=_state().get_data_parallel_group())
         return tensor
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; a collective, so all must call it."""
-        tensor = torch.tensor([int(flag)], device=self.device)
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values; a collective, so all must call it."""
+        tensor = torch.tensor([value], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        return int(tensor.item())
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.any_rank(False)
+        self.largest(0)
 
 
 def _state():  # type: ignore[no-untyped-def]

@@ -31,6 +31,7 @@ class RunLog:
         self.writes = writes
         self._shown: list[Mapping[str, Any]] = []  # records since the last console line
         if writes:
+            run_dir.mkdir(parents=True, exist_ok=True)
             self._drop_after(resumed_step)
 
     def _drop_after(self, step: int) -> None:

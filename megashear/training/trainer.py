@@ -98,7 +98,7 @@ class Trainer:
             num_workers=data.num_workers,
             consumed_samples=self.step * trainer.global_batch_size,
         )
-        self._stopped_by: int | None = None
+        self._signal = 0  # the one that ends the run
 
     def _initialise(self, model: Any, init_from: str) -> None:
         if manager.is_huggingface(init_from):
@@ -141,7 +141,7 @@ class Trainer:
         self.loader.close()
         if self.step < steps:
             self.log.say(f"stopped by a signal at step {self.step}; start it again to go on")
-            raise SystemExit(128 + (self._stopped_by or signal.SIGTERM))
+            raise SystemExit(128 + self._signal)
         if verdict := self.objective.verdict():
             self.log.warn(verdict)
 
@@ -258,7 +258,7 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in numbers}
 
         def stop(number: int, frame: Any) -> None:
-            self._stopped_by = number
+            self._signal = number
 
         for number in numbers:
             signal.signal(number, stop)
@@ -270,7 +270,8 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether any rank got a signal: they come between different steps on different ranks."""
-        return self.platform.any_rank(self._stopped_by is not None)
+        self._signal = self.platform.largest(self._signal)
+        return self._signal != 0
 
 
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:

@@ -1,0 +1,191 @@
+"""A run that is stopped and started again ends as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megashear.checkpoint.manager import CheckpointInfo, write_model
+from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
+from megashear.errors import CheckpointError
+from megashear.model.build import unwrap
+from megashear.platform import parallel
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.reference_llama import random_weights
+from tests.runs import GQA, TARGETS, run_config, write_domains
+
+
+def write_source(directory: Path, shape: ModelShape) -> None:
+    info = CheckpointInfo(shape=shape, stage="imported")
+    write_model(directory / "source", info, random_weights(shape, seed=0).items())
+
+
+def prune_run(directory: Path, **changes: Any) -> RunConfig:
+    """A pruning run of six steps that saves at 3 and 6, on two tensor-parallel processes."""
+    config = run_config(
+        directory,
+        write_domains(directory),
+        stage="prune",
+        init_from=str(directory / "source"),
+        target=TARGETS[GQA],
+        parallel=ParallelConfig(tensor=2),
+    )
+    return replace(config, **changes)
+
+
+def train(config: RunConfig, stop_at: int | None) -> dict[str, Any]:
+    """Run to the end, or die after a step without saving; weights and objective's state."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    began = trainer.step
+    if stop_at is not None:
+        step = trainer.train_step
+
+        def step_or_die() -> None:
+            if trainer.step == stop_at:
+                raise MemoryError("as if the process died")
+            step()
+
+        trainer.train_step = step_or_die  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except MemoryError:
+        time.sleep(0.5)  # the other rank is still in the collective before the step
+        return {"began": began}
+    finally:
+        trainer.loader.close()
+        parallel.stop()
+    bound = unwrap(trainer.optimizer.model).bound_rows()
+    weights = {b.row.name: b.parameter.detach().clone() for b in bound}
+    return {"began": began, "weights": weights, **trainer.objective.state()}
+
+
+def records(config: RunConfig) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    timed = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    whole = prune_run(tmp_path, run_dir=str(tmp_path / "whole"))
+    broken = prune_run(tmp_path, run_dir=str(tmp_path / "broken"))
+    expected = run_distributed(train, 2, whole, None)
+    assert run_distributed(train, 2, broken, 5)[0]["began"] == 0
+    found = run_distributed(train, 2, broken, None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.pop("began") == 3
+        assert theirs.pop("began") == 0
+        weights, expected_weights = ours.pop("weights"), theirs.pop("weights")
+        for name, value in expected_weights.items():
+            assert torch.equal(weights[name], value), name
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value), name
+    assert records(broken) == records(whole)
+    steps = [record["step"] for record in records(broken) if record["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_complete_run_does_nothing_when_started_again(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path, parallel=ParallelConfig())
+    run_distributed(train, 1, config, None)
+    before = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    assert run_distributed(train, 1, config, None)[0]["began"] == 6
+    assert (Path(config.run_dir) / "metrics.jsonl").read_text() == before
+
+
+def refused(config: RunConfig) -> str:
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    try:
+        Trainer(config, platform)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        parallel.stop()
+    return ""
+
+
+def test_run_of_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path, parallel=ParallelConfig())
+    run_distributed(train, 1, config, 4)
+    other = replace(config, trainer=replace(config.trainer, seed=5, log_interval=1))
+    message = run_distributed(refused, 1, other)[0]
+    assert "trainer.seed: 1234 in the run, 5 now" in message
+    assert "log_interval" not in message
+
+
+def stop_by_signal(config: RunConfig, number: int) -> dict[str, Any]:
+    """Start a run that gets a signal in its second step, on rank 0 alone."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    step = trainer.train_step
+
+    def step_with_signal() -> None:
+        if trainer.step == 1 and platform.rank == 0:
+            os.kill(os.getpid(), number)
+        step()
+
+    trainer.train_step = step_with_signal  # type: ignore[method-assign]
+    status = None
+    try:
+        trainer.run()
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        parallel.stop()
+    return {"status": status, "step": trainer.step}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_one_rank_saves_on_all_and_the_run_goes_on(tmp_path: Path, number: int) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path)
+    for found in run_distributed(stop_by_signal, 2, config, number):
+        assert found == {"status": 128 + number, "step": 2}
+    assert run_distributed(train, 2, config, None)[0]["began"] == 2
+
+
+def poisoned(config: RunConfig) -> str:
+    """A run whose weights become NaN after its checkpoint at step 3."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    step = trainer.train_step
+
+    def step_poisoned() -> None:
+        if trainer.step == 4:
+            with torch.no_grad():
+                next(iter(trainer.optimizer.model.parameters())).fill_(float("nan"))
+        step()
+
+    trainer.train_step = step_poisoned  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        trainer.loader.close()
+        parallel.stop()
+    return ""
+
+
+def test_non_finite_loss_names_step_domains_and_last_good_checkpoint(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path)
+    for message in run_distributed(poisoned, 2, config):
+        assert message.startswith("TrainingError: the loss of step 5 is nan")
+        assert "first 3, second 1" in message
+        assert "checkpoints/step-00000003" in message
+    assert run_distributed(train, 2, config, None)[0]["began"] == 3
