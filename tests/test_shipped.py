@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from megashear.config.loader import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megashear"
 EXTRAS = (
     *("transformer_engine", "apex", "amp_C", "nvidia.dali"),
     *("tensorboard", "torch.utils.tensorboard", "wandb"),
@@ -25,7 +28,7 @@ MODULES = sorted(
     .removesuffix(".py")
     .removesuffix("/__init__")
     .replace("/", ".")
-    for file in (ROOT / "megashear").rglob("*.py")
+    for file in PACKAGE.rglob("*.py")
     if file.name != "__main__.py"
 )
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -110,6 +113,24 @@ def test_every_configuration_is_right(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(copy, check_files=False) == config
+
+
+def test_the_configurations_in_the_readme_are_right(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^    stage: (?:.+\n)+", text, re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        file = tmp_path / "readme.yaml"
+        file.write_text(textwrap.dedent(block), encoding="utf-8")
+        load_config(file, check_files=False, world_size=8)
+
+
+def test_every_module_has_its_line_in_the_tour() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", tour))
+    files = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
+    assert {file for file in files if not file.endswith("__init__.py")} <= named
+    assert {file for file in named - files if not (ROOT / file).is_file()} == set()
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name)
