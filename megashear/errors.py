@@ -31,7 +31,7 @@ class ConfigError(ShearError):
 
 
 class DataError(ShearError):
-    """Text, token or tokenizer files are missing or malformed: mended where the data is prepared."""
+    """Text, token or tokenizer files missing or malformed: mended where the data is prepared."""
 
 
 class CheckpointError(ShearError):
