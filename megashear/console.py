@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from megashear.errors import ShearError
@@ -20,6 +21,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     A ShearError becomes one message on stderr and status 2; a bug keeps its traceback.
     """
+    # One for every optional package that is not there, at every import; the log says what is used.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -1,0 +1,223 @@
+"""The commands in tools/checkpoint that convert and compare, as a user calls them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megashear.checkpoint.manager import read_info
+from megashear.console import run
+from tests.hf_models import SIZES, save_llama
+from tests.make_tokenizer import make_tokenizer
+
+TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint"
+
+
+class Tool:
+    """Calls a command in this process, which saves the 5 seconds of importing Megatron."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, name: str, *arguments: object) -> tuple[int, str, str]:
+        """Exit status, output and messages."""
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(module.main)
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), *self.capsys.readouterr()
+
+
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tool:
+    return Tool(capsys, monkeypatch)
+
+
+def lines(output: str) -> dict[str, str]:
+    """The two columns of a printed table."""
+    cells = [line.rsplit("  ", 1) for line in output.splitlines() if "  " in line]
+    return {name.strip(): value.strip() for name, value in cells}
+
+
+def test_there_and_back(tmp_path: Path, tool: Tool) -> None:
+    source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
+    model = save_llama(source, num_key_value_heads=2, tie_word_embeddings=True)
+    status, output, _ = tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    assert status == 0
+    assert lines(output)["parameters"] == f"{model.num_parameters():,}"
+    assert lines(output)["key/value heads"] == "2"
+    status, _, _ = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+    assert status == 0
+    before, after = (load_file(path / "model.safetensors") for path in (source, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    card = (out / "README.md").read_text()
+    assert f"| imported | `{source}` |" in card
+    for pair in ((source, checkpoint), (checkpoint, out), (source, out)):
+        status, output, _ = tool("verify", *pair, "--tokens", 100)
+        assert status == 0, output
+        assert lines(output)["same likeliest token"] == "100.00%"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out", "source"]
+
+
+def test_verify_tells_another_model(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "a", seed=0)
+    save_llama(tmp_path / "b", seed=1)
+    status, output, _ = tool("verify", tmp_path / "a", tmp_path / "b", "--tokens", 50)
+    assert status == 1
+    assert "NOT within the tolerance" in output
+    assert float(lines(output)["KL (nats per token)"]) > 0.1
+    status, _, _ = tool("verify", tmp_path / "a", tmp_path / "b", "--tolerance", 1e9)
+    assert status == 0
+
+
+def test_random_tokens_depend_on_the_seed_alone(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "a", seed=0)
+    save_llama(tmp_path / "b", seed=1)
+    outputs = [
+        tool("verify", tmp_path / "a", tmp_path / "b", "--seed", seed)[1] for seed in (3, 3, 4)
+    ]
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_models_of_different_vocabularies_are_not_compared(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "a")
+    save_llama(tmp_path / "b", vocab_size=97)
+    status, _, error = tool("verify", tmp_path / "a", tmp_path / "b")
+    assert status == 2
+    assert "96 tokens" in error and "97" in error
+
+
+def test_text_and_tokenizer_go_all_the_way(tmp_path: Path, tool: Tool) -> None:
+    model = make_tokenizer(tmp_path / "tokenizer", 500) / "tokenizer.model"
+    source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
+    save_llama(source, vocab_size=500)
+    (source / "tokenizer.model").write_bytes(model.read_bytes())  # as LLaMA was published
+    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    assert read_info(checkpoint).tokenizer == str(source)
+    status, _, error = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+    assert status == 0, error
+    text = "  def main():\n    return 'two  spaces'\n"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(text, return_tensors="pt")
+    generated = AutoModelForCausalLM.from_pretrained(out).generate(**ids, max_new_tokens=4)
+    assert tokenizer.decode(generated[0], skip_special_tokens=True).startswith(text)
+    (tmp_path / "text").write_text(text)
+    status, output, _ = tool("verify", source, checkpoint, "--text", tmp_path / "text")
+    assert status == 0
+    assert lines(output)["tokens compared"] == str(ids["input_ids"].shape[1] - 1)  # without bos
+
+
+def test_half_precision_export(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "source")
+    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    arguments = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out")
+    assert tool("megatron_to_hf", *arguments, "--dtype", "bfloat16")[0] == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    status, output, _ = tool("verify", tmp_path / "checkpoint", tmp_path / "out")
+    assert status == 1
+    assert float(lines(output)["KL (nats per token)"]) < 1e-3
+
+
+def test_existing_output_is_refused_without_overwrite(tmp_path: Path, tool: Tool) -> None:
+    source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
+    save_llama(source)
+    for name, arguments in (
+        ("hf_to_megatron", ("--hf", source, "--out", checkpoint)),
+        ("megatron_to_hf", ("--checkpoint", checkpoint, "--out", out)),
+    ):
+        assert tool(name, *arguments)[0] == 0
+        status, _, error = tool(name, *arguments)
+        assert status == 2
+        assert error.endswith("exists. Remove it, or allow it with --overwrite\n")
+        assert tool(name, *arguments, "--overwrite")[0] == 0
+    save_llama(source, num_hidden_layers=2)
+    (source / "model.safetensors").write_bytes(b"damaged")
+    assert tool("hf_to_megatron", "--hf", source, "--out", checkpoint, "--overwrite")[0] == 2
+    assert read_info(checkpoint).shape.num_layers == SIZES["num_hidden_layers"]
+    assert tool("verify", checkpoint, out)[0] == 0  # a failed run left the former result
+
+
+def test_what_cannot_be_read_is_one_message(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "odd", rope_parameters={"rope_type": "linear", "factor": 2.0})
+    (tmp_path / "not").mkdir()
+    out = tmp_path / "out"
+    for name, arguments, message in (
+        ("hf_to_megatron", ("--hf", tmp_path / "odd", "--out", out), "rope_type = 'linear'"),
+        ("hf_to_megatron", ("--hf", tmp_path / "not", "--out", out), "config.json"),
+        ("megatron_to_hf", ("--checkpoint", tmp_path / "not", "--out", out), "neither"),
+        ("verify", (tmp_path / "not", tmp_path / "nowhere"), "neither"),
+    ):
+        status, _, error = tool(name, *arguments)
+        assert status == 2
+        assert error.startswith("error: ")
+        assert message in error
+        assert not out.exists()
+
+
+def test_tokenizer_that_is_gone_can_be_named(tmp_path: Path, tool: Tool) -> None:
+    source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
+    save_llama(source)
+    (source / "tokenizer.json").write_text("{}")
+    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    source.rename(tmp_path / "moved")
+    arguments = ("--checkpoint", checkpoint, "--out", out)
+    status, _, error = tool("megatron_to_hf", *arguments)
+    assert status == 2
+    assert "Name one with --tokenizer" in error
+    assert tool("megatron_to_hf", *arguments, "--tokenizer", "none")[0] == 0
+    named = ("--overwrite", "--tokenizer", tmp_path / "moved")
+    assert tool("megatron_to_hf", *arguments, *named)[0] == 0
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_pruning_run_is_to_be_extracted_first(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "source")
+    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "stage": "prune"}))
+    status, _, error = tool(
+        "megatron_to_hf", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out"
+    )
+    assert status == 2
+    assert "tools/checkpoint/extract.py" in error
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    """A real one, to the whole group, while 100 MB are being written; takes about 10 seconds."""
+    save_llama(tmp_path / "source", hidden_size=1024, vocab_size=12_000)
+    out = tmp_path / "out" / "checkpoint"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, TOOLS / "hf_to_megatron.py"),
+            *("--hf", tmp_path / "source", "--out", out),
+        ],
+        env={**os.environ, "PYTHONPATH": str(TOOLS.parents[1])},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (out.parent / ".checkpoint.partial" / "model").exists():
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == "interrupted"
+    assert not list(out.parent.iterdir())

@@ -1,0 +1,78 @@
+"""Export a checkpoint as a Hugging Face directory that transformers loads as it is.
+
+Takes a checkpoint of stage pretrain or continue, an imported or extracted one, or a run directory
+(its latest checkpoint); of any parallel layout. Nothing else is needed, no configuration.
+
+Example:
+  python tools/checkpoint/megatron_to_hf.py --checkpoint runs/continue --out models/sheared-1.3b
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from megashear.console import run, table
+from megashear.errors import CheckpointError
+
+
+def main() -> None:
+    """Convert, with the tokenizer; say what it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint or run to read")
+    add("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: as they are in the checkpoint)",
+    )
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="directory or file of the tokenizer, or `none` (default: what the checkpoint names)",
+    )
+    add("--overwrite", action="store_true", help="replace an existing model")
+    arguments = parser.parse_args()
+
+    from megashear.checkpoint.convert import export_huggingface, shape_rows
+    from megashear.checkpoint.manager import read_info
+
+    info = read_info(arguments.checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        export_huggingface(
+            info,
+            arguments.out,
+            dtype=arguments.dtype,
+            tokenizer=find_tokenizer(arguments.tokenizer or info.tokenizer, Path(scratch)),
+            overwrite=arguments.overwrite,
+        )
+    print(table(shape_rows(info.shape)))
+    print(f"written to {arguments.out}")
+
+
+def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
+    """The tokenizer to copy; of a bare sentencepiece model, one made in `scratch` with its twin."""
+    from megashear.data.tokenizer import save_for_transformers
+
+    if named in (None, "none"):
+        return None
+    path = Path(named)
+    if not path.exists():
+        raise CheckpointError(f"{path}: the tokenizer is not there. Name one with --tokenizer")
+    model = path / "tokenizer.model" if path.is_dir() else path
+    if (
+        model.suffix != ".model"
+        or not model.is_file()
+        or model.with_name("tokenizer.json").is_file()
+    ):
+        return path
+    save_for_transformers(model, scratch)
+    return scratch
+
+
+if __name__ == "__main__":
+    run(main)
