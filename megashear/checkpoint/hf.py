@@ -7,7 +7,6 @@ loader. Imports neither Megatron nor transformers.
 from __future__ import annotations
 
 import functools
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -221,7 +220,9 @@ def _load_bin(file: Path, mtime_ns: int) -> dict[str, Tensor]:
     """A .bin file as of a time, mapped into memory; never unpickles anything but tensors."""
     try:
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # whose text advises to load it without the check
+    except (OSError, RuntimeError):
+        raise
+    except Exception:  # a damaged pickle fails in any way; torch's text advises to drop the check
         held = None
     if not isinstance(held, dict) or not all(isinstance(held[name], Tensor) for name in held):
         raise ValueError("damaged, or holds something else than named tensors")

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -229,6 +230,29 @@ def test_truncated_file(model: Path, share: float) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     assert "model.safetensors cannot be read" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_flipped_bits_are_refused_or_do_no_harm(model: Path, name: str) -> None:
+    if name.endswith(".bin"):
+        torch.save(load_file(model / "model.safetensors"), model / name)
+        (model / "model.safetensors").unlink()
+    whole = (model / name).read_bytes()
+    random = Random(0)
+    refusals = []
+    for _ in range(80):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            position = random.randrange(min(len(whole), 4000))  # where the descriptions lie
+            damaged[position] ^= 1 << random.randrange(8)
+        (model / name).write_bytes(damaged)
+        try:
+            for _, tensor in HuggingFaceReader(model).items():
+                assert torch.isfinite(tensor).all()
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 40
+    assert all(str(model) in refusal for refusal in refusals)
 
 
 @pytest.mark.parametrize(
