@@ -272,6 +272,8 @@ def write_huggingface(
         config["torch_dtype"] = _write_shards(partial, tensors, max_shard_bytes)
         write_json(partial / "config.json", {**config, **ids})
         write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        for file in partial.glob("*.safetensors"):  # which the library makes for its owner alone
+            shutil.copymode(partial / "config.json", file)
         if card is not None:
             (partial / "README.md").write_text(card)
     return Path(directory)

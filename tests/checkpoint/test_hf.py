@@ -357,6 +357,9 @@ def test_result_is_an_ordinary_directory(tmp_path: Path) -> None:
     model = load(out)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
     assert model.generation_config.eos_token_id == 2
+    (tmp_path / "ordinary").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (*out.iterdir(), tmp_path / "ordinary")}
+    assert len(modes) == 1  # others may read it where they may read what this user writes
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(tmp_path.joinpath("a").stat().st_mode)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
