@@ -42,15 +42,20 @@ def _target(run: Run) -> Iterator[Problem]:
     target, source = run.config.target, run.source
     if target is None or source is None or run.config.stage != "prune":
         return
-    for name in SIZES:
-        size, most = getattr(target, name), getattr(source, name)
-        if not isinstance(size, Faulty) and size is not None and size > most:
-            text = f"= {size} is larger than the source's {most}. Use at most {most}"
-            yield f"target.{name}", text
-    heads, per_group = target.num_attention_heads, source.heads_per_group
-    if heads is not None and 0 < heads <= source.num_attention_heads and heads % per_group:
+    wanted = {name: getattr(target, name) or getattr(source, name) for name in SIZES}
+    if any(isinstance(size, Faulty) or size < 1 for size in wanted.values()):
+        return
+    larger = [name for name in SIZES if wanted[name] > getattr(source, name)]
+    for name in larger:
+        text = f"= {wanted[name]} is larger than the source's {getattr(source, name)}. "
+        yield f"target.{name}", text + f"Use at most {getattr(source, name)}"
+    heads, per_group = wanted["num_attention_heads"], source.heads_per_group
+    if "num_attention_heads" not in larger and heads % per_group:
         text = f"= {heads} is not a multiple of the source's {per_group} heads per query group. "
         yield "target.num_attention_heads", text + f"Use {multiples(heads, per_group)}"
+    elif wanted == {name: getattr(source, name) for name in SIZES}:
+        if any(getattr(target, name) is not None for name in SIZES):
+            yield "target", "is the source's shape. Make at least one size smaller"
 
 
 def _tensor_parallel(run: Run) -> Iterator[Problem]:

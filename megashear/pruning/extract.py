@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.pruning.lagrangian import constraint_targets, constraints
+from megashear.pruning import hard_concrete
+from megashear.pruning.lagrangian import MODEL, constraint_targets, constraints
 from megashear.pruning.masks import Masks
 from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, Axis, Row, table
 
@@ -127,7 +128,10 @@ class OffTarget(NamedTuple):
 def off_target(
     masks: Masks, tolerance: float = 0.02, target_sparsity: float | None = None
 ) -> list[OffTarget]:
-    """Every row whose expected sparsity is `tolerance` or more from its target.
+    """Every row whose expected sparsity is `tolerance` or more from where it should be.
+
+    That is at its target, or where a row reads that has decided for exactly the target's units:
+    since log_alpha is clamped, P(z > 0) of a unit that is off or on is not quite 0 or 1.
 
     Args:
         masks: at the end of pruning.
@@ -135,12 +139,18 @@ def off_target(
         target_sparsity: the whole model's, in a run without a target shape.
     """
     targets = constraint_targets(masks, target_sparsity)
-    return [
-        OffTarget(mask, row, expected, targets[mask])
-        for mask, sparsity in constraints(masks).items()
-        for row, expected in enumerate(sparsity.tolist())
-        if not abs(expected - targets[mask]) < tolerance  # so that a NaN is listed too
-    ]
+    on, off = hard_concrete.probability_kept(
+        torch.tensor([1.0, -1.0]) * hard_concrete.LOG_ALPHA_LIMIT
+    ).tolist()
+    found = []
+    for mask, sparsity in constraints(masks).items():
+        target = targets[mask]
+        decided = target if mask == MODEL else 1 - (target * off + (1 - target) * on)
+        low, high = sorted((target, decided))
+        for row, expected in enumerate(sparsity.tolist()):
+            if not low - tolerance < expected < high + tolerance:  # so that a NaN is listed too
+                found.append(OffTarget(mask, row, expected, target))
+    return found
 
 
 def format_off_target(rows: list[OffTarget]) -> str:

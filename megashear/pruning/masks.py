@@ -13,38 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from megashear.config.schema import ModelShape, TargetShape
-from megashear.errors import ConfigError
 from megashear.pruning import hard_concrete
 from megashear.pruning.table import MASKS, mask_sizes
 
 
-def target_problems(source: ModelShape, target: TargetShape) -> list[tuple[str, str]]:
-    """What makes a target unreachable from a source, each as (path of the field, message)."""
-    sizes = {name: size for name, size in asdict(target).items() if size is not None}
-    problems = []
-    for name, size in sizes.items():
-        limit = getattr(source, name)
-        if not 1 <= size <= limit:
-            what = "larger than the source's" if size > limit else "not positive; the source has"
-            text = f"= {size} is {what} {limit}. Use 1 to {limit}"
-            problems.append((f"target.{name}", text))
-    heads, step = sizes.get("num_attention_heads", 0), source.heads_per_group
-    if heads % step:
-        text = f"= {heads} cuts through a query group. Use a multiple of {step}, the source's"
-        problems.append(("target.num_attention_heads", f"{text} query heads per key/value head"))
-    if all(size == getattr(source, name) for name, size in sizes.items()):
-        problems.append(("target", "every size is the source's. Make at least one smaller"))
-    return problems
-
-
 def resolve_target(source: ModelShape, target: TargetShape) -> ModelShape:
-    """The whole shape of the target; what the target does not name stays as in the source.
+    """The whole shape of a target that `config.validate` found good.
 
-    Raises:
-        ConfigError: the target cannot be cut out of the source (`target_problems`).
+    What the target does not name stays as in the source, the heads of a query group too.
     """
-    if problems := target_problems(source, target):
-        raise ConfigError("target", problems)
     sizes = {name: size for name, size in asdict(target).items() if size is not None}
     heads = sizes.get("num_attention_heads", source.num_attention_heads)
     return replace(source, **sizes, num_query_groups=heads // source.heads_per_group)

@@ -230,6 +230,20 @@ def test_off_target_lists_every_row_that_is_off_and_no_other() -> None:
     assert off_target(masks, tolerance=0.5) == []
 
 
+@pytest.mark.parametrize("share", [1 / 4, 1 / 2])
+def test_a_row_that_has_decided_for_the_target_is_on_target(share: float) -> None:
+    source = ModelShape(4, 48, 8, 60, 50, kv_channels=6)
+    masks = Masks(source, resolve_target(source, TargetShape(num_attention_heads=int(8 * share))))
+    with torch.no_grad():
+        masks.log_alpha["head"][:] = torch.where(torch.arange(8) < 8 * share, 100.0, -100.0)
+    expected = masks.expected_sparsity()["head"]
+    assert (expected - (1 - share)).abs().min() > 0.02  # as far as the clamp lets it come
+    assert off_target(masks) == []
+    with torch.no_grad():
+        masks.log_alpha["head"][1, 0] = -100.0  # one head more than the target allows
+    assert [(mask, row) for mask, row, *_ in off_target(masks)] == [("head", 1)]
+
+
 def test_off_target_lists_masks_that_are_not_numbers() -> None:
     masks = Masks(SHAPES["mha"], _target(SHAPES["mha"]))
     _settled(masks)

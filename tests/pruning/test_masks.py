@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megashear.config.schema import ModelShape, TargetShape
-from megashear.errors import ConfigError
-from megashear.pruning.masks import Masks, resolve_target, target_problems
+from megashear.pruning.masks import Masks, resolve_target
 from megashear.pruning.table import MASKS, mask_sizes
 
 SOURCE = ModelShape(4, 48, 8, 60, 50, num_query_groups=4, kv_channels=6)
@@ -139,24 +138,3 @@ def test_a_target_keeps_what_it_does_not_name() -> None:
         SOURCE, num_attention_heads=6, num_query_groups=3
     )
     assert resolve_target(SOURCE, TargetShape(hidden_size=32)).kv_channels == SOURCE.kv_channels
-
-
-def test_all_problems_of_a_target_are_found_at_once() -> None:
-    problems = target_problems(SOURCE, TargetShape(5, 0, 7, 61))
-    assert [path for path, _ in problems] == [
-        "target.num_layers",
-        "target.hidden_size",
-        "target.ffn_hidden_size",
-        "target.num_attention_heads",
-    ]
-    texts = dict(problems)
-    assert "5" in texts["target.num_layers"] and "4" in texts["target.num_layers"]
-    assert "multiple of 2" in texts["target.num_attention_heads"]
-    with pytest.raises(ConfigError, match="4 problems"):
-        resolve_target(SOURCE, TargetShape(5, 0, 7, 61))
-
-
-def test_a_target_that_is_the_source_is_a_problem() -> None:
-    for same in (TargetShape(), TargetShape(hidden_size=48, num_layers=4)):
-        assert [path for path, _ in target_problems(SOURCE, same)] == ["target"]
-    assert target_problems(SOURCE, TargetShape(num_layers=3)) == []
