@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 
 
@@ -28,18 +29,26 @@ def main() -> None:
     # Imported late, so that --help and a misspelt option answer at once.
     from megashear.checkpoint.manager import read_shape
     from megashear.config.loader import load_config
+    from megashear.console import USAGE
+    from megashear.errors import ConfigError
     from megashear.platform import parallel
     from megashear.training.trainer import Trainer
 
     rank = parallel.launched_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    config = load_config(
-        arguments.config,
-        arguments.overrides,
-        source_shape=read_shape,
-        world_size=parallel.world_size(),
-    )
+    try:
+        config = load_config(
+            arguments.config,
+            arguments.overrides,
+            source_shape=read_shape,
+            world_size=parallel.world_size(),
+        )
+    except ConfigError:
+        if parallel.is_first_on_machine():
+            raise
+        time.sleep(2)  # the first process says it; a launcher ends all as soon as one has ended
+        raise SystemExit(USAGE) from None
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     try:
         Trainer(config, platform).run()

@@ -44,6 +44,9 @@ def _add_tokenize(commands: Any) -> None:
         epilog="example: a domain with 5% of its documents held out for validation, as\n"
         "data/prose_train and data/prose_valid\n\n"
         "  megashear tokenize --input 'text/prose/*.jsonl.gz' --output data/prose \\\n"
+        "      --tokenizer llama/tokenizer.model --valid-fraction 0.05\n\n"
+        "every file of a folder as a domain\n\n"
+        "  megashear tokenize --input 'text/*.jsonl' --output 'data/{name}' \\\n"
         "      --tokenizer llama/tokenizer.model --valid-fraction 0.05",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,7 +58,13 @@ def _add_tokenize(commands: Any) -> None:
         metavar="PATH",
         help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one of them",
     )
-    add("--output", required=True, metavar="PREFIX", help="files to write, without suffix")
+    add(
+        "--output",
+        required=True,
+        metavar="PREFIX",
+        help="files to write, without suffix; with {name} in it, every input file is a domain of "
+        "its own, which takes the place of {name} without its suffixes",
+    )
     add(
         "--valid-fraction",
         type=float,
@@ -74,20 +83,36 @@ def _tokenize(args: argparse.Namespace) -> None:
 
     # A batch system's SIGTERM then removes what is unfinished, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    report = tokenize_files(
-        args.input,
-        args.tokenizer,
-        args.output,
-        valid_fraction=args.valid_fraction,
-        field=args.field,
-        workers=args.workers,
-        overwrite=args.overwrite,
-        progress=True,
-    )
-    rows = [
-        (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
-        for o in report.outputs
-    ]
+    rows, empty = [], 0
+    for output, inputs in _domains(args.input, args.output).items():
+        report = tokenize_files(
+            inputs,
+            args.tokenizer,
+            output,
+            valid_fraction=args.valid_fraction,
+            field=args.field,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+        empty += report.empty
+        rows += [
+            (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
+            for o in report.outputs
+        ]
     print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
-    if report.empty:
-        print(f"skipped {report.empty:,} empty documents")
+    if empty:
+        print(f"skipped {empty:,} empty documents")
+
+
+def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
+    """Inputs by the prefix that they go to."""
+    from megashear.data.jsonl import find_inputs
+
+    if "{name}" not in output:
+        return {output: list(inputs)}
+    domains: dict[str, list[str]] = {}
+    for file in find_inputs(inputs):
+        name = file.name.split(".", 1)[0]
+        domains.setdefault(output.replace("{name}", name), []).append(str(file))
+    return domains

@@ -23,6 +23,10 @@ def run(main: Callable[[], int | None]) -> None:
     """
     # One for every optional package that is not there, at every import; the log says what is used.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Megatron's checkpoints use a class that torch has deprecated: nothing a user can change.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint"
+    )
     try:
         status = main() or 0
         sys.stdout.flush()

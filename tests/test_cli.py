@@ -41,6 +41,18 @@ def test_tokenize_prints_what_it_wrote(tokenizer: Path, tmp_path: Path) -> None:
         assert Path(f"{prefix}{part}").read_bytes() == (tmp_path / f"y{part}").read_bytes()
 
 
+def test_every_file_is_a_domain_where_the_output_says_name(tokenizer: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", [name + text for text in real_texts()])
+    arguments = ["--input", f"{tmp_path}/in/*.jsonl", "--tokenizer", tokenizer]
+    done = run("tokenize", *arguments, "--output", f"{tmp_path}/out/{{name}}")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("a", "b"):
+        tokenize_files([f"{tmp_path}/in/{name}.jsonl"], tokenizer, tmp_path / name)
+        expected = (tmp_path / f"{name}.bin").read_bytes()
+        assert (tmp_path / "out" / f"{name}.bin").read_bytes() == expected
+
+
 def test_errors_are_one_message_and_status_2(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "a"}\n{"text"\n')
@@ -55,8 +67,9 @@ def test_help_shows_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as left:
         cli.execute(["tokenize", "--help"])
     assert left.value.code == 0
-    example = capsys.readouterr().out.split("  megashear ")[1]
-    words = example.replace("\\\n", " ").replace("'", "").split()
+    one, each = capsys.readouterr().out.split("  megashear ")[1:]
+    words = one.split("\n\n")[0].replace("\\\n", " ").replace("'", "").split()
+    assert "data/{name}" in each
     parsed = cli._parser().parse_args(words)
     assert (parsed.output, parsed.valid_fraction) == ("data/prose", 0.05)
 

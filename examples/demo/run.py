@@ -1,4 +1,4 @@
-"""Shears a small LLaMA from real text to an exported model, by the commands that a cluster user runs.
+"""Shears a small LLaMA, from real text to an exported model, by the commands for a cluster.
 
     make demo
 
@@ -25,7 +25,6 @@ from megashear.errors import ShearError
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent.parent
-DOMAINS = ("prose", "python", "cpp", "stubs", "data")
 PROCESSES = 2
 
 
@@ -35,71 +34,66 @@ class Stage:
 
     Attributes:
         name: of the step, and of its log.
-        commands: what it runs; several run side by side.
-        outputs: files and folders that it makes, below the demo's folder.
+        output: file or folder that it makes, below the demo's folder.
+        command: what it runs.
         reads: files outside that folder whose content decides the result.
     """
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
-    outputs: tuple[str, ...]
+    output: str
+    command: tuple[str, ...]
     reads: tuple[Path, ...] = ()
 
     def fingerprint(self, before: str) -> str:
-        """Changes with the commands, the files they read, and everything done before."""
+        """Changes with the command, the files it reads, and everything done before."""
         digest = hashlib.sha256(before.encode())
-        digest.update(json.dumps(self.commands).encode())
+        digest.update(json.dumps(self.command).encode())
         for file in self.reads:
             digest.update(file.read_bytes())
         return digest.hexdigest()
 
 
 def stages() -> list[Stage]:
-    """The demo: text, tokens, source, import, prune, extract, continue, compare, export."""
+    """The demo: text, tokens, source, import, prune, extract, continue, export, compare."""
     python = sys.executable
 
-    def script(file: str, *arguments: str) -> tuple[str, ...]:
-        return (python, str(ROOT / file), *arguments)
+    def script(name: str, output: str, file: str, *arguments: str) -> Stage:
+        return Stage(name, output, (python, str(ROOT / file), *arguments), (ROOT / file,))
 
     def train(name: str) -> Stage:
         config = DEMO / f"{name}.yaml"
         torchrun = (python, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES))
         shear = (str(ROOT / "examples/pretrain_shear.py"), "--config", str(config))
-        return Stage(name, ((*torchrun, *shear),), (name,), (config,))
-
-    def single(name: str, output: str, *command: str) -> Stage:
-        return Stage(name, (command,), (output,), (Path(command[1]),))
+        return Stage(name, name, (*torchrun, *shear), (config,))
 
     def export(name: str, checkpoint: str, out: str) -> Stage:
         arguments = ("--checkpoint", checkpoint, "--out", out, "--overwrite")
-        return single(name, out, *script("tools/checkpoint/megatron_to_hf.py", *arguments))
+        return script(name, out, "tools/checkpoint/megatron_to_hf.py", *arguments)
 
-    tokenize = (python, "-m", "megashear", "tokenize", "--tokenizer", "tokenizer", "--overwrite")
-    tokens = tuple(
-        (*tokenize, "--workers", "1", "--valid-fraction", "0.05", "--input", f"text/{domain}.jsonl",
-         "--output", f"data/{domain}")
-        for domain in DOMAINS
-    )  # fmt: skip
+    tokenize = (
+        "tokenize",
+        "--input",
+        "text/*.jsonl",
+        "--output",
+        "data/{name}",
+        "--tokenizer",
+        "tokenizer",
+        "--valid-fraction",
+        "0.05",
+        "--overwrite",
+    )
     return [
-        single("text", "text", *script("examples/demo/collect_text.py", "--out", "text")),
-        single(
-            "tokenizer", "tokenizer",
-            *script("examples/demo/train_tokenizer.py", "--input", "text/*.jsonl", "--out",
-                    "tokenizer"),
-        ),
-        Stage("tokens", tokens, ("data",)),
+        script("text", "text", "examples/demo/collect_text.py", "--out", "text"),
+        script("tokenizer", "tokenizer", "examples/demo/train_tokenizer.py", "--input",
+               "text/*.jsonl", "--out", "tokenizer"),
+        Stage("tokens", "data", (python, "-m", "megashear", *tokenize)),
         train("source"),
         export("export-source", "source", "source-hf"),
-        single(
-            "import-source", "source-imported",
-            *script("tools/checkpoint/hf_to_megatron.py", "--hf", "source-hf", "--out",
-                    "source-imported", "--overwrite"),
-        ),
+        script("import-source", "source-imported", "tools/checkpoint/hf_to_megatron.py",
+               "--hf", "source-hf", "--out", "source-imported", "--overwrite"),
         train("prune"),
-        single(
-            "extract", "prune/extracted",
-            *script("tools/checkpoint/extract.py", "--run", "prune", "--overwrite"),
-        ),
+        script("extract", "prune/extracted", "tools/checkpoint/extract.py", "--run", "prune",
+               "--overwrite"),
         export("export-extracted", "prune/extracted", "extracted-hf"),
         train("continue"),
         export("export", "continue", "sheared-hf"),
@@ -112,71 +106,71 @@ class Demo:
 
     Args:
         folder: made where it is missing.
+
+    Attributes:
+        seconds: wall time of each stage, of the run that did it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds: dict[str, float] = {}
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        self._done = folder / "done"
-        self._done.mkdir(exist_ok=True)
+        self._markers = folder / "stages"
+        self._markers.mkdir(exist_ok=True)
         self._fingerprint = ""
 
     def run(self, stage: Stage, number: str) -> None:
-        """Run a stage, unless it was run before with the same input."""
+        """Run a stage, unless it was run before with the same input; an unfinished one goes on."""
         self._fingerprint = stage.fingerprint(self._fingerprint)
-        marker = self._done / f"{stage.name}.json"
-        done = json.loads(marker.read_text()) if marker.is_file() else {}
-        if done.get("fingerprint") == self._fingerprint:
-            self.seconds[stage.name] = done["seconds"]
-            print(f"[{number}] {stage.name}: done before ({done['seconds']:.0f} s)", flush=True)
-            return
-        if done:  # made from something else: an unfinished stage, on the other hand, is continued
-            marker.unlink()
-            for output in stage.outputs:
-                shutil.rmtree(self.folder / output, ignore_errors=True)
-        print(f"[{number}] {stage.name}", flush=True)
-        began = time.perf_counter()
-        self._execute(stage)
-        seconds = self.seconds[stage.name] = time.perf_counter() - began
+        marker = self._markers / f"{stage.name}.json"
+        before = json.loads(marker.read_text()) if marker.is_file() else {}
+        same = before.get("fingerprint") == self._fingerprint
+        spent = before.get("seconds", 0.0) if same else 0.0
+        if same and before["done"]:
+            print(f"[{number}] {stage.name}: done before ({spent:.0f} s)", flush=True)
+        else:
+            if not same:
+                shutil.rmtree(self.folder / stage.output, ignore_errors=True)
+            print(f"[{number}] {stage.name}", flush=True)
+            began = time.perf_counter()
+            self._mark(marker, spent, done=False)
+            try:
+                self._execute(stage)
+            finally:
+                spent += time.perf_counter() - began
+                self._mark(marker, spent, done=False)
+            self._mark(marker, spent, done=True)
+        self.seconds[stage.name] = spent
+
+    def _mark(self, marker: Path, seconds: float, *, done: bool) -> None:
+        state = {"fingerprint": self._fingerprint, "seconds": seconds, "done": done}
         partial = marker.with_suffix(".partial")
-        partial.write_text(json.dumps({"fingerprint": self._fingerprint, "seconds": seconds}))
+        partial.write_text(json.dumps(state))
         os.replace(partial, marker)
 
     def _execute(self, stage: Stage) -> None:
-        """Run the commands of a stage side by side, their output here and in the stage's log."""
+        """Run the command of a stage, its output shown here and kept in the stage's log."""
         log = self.folder / "logs" / f"{stage.name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        processes = []
-        for command in stage.commands:
-            print("    $ " + " ".join(_short(part) for part in command), flush=True)
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            processes.append((command, process))
-        with log.open("w") as stream:
-            for command, process in processes:
-                try:
-                    _show(process, stream)
-                except KeyboardInterrupt:  # the children got it too, and save before they end
-                    for _, child in processes:
-                        child.wait()
-                    raise
-                if process.wait() != 0:
-                    for _, child in processes:
-                        child.terminate()
-                    raise ShearError(
-                        f"stage {stage.name} failed with status {process.returncode}: "
-                        f"{' '.join(command)}\nIts output is above and in {log}"
-                    )
-
-
-def _show(process: subprocess.Popen[str], log: object) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        log.write(line)  # type: ignore[attr-defined]
-        print("    " + line, end="", flush=True)
+        print("    $ " + " ".join(_short(part) for part in stage.command), flush=True)
+        process = subprocess.Popen(
+            stage.command, cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            with log.open("w") as stream:
+                for line in process.stdout:
+                    stream.write(line)
+                    print("    " + line, end="", flush=True)
+        except KeyboardInterrupt:  # the command got it too, and saves before it ends
+            process.wait()
+            raise
+        if process.wait() != 0:
+            raise ShearError(
+                f"stage {stage.name} failed with status {process.returncode}. Its output is above "
+                f"and in {log}"
+            )
 
 
 def _short(part: str) -> str:

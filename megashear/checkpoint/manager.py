@@ -204,10 +204,12 @@ class CheckpointManager:
         weights = sharded.without_extra_state(model.sharded_state_dict())
         sharded.save(optimizer.sharded_state_dict(weights), partial / "optimizer")
         if self.platform.rank == 0:
-            if tensors:
-                save_file(dict(tensors), partial / "masks.safetensors")
             written = dataclasses.replace(info, versions=versions(), directory=final)
             write_durably(partial / INFO, written.to_json())
+            if tensors:
+                save_file(dict(tensors), partial / "masks.safetensors")
+                # safetensors writes for the owner alone; a checkpoint is as readable as its folder.
+                shutil.copymode(partial / INFO, partial / "masks.safetensors")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             write_durably(self.directory / LATEST, final.name + "\n")

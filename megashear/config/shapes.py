@@ -53,9 +53,10 @@ def _target(run: Run) -> Iterator[Problem]:
     if "num_attention_heads" not in larger and heads % per_group:
         text = f"= {heads} is not a multiple of the source's {per_group} heads per query group. "
         yield "target.num_attention_heads", text + f"Use {multiples(heads, per_group)}"
-    elif wanted == {name: getattr(source, name) for name in SIZES}:
-        if any(getattr(target, name) is not None for name in SIZES):
-            yield "target", "is the source's shape. Make at least one size smaller"
+    elif wanted == {name: getattr(source, name) for name in SIZES} and any(
+        getattr(target, name) is not None for name in SIZES
+    ):
+        yield "target", "is the source's shape. Make at least one size smaller"
 
 
 def _tensor_parallel(run: Run) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.errors import PlatformError
 from megashear.platform import cuda
+from megashear.platform.kernels import choose_kernels
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,19 @@ class Platform:
         device: where this process computes.
         dtype: of weights and activations.
         layers: `torch` or `transformer_engine`.
+        kernels: of the optimizer, `torch` or `apex`.
     """
 
     device: torch.device
     dtype: torch.dtype
     layers: str
+    kernels: str
+
+    def __str__(self) -> str:
+        """What a run says it stands on."""
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        stands_on = f"{self.device.type} {precision}, {self.layers} layers, {self.kernels} kernels"
+        return f"{stands_on}, tensor {self.tensor_size} x data {self.data_size} processes"
 
     @property
     def rank(self) -> int:
@@ -102,6 +111,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_first_on_machine() -> bool:
+    """Whether the launcher made this process the first on its machine: it speaks for the others."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def choose_device(config: PlatformConfig) -> torch.device:
     """The device that `platform.device` names, or for `auto` a GPU where there is one.
 
@@ -138,6 +152,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
     """
     device = choose_device(config)
     layers = choose_layers(config, device)
+    kernels = choose_kernels(config.kernels)
     if device.type == "cpu":
         from megashear.platform.cpu import redirect_cuda
 
@@ -153,7 +168,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers)
+    return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers, kernels)
 
 
 def _join(device: torch.device, timeout: datetime.timedelta) -> None:

@@ -30,6 +30,7 @@ from megashear.errors import CheckpointError, TrainingError
 from megashear.model.build import build_model
 from megashear.platform import cuda
 from megashear.platform.parallel import Platform
+from megashear.pruning.counting import parameter_count
 from megashear.training.evaluation import Evaluator
 from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
@@ -87,6 +88,7 @@ class Trainer:
             if config.stage == "prune"
             else LanguageModeling()
         )
+        self._introduce()
         if resumed is not None:
             self._resume(resumed)
         self.loader = TrainLoader(
@@ -100,12 +102,31 @@ class Trainer:
         )
         self._signal = 0  # the one that ends the run
 
+    def _introduce(self) -> None:
+        """Say what is about to run, on what."""
+        target = self.objective.target
+        size = f"{parameter_count(self.shape):,} parameters"
+        size += f" -> {parameter_count(target):,}" if target else ""
+        self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
+
     def _initialise(self, model: Any, init_from: str) -> None:
         if manager.is_huggingface(init_from):
             fill_from_reader(model, HuggingFaceReader(Path(init_from)).read, self.platform)
         else:
             manager.load_weights(manager.read_info(init_from), model)
         self.log.say(f"weights from {init_from}")
+
+    @property
+    def _tokenizer(self) -> str | None:
+        """Where exports find the tokenizer: as configured, else with the source's weights."""
+        given, init_from = self.config.data.tokenizer, self.config.init_from
+        if given is not None:
+            return str(Path(given).resolve())
+        if init_from is None:
+            return None
+        if manager.is_huggingface(init_from):
+            return str(Path(init_from).resolve())
+        return manager.read_info(init_from).tokenizer
 
     def _resume(self, info: CheckpointInfo) -> None:
         tensors = self.checkpoints.load(info, self.optimizer.unwrapped, self.optimizer.megatron)
@@ -238,7 +259,7 @@ class Trainer:
             origin={"init_from": config.init_from},
             progress={"mixture": self.mixture.state_dict(), "losses": self.losses},
             config=to_yaml(config),
-            tokenizer=config.data.tokenizer,
+            tokenizer=self._tokenizer,
         )
         model = self.optimizer.unwrapped
         where = self.checkpoints.save(info, model, self.optimizer.megatron, self.objective.state())
