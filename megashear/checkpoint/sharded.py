@@ -18,11 +18,19 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -61,12 +69,18 @@ def save(state: Mapping[str, Any], directory: Path) -> None:
     Args:
         state: the values are Megatron-Core ShardedTensors and the like.
         directory: made here; must not exist.
+
+    Raises:
+        CheckpointError: it cannot be written, on this rank or another (a full disk).
     """
     _write_from_this_process()
     if torch.distributed.get_rank() == 0:
         directory.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(dict(state), str(directory))
+    try:
+        dist_checkpointing.save(dict(state), str(directory))
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(f"{directory}: cannot be written: {_reason(error)}") from error
 
 
 def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -79,38 +93,63 @@ def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the directory lacks something asked for, or is not a checkpoint.
     """
-    check_metadata(directory)
+    stored = check_metadata(directory).state_dict_metadata
+    parts = [part for part in nested_values(dict(state)) if isinstance(part, ShardedBase)]
+    objects = [p.key for p in parts if isinstance(stored.get(p.key), BytesStorageMetadata)]
+    if objects:  # torch would unpickle these without a check
+        raise CheckpointError(
+            f"{directory}: refused: holds pickled objects instead of tensors as "
+            f"{', '.join(objects)}. Do not load it"
+        )
     try:
         return dist_checkpointing.load(dict(state), str(directory))
-    except (
-        dist_checkpointing.core.CheckpointingException,
-        KeyError,
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise CheckpointError(f"{directory}: cannot be loaded: {error}") from error
+    except (Exception, CheckpointException) as error:  # a damaged checkpoint can fail in any way
+        raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error)}") from error
 
 
-def check_metadata(directory: Path) -> None:
-    """Refuse a checkpoint whose pickled metadata names anything but torch's own descriptions.
+def check_metadata(directory: Path) -> Metadata:
+    """The table of contents of a checkpoint, if it and the files that it lists are whole.
 
-    torch_dist keeps its table of contents as a pickle, which Megatron-Core reads without a check; a
-    foreign one could run any code there.
+    torch_dist keeps it as a pickle, which Megatron-Core reads without a check; a foreign one could
+    run any code there, and is refused if it names anything but torch's own descriptions.
 
     Raises:
-        CheckpointError: the metadata is missing, damaged or names something unexpected.
+        CheckpointError: it is missing, damaged or names something unexpected, or files of the
+            checkpoint are missing or cut short.
     """
     file = directory / ".metadata"
     try:
         with file.open("rb") as stream:
-            _MetadataUnpickler(stream).load()
+            metadata: Metadata = _MetadataUnpickler(stream).load()
+        short = _files_cut_short(directory, metadata)
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: not a torch_dist checkpoint (no .metadata)") from None
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(f"{file}: damaged: {error}") from error
+    if short:
+        raise CheckpointError(f"{directory}: missing or cut short: {', '.join(short)}")
+    return metadata
+
+
+def _files_cut_short(directory: Path, metadata: Metadata) -> list[str]:
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    sizes = {
+        name: (directory / name).stat().st_size for name in ends if (directory / name).is_file()
+    }
+    return [name for name, end in sorted(ends.items()) if sizes.get(name, -1) < end]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, on whichever rank it was; torch wraps tracebacks of all ranks around it."""
+    if isinstance(error, CheckpointException):
+        if not error.failures:
+            return "another rank failed"
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -151,10 +190,10 @@ class WeightsReader:
     """
 
     def __init__(self, directory: Path, shape: ModelShape) -> None:
-        check_metadata(directory)
+        metadata = check_metadata(directory)
         self.directory = directory
         self._reader = FileSystemReader(directory)
-        self._metadata = self._reader.read_metadata()
+        self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.rows = {row.name: row for row in table(shape)}
         problems = [
@@ -195,7 +234,8 @@ class WeightsReader:
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{self.directory}: cannot read {name}: {error}") from error
+            reason = _reason(error)
+            raise CheckpointError(f"{self.directory}: cannot read {name}: {reason}") from error
         return tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,233 @@
+"""Weights as torch_dist checkpoints: any layout, whole or refused, and nothing in them is run."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megashear.checkpoint import sharded
+from megashear.checkpoint.sharded import WeightsReader, write_weights
+from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
+from megashear.errors import CheckpointError
+from megashear.model.build import build_model
+from megashear.platform import parallel
+from tests.distributed import run_distributed
+from tests.reference_llama import random_weights
+from tests.runs import GQA
+
+SHAPE = replace(GQA, tied_embeddings=True)
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def write(directory: Path, shape: ModelShape) -> None:
+    write_weights(directory, shape, random_weights(shape, seed=0).items())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("written") / "model"
+    run_distributed(write, 1, directory, SHAPE)
+    return directory
+
+
+@pytest.fixture
+def copy(written: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may damage."""
+    shutil.copytree(written, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def save_model(source: Path, out: Path, shape: ModelShape, tensor: int) -> None:
+    """A model in some layout: filled from one checkpoint, saved as another."""
+    layout = ParallelConfig(tensor=tensor)
+    platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
+    model = build_model(shape, platform, layout, seq_length=8)
+    state = sharded.without_extra_state(model.sharded_state_dict())
+    model.load_state_dict(sharded.load(state, source), strict=False)
+    sharded.save(sharded.without_extra_state(model.sharded_state_dict()), out)
+    parallel.stop()
+
+
+def refusals(directory: Path, tensor: int = 1) -> list[str]:
+    """Why a checkpoint is refused: loaded into a model of a run, and read tensor by tensor."""
+    layout = ParallelConfig(tensor=tensor)
+    platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
+    model = build_model(SHAPE, platform, layout, seq_length=8)
+    state = sharded.without_extra_state(model.sharded_state_dict())
+    messages = []
+    for attempt in (
+        lambda: sharded.load(state, directory),
+        lambda: list(WeightsReader(directory, SHAPE).items()),
+    ):
+        try:
+            attempt()
+            messages.append("")
+        except CheckpointError as error:
+            messages.append(str(error))
+    parallel.stop()
+    return messages
+
+
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 2), (2, 1)], ids=["one", "tp2", "dp2"])
+@pytest.mark.parametrize("shape", [GQA, SHAPE], ids=["untied", "tied"])
+def test_what_any_layout_saves_is_read_as_it_was_written(
+    shape: ModelShape, ranks: int, tensor: int, tmp_path: Path
+) -> None:
+    run_distributed(write, 1, tmp_path / "source", shape)
+    run_distributed(save_model, ranks, tmp_path / "source", tmp_path / "out", shape, tensor)
+    expected = random_weights(shape, seed=0)
+    for directory in (tmp_path / "source", tmp_path / "out"):
+        found = dict(WeightsReader(directory, shape).items())
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_all_that_does_not_fit_is_named_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    weights = random_weights(SHAPE, seed=0)
+    weights["decoder.layers.7.mlp.linear_fc2.weight"] = weights.pop(EMBEDDING)
+    weights["output_layer.weight"] = torch.zeros(64, 32)  # tied: there is none
+    weights["decoder.final_layernorm.weight"] = torch.zeros(31)
+    with pytest.raises(CheckpointError) as refused:
+        write_weights(tmp_path / "model", SHAPE, weights.items())
+    assert set(str(refused.value).splitlines()[1:]) == {
+        f"  {EMBEDDING} is missing",
+        "  decoder.layers.7.mlp.linear_fc2.weight (64, 32) is unexpected or of the wrong shape",
+        "  output_layer.weight (64, 32) is unexpected or of the wrong shape",
+        "  decoder.final_layernorm.weight (31,) is unexpected or of the wrong shape",
+    }
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_of_another_shape_names_every_tensor(written: Path) -> None:
+    other = replace(SHAPE, num_layers=4, ffn_hidden_size=40, tied_embeddings=False)
+    with pytest.raises(CheckpointError) as refused:
+        WeightsReader(written, other)
+    lines = [line.split()[0] for line in str(refused.value).splitlines()[1:]]
+    mlp = [f"decoder.layers.{n}.mlp.linear_{f}.weight" for n in range(4) for f in ("fc1", "fc2")]
+    last = [name for name in random_weights(other, 0) if name.startswith("decoder.layers.3.")]
+    assert sorted(lines) == sorted({*mlp, *last, "output_layer.weight"})
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def overwrite_tensors(directory: Path) -> None:
+    """The right length, the wrong content."""
+    for file in directory.glob("*.distcp"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "metadata cut": (cut(".metadata", 0.5), ".metadata: damaged", ".metadata: damaged"),
+    "metadata empty": (cut(".metadata", 0), ".metadata: damaged", ".metadata: damaged"),
+    "metadata gone": (lambda d: (d / ".metadata").unlink(), "no .metadata", "no .metadata"),
+    "tensors cut": (cut("__0_0.distcp", 0.9), "short: __0_0.distcp", "short: __0_0.distcp"),
+    "tensors gone": (
+        lambda d: (d / "__0_1.distcp").unlink(),
+        "missing or cut short: __0_1.distcp",
+        "missing or cut short: __0_1.distcp",
+    ),
+    "tensors overwritten": (overwrite_tensors, "cannot be loaded", f"cannot read {EMBEDDING}"),
+    "common cut": (cut("common.pt", 0.5), "cannot be loaded", ""),
+    "description cut": (cut("metadata.json", 0.5), "cannot be loaded", ""),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_an_error_that_names_it_on_every_rank(what: str, copy: Path) -> None:
+    damage, of_load, of_reader = DAMAGE[what]
+    damage(copy)
+    for loaded, read in run_distributed(refusals, 2, copy, 2):
+        assert str(copy) in loaded
+        assert of_load in loaded
+        assert of_reader in read
+        assert bool(read) == bool(of_reader)
+
+
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls `module.name(argument)` when it is loaded."""
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
+
+
+FOREIGN = {
+    "os.system": ("os", "system", "touch {}"),
+    "its real name": ("posix", "system", "touch {}"),
+    "a builtin": ("builtins", "eval", "open('{}', 'w')"),
+    "through torch": ("torch.distributed.checkpoint.filesystem", "os.system", "touch {}"),
+    "a function of torch": ("torch", "save", "{}"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_table_of_contents_is_refused_and_not_run(what: str, copy: Path) -> None:
+    module, name, argument = FOREIGN[what]
+    flag = copy.parent / "was-run"
+    payload = call(module, name, argument.format(flag))
+    if what != "a function of torch":
+        pickle.loads(payload)
+        assert flag.exists()  # it would work
+        flag.unlink()
+    (copy / ".metadata").write_bytes(payload)
+    for message in run_distributed(refusals, 1, copy)[0]:
+        assert f"refused: reading it would run {module}.{name}" in message
+    assert not flag.exists()
+
+
+class Foreign:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.flag), "w")
+
+
+def test_objects_in_the_place_of_tensors_are_refused_and_not_run(copy: Path) -> None:
+    """Torch unpickles without a check what the table of contents calls an object."""
+    flag = copy.parent / "was-run"
+    file = io.BytesIO()
+    torch.save(Foreign(flag), file)
+    torch.load(io.BytesIO(file.getvalue()), weights_only=False).close()
+    assert flag.exists()  # it would work
+    flag.unlink()
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    entry = BytesStorageMetadata()
+    entry.size = metadata.state_dict_metadata[EMBEDDING].size  # passes Megatron's check of shapes
+    metadata.state_dict_metadata[EMBEDDING] = entry
+    (index,) = [index for index in metadata.storage_data if index.fqn == EMBEDDING]
+    info = metadata.storage_data.pop(index)
+    with (copy / info.relative_path).open("ab") as stream:
+        info = replace(info, offset=stream.tell(), length=len(file.getvalue()))
+        stream.write(file.getvalue())
+    metadata.storage_data[replace(index, offset=None, index=None)] = info
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    loaded, read = run_distributed(refusals, 1, copy)[0]
+    assert f"holds pickled objects instead of tensors as {EMBEDDING}" in loaded
+    assert f"{EMBEDDING} (64, 32): missing" in read
+    assert not flag.exists()
+
+
+def test_a_foreign_common_file_is_refused_and_not_run(copy: Path) -> None:
+    flag = copy.parent / "was-run"
+    torch.save({"state": Foreign(flag)}, copy / "common.pt")
+    assert "cannot be loaded" in run_distributed(refusals, 1, copy)[0][0]
+    assert not flag.exists()
