@@ -22,10 +22,11 @@ class RunLog:
         run_dir: of the run.
         steps: of the whole run.
         writes: whether this process writes (rank 0); the others are silent.
-        resumed_step: records of later steps are dropped, since these steps are done again.
+        resumed_step: records of later steps are dropped, since these steps are done again; None
+            where the run begins, which drops all.
     """
 
-    def __init__(self, run_dir: Path, steps: int, writes: bool, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, steps: int, writes: bool, resumed_step: int | None) -> None:
         self.file = run_dir / "metrics.jsonl"
         self.steps = steps
         self.writes = writes
@@ -34,7 +35,7 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._drop_after(resumed_step)
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int | None) -> None:
         if not self.file.exists():
             return
         kept = []
@@ -43,7 +44,7 @@ class RunLog:
                 record = json.loads(line)
             except ValueError:
                 continue  # a line cut by a crash belongs to a step that is done again
-            if record["step"] <= step and step > 0:
+            if step is not None and record["step"] <= step:
                 kept.append(line + "\n")
         partial = self.file.with_suffix(".partial")
         partial.write_text("".join(kept))

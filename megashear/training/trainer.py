@@ -68,7 +68,8 @@ class Trainer:
         if resumed is not None:
             _refuse_other_config(resumed, config)
         self.step = resumed.step if resumed else 0
-        self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, self.step)
+        resumed_step = resumed.step if resumed else None
+        self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, resumed_step)
 
         self.mixture = Mixture.from_config(data)
         dataset = build_train_dataset(data, self.shape.vocab_size, self.mixture)
@@ -147,7 +148,7 @@ class Trainer:
             self.log.say(f"{self.run_dir} is complete: {steps} steps. Nothing to do")
             return
         with self._signals():
-            if self.step == 0:
+            if not self.losses:  # the run begins: a resumed one has those of its checkpoint
                 self._evaluate()
             saved = self.step
             while self.step < steps and not self._must_stop():
