@@ -2,7 +2,7 @@
 
     make demo
 
-Everything is made below one folder (default: demo-run). A second run re-uses what is there; a stage
+Everything is made below one folder (default: demo-run). A second run reuses what is there; a stage
 whose command or configuration changed is made again, and all that follow it. Ctrl-C is safe.
 """
 
