@@ -100,7 +100,7 @@ def find(path: str | Path) -> Path:
         return path
     latest = path / "checkpoints" / LATEST
     if latest.is_file():
-        directory = latest.parent / latest.read_text().strip()
+        directory = latest.parent / latest.read_text(errors="replace").strip()
         if (directory / INFO).is_file():
             return directory
         raise CheckpointError(f"{latest} names {directory}, which is no checkpoint")
@@ -213,13 +213,15 @@ class CheckpointManager:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             write_durably(self.directory / LATEST, final.name + "\n")
-            self._remove_old()
+            self._remove_old(final)
         self.platform.barrier()
         return final
 
-    def _remove_old(self) -> None:
-        saved = sorted(self.directory.glob("step-*"))
-        for old in saved[: -self.keep]:
+    def _remove_old(self, newest: Path) -> None:
+        """Keep the newest; remove what saves that were killed have left half-written."""
+        # A later one, which `latest` did not get to name, would else be kept in place of `newest`.
+        saved = sorted(path for path in self.directory.glob("step-*") if path.name <= newest.name)
+        for old in (*saved[: -self.keep], *self.directory.glob(".step-*.partial")):
             shutil.rmtree(old)
 
     def latest(self) -> CheckpointInfo | None:
@@ -229,15 +231,19 @@ class CheckpointManager:
         return read_info(self.directory.parent)
 
     def load(self, info: CheckpointInfo, model: Any, optimizer: Any) -> dict[str, Tensor]:
-        """Fill the model and the optimizer from a checkpoint; returns its small tensors."""
+        """Fill the model and the optimizer from a checkpoint; returns its small tensors.
+
+        Raises:
+            CheckpointError: it is damaged, or parts of it are missing.
+        """
         load_weights(info, model)
         weights = sharded.without_extra_state(model.sharded_state_dict())
         state = optimizer.sharded_state_dict(weights, is_loading=True)
         optimizer.load_state_dict(sharded.load(state, info.directory / "optimizer"))
         file = info.directory / "masks.safetensors"
         try:
-            return load_file(file) if file.is_file() else {}
-        except SafetensorError as error:
+            return load_file(file) if info.stage == "prune" else {}
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: damaged: {error}") from error
 
 
