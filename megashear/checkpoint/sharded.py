@@ -147,7 +147,7 @@ def _reason(error: BaseException) -> str:
     """What went wrong, on whichever rank it was; torch wraps tracebacks of all ranks around it."""
     if isinstance(error, CheckpointException):
         if not error.failures:
-            return "another rank failed"
+            return "rank 0 says why"
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
 
