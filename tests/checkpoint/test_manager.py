@@ -1,0 +1,247 @@
+"""Checkpoints of runs: any layout goes on from them, the newest are kept, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.manager import CheckpointInfo, find, read_info, read_shape, write_model
+from megashear.checkpoint.sharded import WeightsReader
+from megashear.config.schema import ParallelConfig, RunConfig
+from megashear.errors import CheckpointError
+from megashear.model.build import unwrap
+from megashear.platform import parallel
+from megashear.pruning.table import table
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.reference_llama import random_weights
+from tests.runs import GQA, TARGETS, run_config, write_domains
+
+
+def write_source(directory: Path) -> None:
+    info = CheckpointInfo(shape=GQA, stage="imported")
+    write_model(directory, info, random_weights(GQA, seed=0).items())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("source") / "model"
+    run_distributed(write_source, 1, directory)
+    return directory
+
+
+def pruning(directory: Path, source: Path, **trainer: Any) -> RunConfig:
+    config = run_config(
+        directory,
+        write_domains(directory),
+        stage="prune",
+        init_from=str(source),
+        target=TARGETS[GQA],
+    )
+    return replace(config, trainer=replace(config.trainer, **trainer))
+
+
+def start(config: RunConfig) -> Trainer:
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    return Trainer(config, platform)
+
+
+def state(config: RunConfig, steps: int) -> dict[str, Any]:
+    """A rank's weights, their moments, and the objective, `steps` after the run's checkpoint."""
+    trainer = start(config)
+    for _ in range(steps):
+        trainer.train_step()
+    if steps:
+        trainer.save()
+    bound = list(unwrap(trainer.optimizer.model).bound_rows())
+    moments = trainer.optimizer.megatron.optimizer.state
+    found = {
+        "place": (trainer.platform.tensor_rank, trainer.platform.tensor_size),
+        "step": trainer.step,
+        "weights": {b.row.name: b.parameter.detach().clone() for b in bound},
+        "moments": {b.row.name: moments[b.parameter]["exp_avg_sq"].clone() for b in bound},
+        "objective": trainer.objective.state(),
+    }
+    parallel.stop()
+    return found
+
+
+def test_a_run_on_tp_2_goes_on_in_any_layout(tmp_path: Path, source: Path) -> None:
+    config = pruning(tmp_path, source)
+    saved = run_distributed(state, 2, replace(config, parallel=ParallelConfig(tensor=2)), 2)
+    rows = {row.name: row for row in table(GQA)}
+    reader = WeightsReader(read_info(tmp_path / "run").model_directory, GQA)
+    layouts = {"one": (1, 1), "dp2": (2, 1), "tp2": (2, 2), "tp4": (4, 4)}
+    loaded = {
+        name: run_distributed(
+            state, ranks, replace(config, parallel=ParallelConfig(tensor=tensor)), 0
+        )
+        for name, (ranks, tensor) in layouts.items()
+    }
+    (whole,) = loaded["one"]
+    for name, read in reader.items():
+        assert torch.equal(whole["weights"][name], read), name
+    for found in (*saved, *(rank for ranks in loaded.values() for rank in ranks)):
+        assert found["step"] == 2
+        for kind in ("weights", "moments"):
+            for name, tensor in whole[kind].items():
+                shard = rows[name].shard(tensor, *found["place"])
+                assert torch.equal(found[kind][name], shard), (kind, name)
+        assert_equal(found["objective"], whole["objective"])
+    assert all(moment.any() for moment in whole["moments"].values())
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert "log_alpha.layer" in ours
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def train(config: RunConfig) -> None:
+    trainer = start(config)
+    try:
+        trainer.run()
+    finally:
+        parallel.stop()
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_are_kept_and_latest_names_the_last(
+    keep: int, tmp_path: Path, source: Path
+) -> None:
+    config = pruning(tmp_path, source, steps=5, save_interval=2, keep_checkpoints=keep)
+    run_distributed(train, 1, config)
+    newest = ["step-00000004", "step-00000005"][-keep:]
+    assert names(tmp_path / "run") == ["latest", *newest]
+    assert read_info(tmp_path / "run").step == 5
+    assert read_info(tmp_path / "run").tokens == 5 * 4 * 16
+    first = tmp_path / "run" / "checkpoints" / newest[0]
+    assert find(first) == first
+    assert read_info(first).step == int(newest[0][-8:])
+
+
+def test_what_a_crash_leaves_is_ignored_then_removed(tmp_path: Path, source: Path) -> None:
+    """Killed while it saves on a signal (step 3), or before `latest` is moved (step 4)."""
+    config = pruning(tmp_path, source, steps=6, save_interval=2, keep_checkpoints=1)
+    run_distributed(state, 1, config, 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".step-00000003.partial" / "model").mkdir(parents=True)
+    (checkpoints / ".step-00000003.partial" / "model" / "__0_0.distcp").write_bytes(b"half")
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000004")
+    assert read_info(tmp_path / "run").step == 2
+    assert run_distributed(state, 1, config, 1)[0]["step"] == 3
+    assert read_info(tmp_path / "run").step == 3  # not removed in favour of the left-over step 4
+    assert not (checkpoints / ".step-00000003.partial").exists()
+    (checkpoints / ".step-00000001.partial").mkdir()
+    run_distributed(train, 1, config)
+    assert names(tmp_path / "run") == ["latest", "step-00000006"]
+
+
+def save_on_a_full_disk(config: RunConfig, rank: int) -> str:
+    """What a save says when one rank can write 20 kB at most."""
+    trainer = start(config)
+    if trainer.platform.rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    trainer.train_step()
+    try:
+        trainer.save()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        parallel.stop()
+    return ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_one_message_and_costs_no_checkpoint(
+    rank: int, tmp_path: Path, source: Path
+) -> None:
+    config = replace(pruning(tmp_path, source), parallel=ParallelConfig(tensor=2))
+    run_distributed(state, 2, config, 2)
+    messages = run_distributed(save_on_a_full_disk, 2, config, rank)
+    assert all("step-00000003.partial" in message for message in messages)
+    assert "cannot be written: " in messages[0] and "File too large" in messages[0]
+    assert "cannot be written: rank 0 says why" in messages[1]
+    assert run_distributed(state, 2, config, 1)[0]["step"] == 3
+    assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000003"]
+
+
+def refused(config: RunConfig) -> str:
+    try:
+        start(config)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        parallel.stop()
+    return ""
+
+
+def test_a_run_whose_masks_are_damaged_or_gone_is_refused(tmp_path: Path, source: Path) -> None:
+    config = pruning(tmp_path, source)
+    run_distributed(state, 1, config, 1)
+    masks = read_info(tmp_path / "run").directory / "masks.safetensors"
+    masks.write_bytes(masks.read_bytes()[:-100])
+    assert f"{masks}: damaged" in run_distributed(refused, 1, config)[0]
+    masks.unlink()
+    assert f"{masks}: damaged" in run_distributed(refused, 1, config)[0]
+
+
+def described(directory: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((directory / "checkpoint.json").read_text())
+    return fields
+
+
+def test_paths_without_a_checkpoint_say_what_to_give(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, what in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "empty", "is neither a checkpoint nor a run with one"),
+        (source / "checkpoint.json", "is neither a checkpoint nor a run with one"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            read_info(path)
+        assert str(error.value).startswith(f"{path}: {what}. Give a checkpoint directory")
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    for content in (b"step-00000007\n", b"\xff\xfe\x00"):
+        (run / "latest").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"latest names .* which is no checkpoint"):
+            read_info(tmp_path / "run")
+
+
+def test_a_damaged_description_is_an_error_that_names_it(tmp_path: Path, source: Path) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    file = tmp_path / "model" / "checkpoint.json"
+    good = described(tmp_path / "model")
+    assert read_shape(tmp_path / "model") == GQA
+    without = {key: value for key, value in good.items() if key != "target"}
+    for content in (
+        file.read_text()[:-10],
+        "",
+        "[1, 2]",
+        "null",
+        json.dumps(without),
+        json.dumps({**good, "shape": {"num_layers": 3}}),
+        json.dumps({**good, "unknown": 1}),
+        json.dumps({key: value for key, value in good.items() if key != "format"}),
+    ):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match="damaged") as error:
+            read_info(tmp_path / "model")
+        assert str(file) in str(error.value)
+    file.write_text(json.dumps({**good, "format": 2}))
+    with pytest.raises(CheckpointError, match=r"json: written by another version of megashear"):
+        read_info(tmp_path / "model")
