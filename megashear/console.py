@@ -5,6 +5,7 @@ Imports the standard library and `errors` only.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -27,6 +28,8 @@ def run(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint"
     )
+    # On a login node (a CUDA build of torch and a compiler, no GPU) Megatron's imports make it warn.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         status = main() or 0
         sys.stdout.flush()
