@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -50,4 +51,5 @@ def _on_rank(
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent left (process groups among it) is not for this process to free
     torch.save(function(*args), Path(directory) / f"{rank}.pt")

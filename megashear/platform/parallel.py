@@ -185,6 +185,11 @@ def stop() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # Megatron forgets to forget some groups. A process forked later that starts anew would free
+    # them, and wait for ever for their threads, which a fork does not have.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 
