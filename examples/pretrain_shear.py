@@ -13,6 +13,10 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megashear.config.schema import ModelShape
 
 
 def main() -> None:
@@ -26,13 +30,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    # Imported late, so that --help and a misspelt option answer at once.
-    from megashear.checkpoint.manager import read_shape
+    # Imported late, so that --help answers at once.
     from megashear.config.loader import load_config
     from megashear.console import USAGE
     from megashear.errors import ConfigError
     from megashear.platform import parallel
-    from megashear.training.trainer import Trainer
 
     rank = parallel.launched_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
@@ -41,7 +43,7 @@ def main() -> None:
         config = load_config(
             arguments.config,
             arguments.overrides,
-            source_shape=read_shape,
+            source_shape=_shape_at,
             world_size=parallel.world_size(),
         )
     except ConfigError:
@@ -49,11 +51,20 @@ def main() -> None:
             raise
         time.sleep(2)  # the first process says it; a launcher ends all as soon as one has ended
         raise SystemExit(USAGE) from None
+    from megashear.training.trainer import Trainer
+
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     try:
         Trainer(config, platform).run()
     finally:
         parallel.stop()
+
+
+def _shape_at(path: str) -> ModelShape:
+    """The shape of the model at a path; Megatron, which takes seconds, is imported only for it."""
+    from megashear.checkpoint.manager import read_shape
+
+    return read_shape(path)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor
 import megashear
 from megashear.checkpoint import sharded
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.whole import whole_directory
+from megashear.checkpoint.whole import flush_tree, whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import Platform
@@ -210,6 +210,7 @@ class CheckpointManager:
                 save_file(dict(tensors), partial / "masks.safetensors")
                 # safetensors writes for the owner alone; a checkpoint is as readable as its folder.
                 shutil.copymode(partial / INFO, partial / "masks.safetensors")
+            flush_tree(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             write_durably(self.directory / LATEST, final.name + "\n")

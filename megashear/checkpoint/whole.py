@@ -41,8 +41,7 @@ def whole_directory(
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
+        flush_tree(partial)
         _swap(partial, final)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
@@ -75,8 +74,13 @@ def _swap(partial: Path, final: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def flush_tree(directory: Path) -> None:
+    """Make all files below a directory, and their names, survive a crash of the machine."""
+    for path in (*directory.rglob("*"), directory):
+        _flush(path)
+
+
 def _flush(path: Path) -> None:
-    """Make a file or a directory's list of names survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

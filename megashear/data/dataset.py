@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from megashear.config.schema import DataConfig
 from megashear.data.mixture import Mixture, Segment
+from megashear.data.token_files import check_one_tokenizer
 from megashear.errors import DataError
 
 log = logging.getLogger("megashear")
@@ -240,8 +241,10 @@ def build_train_dataset(
     """The blend of the training files of all domains.
 
     Raises:
-        DataError: names every file that is missing, damaged or too short.
+        DataError: names every file that is missing, damaged or too short; or validation and
+            training files were not all made by one tokenizer.
     """
+    check_one_tokenizer([file for d in config.domains for file in (d.train, d.valid)])
     prefixes = [domain.train for domain in config.domains]
     return DynamicBlendedDataset(_open_all(config, prefixes, vocab_size, config.seed), mixture)
 

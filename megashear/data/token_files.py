@@ -48,6 +48,25 @@ class Fingerprint:
             raise DataError(f"{path} is damaged ({error}): make {prefix} again") from error
 
 
+def check_one_tokenizer(prefixes: Sequence[str]) -> None:
+    """Refuse token files that different tokenizers made; one without PREFIX.json is not asked.
+
+    Raises:
+        DataError: lists the files by tokenizer; or a fingerprint is damaged.
+    """
+    files: dict[str, list[str]] = {}
+    for prefix in prefixes:
+        if Path(f"{prefix}.json").exists():
+            files.setdefault(Fingerprint.read(prefix).tokenizer_sha256, []).append(prefix)
+    if len(files) > 1:
+        lines = (f"  {sha256[:12]}: {', '.join(made)}" for sha256, made in files.items())
+        raise DataError(
+            "the domains were made by different tokenizers (by sha256):\n"
+            + "\n".join(lines)
+            + "\nMake them again by one, with `megashear tokenize`"
+        )
+
+
 class TokenFileWriter:
     """Writes one set of token files in a folder beside their place, until `publish` moves them.
 

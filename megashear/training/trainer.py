@@ -38,8 +38,11 @@ from megashear.training.run_log import RunLog
 from megashear.training.step import DomainLosses, run_microbatches
 
 # Options that may differ between a run and its continuation without changing what it computes.
-_FREE_OPTIONS = ("run_dir", "parallel", "platform", "trainer.log_interval", "trainer.save_interval",
-                 "trainer.keep_checkpoints", "data.num_workers", "data.tokenizer")  # fmt: skip
+_FREE_OPTIONS = (
+    *("run_dir", "parallel", "data.num_workers", "data.tokenizer"),
+    *("platform.device", "platform.layers", "platform.kernels", "platform.timeout_minutes"),
+    *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
+)
 
 
 def source_shape(config: RunConfig) -> ModelShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -302,3 +303,26 @@ class TestBlend:
         for first in range(0, len(small) - 19, 20):
             epoch = [token for sample in small[first : first + 20] for token in sample]
             assert len(epoch) == len(set(epoch)) == 320
+
+
+def test_domains_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    def made_by(name: str, sha256: str | None) -> str:
+        prefix = write_tokens(tmp_path / name, random_documents(400, VOCAB), VOCAB)
+        if sha256 is not None:
+            known = {"vocab_size": VOCAB, "bos_id": 1, "eos_id": 2, "documents": 1, "tokens": 400}
+            text = json.dumps({"tokenizer_sha256": sha256, **known})
+            Path(f"{prefix}.json").write_text(text)
+        return prefix
+
+    one, same, unknown = made_by("a", "1" * 64), made_by("b", "1" * 64), made_by("c", None)
+    other = made_by("d", "2" * 64)
+    data = DataConfig(
+        seq_length=16, domains=(Domain("x", one, same, 0.5), Domain("y", unknown, one, 0.5))
+    )
+    build_train_dataset(data, VOCAB, Mixture.from_config(data))
+    mixed = DataConfig(
+        seq_length=16, domains=(Domain("x", one, same, 0.5), Domain("y", other, one, 0.5))
+    )
+    with pytest.raises(DataError, match="different tokenizers") as raised:
+        build_train_dataset(mixed, VOCAB, Mixture.from_config(mixed))
+    assert f"222222222222: {other}" in str(raised.value)
