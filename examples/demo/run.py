@@ -126,7 +126,7 @@ class Demo:
         before = json.loads(marker.read_text()) if marker.is_file() else {}
         same = before.get("fingerprint") == self._fingerprint
         spent = before.get("seconds", 0.0) if same else 0.0
-        if same and before["done"]:
+        if same and before["done"] and (self.folder / stage.output).exists():
             print(f"[{number}] {stage.name}: done before ({spent:.0f} s)", flush=True)
         else:
             if not same:

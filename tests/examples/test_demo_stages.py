@@ -1,0 +1,134 @@
+"""What the demo does again and what it does not: done, changed, failed and interrupted stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megashear.errors import ShearError
+from tests.make_tokenizer import REPOSITORY, example
+
+run = example("demo/run")
+
+
+def stage(name: str, command: str = "", reads: tuple[Path, ...] = ()) -> run.Stage:
+    """Adds a line to NAME/made and counts how often it ran, then does what else is asked."""
+    script = f"mkdir -p {name}; echo x >> {name}/made; echo x >> {name}.count; {command}"
+    return run.Stage(name, name, ("sh", "-c", script), reads)
+
+
+def go(folder: Path, *stages: run.Stage) -> run.Demo:
+    demo = run.Demo(folder)
+    for number, each in enumerate(stages, 1):
+        demo.run(each, f"{number}/{len(stages)}")
+    return demo
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def counts(folder: Path) -> dict[str, int]:
+    """How often each stage ran."""
+    return {file.stem: lines(file) for file in sorted(folder.glob("*.count"))}
+
+
+def test_a_done_stage_is_not_run_again_and_keeps_its_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = go(tmp_path, stage("a", "sleep 0.05; echo hello"), stage("b"))
+    assert first.seconds["a"] >= 0.05
+    shown = capsys.readouterr().out
+    assert "[1/2] a\n" in shown and "    hello\n" in shown
+    assert (tmp_path / "logs" / "a.log").read_text() == "hello\n"
+    again = go(tmp_path, stage("a", "sleep 0.05; echo hello"), stage("b"))
+    assert counts(tmp_path) == {"a": 1, "b": 1}
+    assert again.seconds == first.seconds
+    assert "[1/2] a: done before" in capsys.readouterr().out
+
+
+def test_a_changed_stage_is_made_anew_with_all_that_follow(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("steps: 1")
+    before = (stage("a"), stage("b", reads=(file,)), stage("c"), stage("d"))
+    go(tmp_path, *before)
+    file.write_text("steps: 2")
+    go(tmp_path, *before)
+    assert counts(tmp_path) == {"a": 1, "b": 2, "c": 2, "d": 2}
+    go(tmp_path, *before[:3], stage("d", "true"))
+    assert counts(tmp_path) == {"a": 1, "b": 2, "c": 2, "d": 3}
+    assert all(lines(tmp_path / name / "made") == 1 for name in "abcd")  # nothing old is left
+
+
+def test_a_stage_whose_result_is_gone_is_made_again(tmp_path: Path) -> None:
+    go(tmp_path, stage("a"), stage("b"))
+    (tmp_path / "a" / "made").unlink()
+    (tmp_path / "a").rmdir()
+    go(tmp_path, stage("a"), stage("b"))
+    assert counts(tmp_path) == {"a": 2, "b": 1}
+
+
+def test_a_failing_command_stops_with_its_log_named_and_goes_on_when_mended(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mended"
+    failing = stage("b", f"echo broken >&2; test -e {file}")
+    with pytest.raises(ShearError) as error:
+        go(tmp_path, stage("a"), failing, stage("c"))
+    log = tmp_path / "logs" / "b.log"
+    assert str(error.value) == (f"stage b failed with status 1. Its output is above and in {log}")
+    assert log.read_text() == "broken\n"
+    assert counts(tmp_path) == {"a": 1, "b": 1}
+    file.touch()
+    go(tmp_path, stage("a"), failing, stage("c"))
+    assert counts(tmp_path) == {"a": 1, "b": 2, "c": 1}
+    assert lines(tmp_path / "b" / "made") == 2  # it found what it had begun
+
+
+def test_what_an_unfinished_stage_began_from_other_input_is_removed(tmp_path: Path) -> None:
+    """Else it would go on from a model that is no longer the one before it."""
+    failing = stage("b", "exit 3")
+    with pytest.raises(ShearError, match="status 3"):
+        go(tmp_path, stage("a"), failing)
+    with pytest.raises(ShearError, match="status 3"):
+        go(tmp_path, stage("a", "true"), failing)
+    assert lines(tmp_path / "b" / "made") == 1
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from megashear.console import run
+from tests.examples.test_demo_stages import go, stage
+waits = stage("b", "test $(wc -l < b/made) -gt 1 || sleep 60")
+run(lambda: go(Path(sys.argv[1]), stage("a"), waits) and 0)
+"""
+
+
+def test_ctrl_c_ends_it_and_the_stage_goes_on_next_time(tmp_path: Path) -> None:
+    """A real one, to the whole group, as a terminal sends it."""
+    command = (sys.executable, "-c", INTERRUPTED, str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    marker = tmp_path / "stages" / "b.json"
+    while process.poll() is None and not (tmp_path / "b.count").is_file():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert (process.returncode, error.strip()) == (130, "interrupted")
+    state = json.loads(marker.read_text())
+    assert not state["done"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert counts(tmp_path) == {"a": 1, "b": 2}
+    assert json.loads(marker.read_text())["seconds"] > state["seconds"] > 0
+    assert lines(tmp_path / "b" / "made") == 2
