@@ -24,11 +24,10 @@ def run(main: Callable[[], int | None]) -> None:
     """
     # One for every optional package that is not there, at every import; the log says what is used.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    # Megatron's checkpoints use a class that torch has deprecated: nothing a user can change.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint"
-    )
-    # On a login node (a CUDA build of torch and a compiler, no GPU) Megatron's imports make it warn.
+    # How Megatron's checkpoints call torch (a deprecated class, in 0.19 an old order of arguments,
+    # and one process reading for all): nothing a user can change.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    # On a login node (torch with CUDA, a compiler, no GPU) Megatron's imports make it warn.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         status = main() or 0

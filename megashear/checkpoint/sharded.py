@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import single_process
+from megashear.platform.pickles import weights_only
 from megashear.pruning.table import table
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -102,7 +103,8 @@ def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
             f"{', '.join(objects)}. Do not load it"
         )
     try:
-        return dist_checkpointing.load(dict(state), str(directory))
+        with weights_only():
+            return dist_checkpointing.load(dict(state), str(directory))
     except (Exception, CheckpointException) as error:  # a damaged checkpoint can fail in any way
         raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error)}") from error
 

@@ -1,6 +1,6 @@
 """Megatron-Core's layer specs with the masked classes in them; differences between its releases.
 
-Checked with megatron-core 0.16.1.
+Checked with megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations

@@ -173,7 +173,9 @@ def test_a_full_disk_is_one_message_and_costs_no_checkpoint(
     run_distributed(state, 2, config, 2)
     messages = run_distributed(save_on_a_full_disk, 2, config, rank)
     assert all("step-00000003.partial" in message for message in messages)
-    assert "cannot be written: " in messages[0] and "File too large" in messages[0]
+    assert "cannot be written: " in messages[0]
+    reasons = ("File too large", "OSError")  # the second: all that megatron-core 0.19 hands on
+    assert any(reason in messages[0] for reason in reasons)
     assert "cannot be written: rank 0 says why" in messages[1]
     assert run_distributed(state, 2, config, 1)[0]["step"] == 3
     assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000003"]
