@@ -157,15 +157,19 @@ class Demo:
             stage.command, cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            with log.open("w") as stream:
-                for line in process.stdout:
+        with log.open("w") as stream:
+
+            def show() -> None:
+                for line in process.stdout or ():
                     stream.write(line)
                     print("    " + line, end="", flush=True)
-        except KeyboardInterrupt:  # the command got it too, and saves before it ends
-            process.wait()
-            raise
+
+            try:
+                show()
+            except KeyboardInterrupt:  # the command got it too, and saves before it ends
+                show()
+                process.wait()
+                raise
         if process.wait() != 0:
             raise ShearError(
                 f"stage {stage.name} failed with status {process.returncode}. Its output is above "
