@@ -35,7 +35,14 @@ def summarise(folder: Path, seconds: Mapping[str, float]) -> bool:
     text = "\n\n".join(f"{title}\n{_indented(body)}" for title, body in parts)
     (folder / "summary.txt").write_text(text + "\n")
     print(f"\n{text}")
-    return sheared_wins and on_target and same
+    expected = {
+        "the sheared model is better than the one from scratch": sheared_wins,
+        "every mask is on its target": on_target,
+        "masked, extracted and exported models have equal logits": same,
+    }
+    for claim, holds in expected.items():
+        print(f"{'yes' if holds else 'NO '}  {claim}")
+    return all(expected.values())
 
 
 def _indented(text: str) -> str:
