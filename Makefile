@@ -1,16 +1,19 @@
 # `make demo` and `make test` do all the set-up they need, in one local .venv.
 
 PYTHON ?= python3
+# A python3.12 on PATH that runs (a shim of pyenv need not), else pyenv's newest.
+PYTHON_LATEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || \
+  ls -d "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python 2>/dev/null | sort -V | tail -1)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 MAX_KB := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format clean
+.PHONY: help venv demo test test-latest check format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.12), VENV=$(VENV), ARGS (for demo and test)"
 
 venv: $(STAMP) ## install everything into .venv, with pinned versions
@@ -32,6 +35,11 @@ demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machin
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
+test-latest: ## run the tests with Python 3.12 and the newest Megatron-Core, in .venv-latest (6 GB)
+	@test -n "$(PYTHON_LATEST)" || \
+	  { echo "error: no Python 3.12. Name one: make PYTHON_LATEST=/path/to/python3.12 $@" >&2; exit 1; }
+	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
+
 check: $(STAMP) ## lint, format, types, spelling, sizes of committed files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +52,6 @@ format: $(STAMP) ## put imports and layout in order
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format -q .
 
-clean: ## remove .venv, caches and the demo's run (not runs/)
-	rm -rf $(VENV) demo-run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv, .venv-latest, caches and the demo's run (not runs/)
+	rm -rf $(VENV) .venv-latest demo-run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
+from megashear.platform.checkpoints import layout_of_newer_release, weights_only
 from megashear.platform.parallel import single_process
-from megashear.platform.pickles import weights_only
 from megashear.pruning.table import table
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -106,7 +106,8 @@ def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         with weights_only():
             return dist_checkpointing.load(dict(state), str(directory))
     except (Exception, CheckpointException) as error:  # a damaged checkpoint can fail in any way
-        raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error)}") from error
+        reason = layout_of_newer_release(directory, stored) or _reason(error)
+        raise CheckpointError(f"{directory}: cannot be loaded: {reason}") from error
 
 
 def check_metadata(directory: Path) -> Metadata:
