@@ -107,7 +107,8 @@ import sys
 from pathlib import Path
 from megashear.console import run
 from tests.examples.test_demo_stages import go, stage
-waits = stage("b", "test $(wc -l < b/made) -gt 1 || sleep 60")
+# By built-ins alone: a shell whose child dies of the signal would go on.
+waits = stage("b", "test -e b.asleep || { : > b.asleep; exec sleep 60; }")
 run(lambda: go(Path(sys.argv[1]), stage("a"), waits) and 0)
 """
 
@@ -120,7 +121,7 @@ def test_ctrl_c_ends_it_and_the_stage_goes_on_next_time(tmp_path: Path) -> None:
         command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     marker = tmp_path / "stages" / "b.json"
-    while process.poll() is None and not (tmp_path / "b.count").is_file():
+    while process.poll() is None and not (tmp_path / "b.asleep").is_file():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
