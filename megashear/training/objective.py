@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.model.masked_weights import MaskedWeights
 from megashear.platform.parallel import Platform
+from megashear.pruning.counting import expected_parameter_count, parameter_count
 from megashear.pruning.extract import format_off_target, off_target
 from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
 from megashear.pruning.masks import Masks, resolve_target
@@ -46,6 +47,10 @@ class LanguageModeling:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up a state again."""
+
+    def result(self) -> str:
+        """What the run came to, besides losses; empty if there is nothing to say."""
+        return ""
 
     def verdict(self) -> str:
         """What must be said of the result at the end of the run; empty if all is well."""
@@ -167,6 +172,20 @@ class PruningObjective(LanguageModeling):
                     for key, value in state.items()
                     if key.startswith(prefix)
                 }
+
+    @torch.no_grad()
+    def result(self) -> str:
+        """Units that the masks keep by now, over the rows of each mask, and the expected size."""
+        source = self.masks.source
+        count = float(expected_parameter_count(source, self.masks.probability_kept()))
+        lines = [f"expected parameters {count:,.0f} of {parameter_count(source):,}; units kept:"]
+        for mask, z in self.masks.deterministic("current").items():
+            kept = (z > 0).sum(1)
+            low, high = int(kept.min()), int(kept.max())
+            units = f"{low}" if low == high else f"{low} to {high}"
+            rows = " in each layer" if len(kept) > 1 else ""
+            lines.append(f"  {mask:<12}  {units} of {z.shape[1]}{rows}")
+        return "\n".join(lines)
 
     def verdict(self) -> str:
         """The masks that did not reach their targets, each by how much."""

@@ -167,6 +167,8 @@ class Trainer:
         if self.step < steps:
             self.log.say(f"stopped by a signal at step {self.step}; start it again to go on")
             raise SystemExit(128 + self._signal)
+        if result := self.objective.result():
+            self.log.say(result)
         if verdict := self.objective.verdict():
             self.log.warn(verdict)
 
