@@ -6,12 +6,14 @@ Imports of the library stand in the functions, so that `--help` does not wait fo
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megashear import console
+from megashear.errors import DataError
 
 
 def main() -> None:
@@ -83,36 +85,54 @@ def _tokenize(args: argparse.Namespace) -> None:
 
     # A batch system's SIGTERM then removes what is unfinished, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rows, empty = [], 0
+    rows, problems, empty = [], [], 0
     for output, inputs in _domains(args.input, args.output).items():
-        report = tokenize_files(
-            inputs,
-            args.tokenizer,
-            output,
-            valid_fraction=args.valid_fraction,
-            field=args.field,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            progress=True,
-        )
+        try:
+            report = tokenize_files(
+                inputs,
+                args.tokenizer,
+                output,
+                valid_fraction=args.valid_fraction,
+                field=args.field,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                progress=True,
+            )
+        except DataError as error:  # the other domains are as good without this one
+            problems.append(str(error))
+            continue
         empty += report.empty
         rows += [
             (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
             for o in report.outputs
         ]
-    print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
+    if rows:
+        print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
     if empty:
         print(f"skipped {empty:,} empty documents")
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))
 
 
 def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
-    """Inputs by the prefix that they go to."""
+    """Inputs by the prefix that they go to.
+
+    Raises:
+        DataError: two files would make one domain, or the output has another placeholder.
+    """
     from megashear.data.jsonl import find_inputs
 
     if "{name}" not in output:
+        if "{" in output:
+            raise DataError(f"--output {output}: the one placeholder is {{name}}")
         return {output: list(inputs)}
-    domains: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for file in find_inputs(inputs):
-        name = file.name.split(".", 1)[0]
-        domains.setdefault(output.replace("{name}", name), []).append(str(file))
-    return domains
+        name = re.sub(r"(\.jsonl?)?(\.gz)?$", "", file.name)
+        files.setdefault(output.replace("{name}", name), []).append(str(file))
+    if shared := [f"  {prefix}: {', '.join(f)}" for prefix, f in files.items() if len(f) > 1]:
+        raise DataError(
+            "files of one name would make one domain:\n" + "\n".join(shared) + "\nRename them, or "
+            "tokenize that domain with an --output of its own"
+        )
+    return files

@@ -53,6 +53,29 @@ def test_every_file_is_a_domain_where_the_output_says_name(tokenizer: Path, tmp_
         assert (tmp_path / "out" / f"{name}.bin").read_bytes() == expected
 
 
+def test_domains_by_name_are_kept_apart(tokenizer: Path, tmp_path: Path) -> None:
+    """Files that would share a name are refused; a bad one does not keep the others out."""
+    texts = real_texts()
+    for name in ("wiki.en.jsonl", "wiki.de.jsonl", "cc.jsonl"):
+        write_jsonl(tmp_path / name, texts)
+    (tmp_path / "bad.jsonl").write_text('{"text"\n')
+    arguments = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", tokenizer]
+    done = run("tokenize", *arguments, "--output", f"{tmp_path}/out/{{name}}")
+    assert done.returncode == 2
+    assert f"{tmp_path}/bad.jsonl:1: not JSON" in done.stderr
+    made = sorted(file.name for file in (tmp_path / "out").glob("*.bin"))
+    assert made == ["cc.bin", "wiki.de.bin", "wiki.en.bin"]
+    assert all(name.removesuffix(".bin") in done.stdout for name in made)
+
+    write_jsonl(tmp_path / "more" / "cc.jsonl", texts)
+    both = ["--input", f"{tmp_path}/cc.jsonl", f"{tmp_path}/more/cc.jsonl", *arguments[2:]]
+    done = run("tokenize", *both, "--output", f"{tmp_path}/other/{{name}}")
+    assert done.returncode == 2
+    assert f"other/cc: {tmp_path}/cc.jsonl, {tmp_path}/more/cc.jsonl" in done.stderr
+    done = run("tokenize", *both, "--output", f"{tmp_path}/other/{{nam}}")
+    assert (done.returncode, (tmp_path / "other").exists()) == (2, False)
+
+
 def test_errors_are_one_message_and_status_2(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "a"}\n{"text"\n')

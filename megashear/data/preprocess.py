@@ -259,7 +259,7 @@ def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: _P
         found = problems[:MAX_PROBLEMS]
         lines = "line" if len(found) == 1 else "lines"
         more = "; there may be more" if len(found) == MAX_PROBLEMS else ""
-        head = f"{len(found)} malformed {lines}, nothing was written{more}:"
+        head = f"{len(found)} malformed {lines}; their domain was not written{more}:"
         raise DataError("\n  ".join([head, *found]))
     documents = sum(writer.documents for writer in writers)
     for writer in writers:

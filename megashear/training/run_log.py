@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.console import table
+from megashear.errors import PlatformError
 
 
 class RunLog:
@@ -32,7 +33,10 @@ class RunLog:
         self.writes = writes
         self._shown: list[Mapping[str, Any]] = []  # records since the last console line
         if writes:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PlatformError(f"run_dir {run_dir} cannot be made: {error}") from error
             self._drop_after(resumed_step)
 
     def _drop_after(self, step: int | None) -> None:

@@ -122,7 +122,7 @@ def test_malformed_lines_are_reported_together(
     message = str(caught.value)
     for place in (f"{first}:2: not JSON", f"{first}:5: no field 'text'", f"{second}:2: field"):
         assert place in message
-    assert message.startswith("3 malformed lines, nothing was written:")
+    assert message.startswith("3 malformed lines; their domain was not written:")
     assert left_behind(tmp_path / "out") == []
 
 
