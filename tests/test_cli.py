@@ -72,7 +72,7 @@ def test_domains_by_name_are_kept_apart(tokenizer: Path, tmp_path: Path) -> None
     done = run("tokenize", *both, "--output", f"{tmp_path}/other/{{name}}")
     assert done.returncode == 2
     assert f"other/cc: {tmp_path}/cc.jsonl, {tmp_path}/more/cc.jsonl" in done.stderr
-    done = run("tokenize", *both, "--output", f"{tmp_path}/other/{{nam}}")
+    done = run("tokenize", *both, "--output", f"{tmp_path}/other/{{domain}}")
     assert (done.returncode, (tmp_path / "other").exists()) == (2, False)
 
 
