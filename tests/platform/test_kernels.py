@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from megashear.errors import PlatformError
 from megashear.platform.kernels import choose_kernels
 
-absent = pytest.mark.skipif("amp_C" in sys.modules, reason="NVIDIA's Apex is installed")
+absent = pytest.mark.skipif(find_spec("amp_C") is not None, reason="NVIDIA's Apex is installed")
 
 
 @absent
