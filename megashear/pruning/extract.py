@@ -157,7 +157,8 @@ def format_off_target(rows: list[OffTarget]) -> str:
     """The list of `off_target` as text, one line for each; empty if all are on target."""
     if not rows:
         return ""
-    lines = [f"MASKS OFF THEIR TARGETS: {len(rows)}. Extraction cuts them by rank all the same."]
+    cut = " Extraction cuts them by rank all the same." if rows[0].mask != MODEL else ""
+    lines = [f"MASKS OFF THEIR TARGETS: {len(rows)}.{cut}"]
     for mask, row, expected, target in rows:
         where = f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
         sparsities = f"expected sparsity {expected:.3f}, target {target:.3f}"
