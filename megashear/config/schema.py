@@ -131,7 +131,19 @@ class ParallelConfig:
     """How the model is laid over processes; what is left over is data parallel."""
 
     tensor: int = 1
-    sequence: bool = False
+    sequence: bool = False  # split what tensor parallelism repeats (norms, residual) by tokens
+    pipeline: int = 1  # stages
+    virtual_pipeline: int = 1  # chunks of layers per stage; above 1 their schedules interleave
+    context: int = 1  # ranks that share a sequence
+    distributed_optimizer: bool = False  # each data-parallel rank keeps a part of its state
+    overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # gather updated weights during the next forward pass
+    recompute: str = "none"  # none | selective (core attention) | full (whole layers)
+
+    @property
+    def model_ranks(self) -> int:
+        """Processes that one copy of the model and one sequence take."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass(frozen=True)

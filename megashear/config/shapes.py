@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megashear.config.schema import ModelShape
 from megashear.config.values import (
     SIZES,
     Check,
@@ -75,8 +76,7 @@ def _tensor_parallel(run: Run) -> Iterator[Problem]:
 
 def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
     """(path, beginning of the message, size) of what tensor parallelism splits."""
-    config, source = run.config, run.source
-    shape = config.model if config.stage == "pretrain" else source
+    config, source, shape = run.config, run.source, _trained(run)
     if shape is not None:
         grouped = shape.num_query_groups != shape.num_attention_heads
         heads = "num_query_groups" if grouped else "num_attention_heads"
@@ -102,23 +102,63 @@ def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
         yield "target.ffn_hidden_size", f"= {size} is", size
 
 
-def _sequence(run: Run) -> Iterator[Problem]:
-    """Sequence parallelism has ranks to split over, and splits evenly."""
-    parallel, length = run.config.parallel, run.config.data.seq_length
-    if not parallel.sequence or parallel.tensor < 1:
+def _pipeline(run: Run) -> Iterator[Problem]:
+    """Every chunk of every pipeline stage has the same number of layers."""
+    config, shape = run.config, _trained(run)
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if min(stages, chunks) < 1:
         return
-    if parallel.tensor == 1:
+    if chunks > 1 and stages == 1:
+        text = f"= {chunks} needs parallel.pipeline > 1, and it is 1. Raise that, or write 1"
+        yield "parallel.virtual_pipeline", text
+    elif shape is not None and shape.num_layers > 0 and shape.num_layers % (stages * chunks):
+        text = f"= {stages}" + (f" times virtual_pipeline = {chunks}" if chunks > 1 else "")
+        text += f" does not divide the model's {shape.num_layers} layers. Use "
+        text += either(divisors(shape.num_layers)) + (" for their product" if chunks > 1 else "")
+        yield "parallel.pipeline", text
+
+
+def _sequence(run: Run) -> Iterator[Problem]:
+    """What shares a sequence divides it evenly, and sequence parallelism has ranks to split over.
+
+    Context parallelism gives each rank two blocks, one from either end of the sequence.
+    """
+    parallel, length = run.config.parallel, run.config.data.seq_length
+    if min(parallel.tensor, parallel.context) < 1:
+        return
+    if parallel.sequence and parallel.tensor == 1:
         text = "= true needs parallel.tensor > 1, and it is 1. Raise that, or write false"
         yield "parallel.sequence", text
-    if length % parallel.tensor:
-        text = f"= {length} is not divisible by parallel.tensor = {parallel.tensor}, which "
-        text += f"parallel.sequence needs. Use {multiples(length, parallel.tensor)}"
-        yield "data.seq_length", text
+    needs = [f"parallel.context = {parallel.context}"] if parallel.context > 1 else []
+    needs += [f"parallel.tensor = {parallel.tensor} with sequence"] if parallel.sequence else []
+    unit = 2 * parallel.context if parallel.context > 1 else 1
+    if parallel.sequence:
+        unit = math.lcm(unit, parallel.context * parallel.tensor)
+    if length % unit:
+        text = f"= {length} is not divisible by {unit}, which {' and '.join(needs)} needs. "
+        yield "data.seq_length", text + f"Use {multiples(length, unit)}"
+
+
+def _overlap(run: Run) -> Iterator[Problem]:
+    """Gathering weights behind the forward pass is the distributed optimizer's."""
+    parallel = run.config.parallel
+    missing = [
+        f"parallel.{name}"
+        for name in ("distributed_optimizer", "overlap_grad_reduce")
+        if not getattr(parallel, name)
+    ]
+    if parallel.overlap_param_gather and missing:
+        text = f"= true needs {' and '.join(missing)} too. Write true there, or false here"
+        yield "parallel.overlap_param_gather", text
+
+
+def _trained(run: Run) -> ModelShape | None:
+    """The shape that the run trains, where it is known."""
+    return run.config.model if run.config.stage == "pretrain" else run.source
 
 
 def _positions(run: Run) -> Iterator[Problem]:
-    config = run.config
-    shape = config.model if config.stage == "pretrain" else run.source
+    config, shape = run.config, _trained(run)
     if shape is not None and config.data.seq_length > shape.max_position_embeddings:
         most = shape.max_position_embeddings
         text = f"= {config.data.seq_length} is more than the model's max_position_embeddings"
@@ -126,24 +166,38 @@ def _positions(run: Run) -> Iterator[Problem]:
 
 
 def _world(run: Run) -> Iterator[Problem]:
-    tensor, ranks = run.config.parallel.tensor, run.world_size
-    if ranks is not None and tensor >= 1 and ranks % tensor:
-        text = f"= {tensor} does not divide the {ranks} processes of the run. "
-        yield "parallel.tensor", text + f"Use {either(divisors(ranks))}, or start other processes"
+    parallel, ranks = run.config.parallel, run.world_size
+    sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context")}
+    if ranks is None or min(sizes.values()) < 1 or ranks % parallel.model_ranks == 0:
+        return
+    large = {name: size for name, size in sizes.items() if size > 1}
+    where = f"parallel.{next(iter(large))}" if len(large) == 1 else "parallel"
+    product = " times ".join(f"{name} {size}" for name, size in large.items())
+    text = f"= {parallel.model_ranks}" if len(large) == 1 else f": {product}"
+    advice = either(divisors(ranks)) + (" for the product" if len(large) > 1 else "")
+    text += f" does not divide the {ranks} processes of the run. "
+    yield where, text + f"Use {advice}, or start other processes"
 
 
 def _batches(run: Run) -> Iterator[Problem]:
-    """A global batch is whole micro-batches on every data-parallel rank."""
-    batch, micro = run.config.trainer.global_batch_size, run.config.trainer.micro_batch_size
-    if min(batch, micro) < 1:
+    """A global batch is whole micro-batches on every data-parallel rank, in rounds of the stages.
+
+    Without a number of processes, one data-parallel rank is the least that there can be.
+    """
+    trainer, parallel = run.config.trainer, run.config.parallel
+    batch, micro = trainer.global_batch_size, trainer.micro_batch_size
+    sizes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.virtual_pipeline)
+    if min(batch, micro, *sizes) < 1:
         return
     unit, what = micro, f"trainer.micro_batch_size = {micro}"
     if run.world_size is not None:
-        tensor = run.config.parallel.tensor
-        if tensor < 1 or run.world_size % tensor:
+        if run.world_size % parallel.model_ranks:
             return
-        ranks = run.world_size // tensor
+        ranks = run.world_size // parallel.model_ranks
         unit, what = micro * ranks, f"{what} times {ranks} data-parallel ranks"
+    if parallel.virtual_pipeline > 1:
+        unit *= parallel.pipeline
+        what += f" times {parallel.pipeline} interleaved stages"
     if batch % unit:
         text = f"= {batch} is not divisible by {what}. Use {multiples(batch, unit)}"
         yield "trainer.global_batch_size", text
@@ -153,7 +207,9 @@ CHECKS: tuple[Check, ...] = (
     _model,
     _target,
     _tensor_parallel,
+    _pipeline,
     _sequence,
+    _overlap,
     _positions,
     _world,
     _batches,

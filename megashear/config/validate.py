@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pruning.multipliers": ("shared", "per_layer"),
     "data.rule": ("paper", "reference_code", "constant"),
     "evaluation.masks": ("current", "target"),
+    "parallel.recompute": ("none", "selective", "full"),
     "platform.device": ("auto", "cpu", "cuda"),
     "platform.layers": ("auto", "torch", "transformer_engine"),
     "platform.kernels": ("auto", "torch", "apex"),
@@ -57,6 +58,9 @@ _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
         "trainer.save_interval",
         "trainer.keep_checkpoints",
         "parallel.tensor",
+        "parallel.pipeline",
+        "parallel.virtual_pipeline",
+        "parallel.context",
     ),
     ">= 0": (
         "model.num_query_groups",  # 0 stands for the default
