@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 STAGES = ("pretrain", "prune", "continue")
+QUERY_GROUP, QUERY_HEAD = HEAD_UNITS = ("query_group", "query_head")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ModelShape:
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
     tied_embeddings: bool = False
+    qkv_bias: bool = False  # of linear_qkv alone
+    qk_norm: bool = False  # an RMSNorm over each query and key head, one weight for all heads
 
     def __post_init__(self) -> None:
         if self.num_query_groups == 0:
@@ -60,6 +63,7 @@ class PruningConfig:
     sparsity_warmup_steps: int = 640  # steps over which the target sparsity rises from 0
     mask_lr: float = 1.0
     multiplier_lr: float = 1.0
+    head_unit: str = QUERY_GROUP  # query_group: with its key and value; query_head: they all stay
     multipliers: str = "shared"  # shared: one pair per mask; per_layer: one pair per row
     clip_grad: float = 1.0  # norm at which mask and multiplier gradients are clipped, each apart
 

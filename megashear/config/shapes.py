@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megashear.config.schema import ModelShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape
 from megashear.config.values import (
     SIZES,
     Check,
@@ -18,6 +18,7 @@ from megashear.config.values import (
     divisors,
     either,
     multiples,
+    show,
 )
 
 
@@ -39,7 +40,7 @@ def _model(run: Run) -> Iterator[Problem]:
 
 
 def _target(run: Run) -> Iterator[Problem]:
-    """The target is no larger than the source and keeps whole query groups."""
+    """The target is no larger than the source, and its heads are what the head unit leaves."""
     target, source = run.config.target, run.source
     if target is None or source is None or run.config.stage != "prune":
         return
@@ -50,14 +51,32 @@ def _target(run: Run) -> Iterator[Problem]:
     for name in larger:
         text = f"= {wanted[name]} is larger than the source's {getattr(source, name)}. "
         yield f"target.{name}", text + f"Use at most {getattr(source, name)}"
-    heads, per_group = wanted["num_attention_heads"], source.heads_per_group
-    if "num_attention_heads" not in larger and heads % per_group:
-        text = f"= {heads} is not a multiple of the source's {per_group} heads per query group. "
-        yield "target.num_attention_heads", text + f"Use {multiples(heads, per_group)}"
+    heads, (unit, what) = wanted["num_attention_heads"], _heads_together(run, source)
+    if "num_attention_heads" not in larger and heads % unit:
+        text = f"= {heads} is not a multiple of the source's {what}. "
+        yield "target.num_attention_heads", text + f"Use {multiples(heads, unit)}"
     elif wanted == {name: getattr(source, name) for name in SIZES} and any(
         getattr(target, name) is not None for name in SIZES
     ):
         yield "target", "is the source's shape. Make at least one size smaller"
+
+
+def _heads_together(run: Run, source: ModelShape) -> tuple[int, str]:
+    """The number that heads are pruned by, and what it is of the source."""
+    groups, per_group = source.num_query_groups, source.heads_per_group
+    if run.config.pruning.head_unit == QUERY_HEAD and per_group > 1:
+        return groups, f"{groups} query groups, each of which keeps the same number of heads"
+    return per_group, f"{per_group} heads per query group"
+
+
+def _head_unit(run: Run) -> Iterator[Problem]:
+    """Single query heads can be pruned where several share a key and value."""
+    source, head_unit = run.source, run.config.pruning.head_unit
+    if run.config.stage != "prune" or source is None or source.heads_per_group > 1:
+        return
+    if head_unit == QUERY_HEAD:
+        text = f"= {show(head_unit)}, but no two heads of the source share a key and value. "
+        yield "pruning.head_unit", text + f"Use {show(QUERY_GROUP)}, which prunes its single heads"
 
 
 def _tensor_parallel(run: Run) -> Iterator[Problem]:
@@ -93,7 +112,7 @@ def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
         number, per_group = target.num_attention_heads, source.heads_per_group if source else 1
         if per_group == 1:
             yield "target.num_attention_heads", f"= {number} is", number
-        elif number % per_group == 0:
+        elif run.config.pruning.head_unit != QUERY_HEAD and number % per_group == 0:
             groups = number // per_group
             text = f"= {number} makes {groups} query groups, which is"
             yield "target.num_attention_heads", text, groups
@@ -206,6 +225,7 @@ def _batches(run: Run) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (
     _model,
     _target,
+    _head_unit,
     _tensor_parallel,
     _pipeline,
     _sequence,

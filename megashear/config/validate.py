@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megashear.config import shapes
-from megashear.config.schema import STAGES, ModelShape, RunConfig
+from megashear.config.schema import HEAD_UNITS, STAGES, ModelShape, RunConfig
 from megashear.config.values import (
     SIZES,
     Check,
@@ -32,6 +32,7 @@ from megashear.config.values import (
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
+    "pruning.head_unit": HEAD_UNITS,
     "pruning.multipliers": ("shared", "per_layer"),
     "data.rule": ("paper", "reference_code", "constant"),
     "evaluation.masks": ("current", "target"),

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from megashear.config.schema import ModelShape
+from megashear.config.schema import QUERY_GROUP, ModelShape
 from megashear.pruning.table import LAYER, Row, layer_rows, outer_rows, table
 
 
@@ -19,7 +19,9 @@ def parameter_count(shape: ModelShape) -> int:
     return sum(math.prod(row.shape()) for row in table(shape))
 
 
-def expected_parameter_count(shape: ModelShape, probability_kept: dict[str, Tensor]) -> Tensor:
+def expected_parameter_count(
+    shape: ModelShape, probability_kept: dict[str, Tensor], head_unit: str = QUERY_GROUP
+) -> Tensor:
     """Expected parameters of a masked model, float64 scalar, differentiable.
 
     Units are independent, so the expectation of a product is the product of expectations: sums over
@@ -29,18 +31,24 @@ def expected_parameter_count(shape: ModelShape, probability_kept: dict[str, Tens
     Args:
         shape: the source model's.
         probability_kept: P(z > 0) of all four masks, [rows, units].
+        head_unit: what a unit of the head mask is.
     """
-    kept = {mask: p.double().sum(1) for mask, p in probability_kept.items()}  # [1] or [L]
-    layer_L = probability_kept[LAYER].double()[0]
-    outer = sum((_expected(row, kept) for row in outer_rows(shape)), torch.zeros(()))
-    per_layer_L = sum((_expected(row, kept) for row in layer_rows(shape, 0)), torch.zeros(()))
+    p = {mask: kept.double() for mask, kept in probability_kept.items()}
+    layer_L = p[LAYER][0]
+    outer = sum((_expected(row, p) for row in outer_rows(shape)), torch.zeros(()))
+    rows = layer_rows(shape, 0, head_unit)
+    per_layer_L = sum((_expected(row, p) for row in rows), torch.zeros(()))
     return outer.sum() + (layer_L * per_layer_L).sum()
 
 
-def _expected(row: Row, kept: dict[str, Tensor]) -> Tensor:
+def _expected(row: Row, probability_kept: dict[str, Tensor]) -> Tensor:
     """Expected parameters of a row, given its layer: [1], or [L] where masks differ by layer."""
-    count = torch.ones(1, dtype=torch.float64, device=kept[LAYER].device)
+    count = torch.ones(1, dtype=torch.float64, device=probability_kept[LAYER].device)
     for axis in row.axes:
-        units = axis.units if axis.mask is None else kept[axis.mask]
-        count = count * (axis.repeat * axis.tile * units)
+        if axis.mask is None:
+            count = count * axis.length()
+        else:
+            units = probability_kept[axis.mask].view(-1, axis.units).sum(1)
+            fixed = axis.blocks() * axis.fixed
+            count = count * (axis.tile * (axis.repeat * units + fixed))
     return count

@@ -13,33 +13,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megashear.config.schema import ModelShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning import hard_concrete
 from megashear.pruning.lagrangian import MODEL, constraint_targets, constraints
 from megashear.pruning.masks import Masks
-from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, Axis, Row, table
+from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, Row, table
 
 
-def uniform_shape(source: ModelShape, z: dict[str, Tensor]) -> ModelShape:
+def uniform_shape(
+    source: ModelShape, z: dict[str, Tensor], head_unit: str = QUERY_GROUP
+) -> ModelShape:
     """Shape of the dense model that the masks leave; layers that are off do not count.
+
+    Args:
+        source: shape of the masked model.
+        z: deterministic masks, all four kinds [rows, units].
+        head_unit: what a unit of the head mask is.
 
     Raises:
         CheckpointError: the kept layers differ in heads or intermediate units, or nothing is left.
     """
     layers = _kept(z[LAYER][0]).tolist()
+    heads = "query heads" if head_unit == QUERY_HEAD else "query groups"
     counts = {
-        "layers": [len(layers)],
-        "hidden dimensions": [len(_kept(z[HIDDEN][0]))],
-        "query groups": [len(_kept(z[HEAD][layer])) for layer in layers],
-        "intermediate units": [len(_kept(z[INTERMEDIATE][layer])) for layer in layers],
+        "layers": {"": len(layers)},
+        "hidden dimensions": {"": len(_kept(z[HIDDEN][0]))},
+        heads: _counts(z[HEAD], source.num_layers, layers),
+        "intermediate units": _counts(z[INTERMEDIATE], source.num_layers, layers),
     }
     reasons = []
     for what, kept in counts.items():
-        if len(set(kept)) > 1:
-            listed = ", ".join(f"{n} in {layer}" for layer, n in zip(layers, kept, strict=True))
+        if len(set(kept.values())) > 1:
+            listed = ", ".join(f"{n} in {where}" for where, n in kept.items())
             reasons.append(f"the kept layers differ in {what}: {listed}")
-        elif kept and kept[0] == 0:
+        elif 0 in kept.values():
             reasons.append(f"no {what} are kept")
     if reasons:
         raise CheckpointError(
@@ -47,19 +55,35 @@ def uniform_shape(source: ModelShape, z: dict[str, Tensor]) -> ModelShape:
             + "\n  ".join(reasons)
             + "\nPrune to a `target` shape, whose masks keep the same number in every layer"
         )
-    groups = counts["query groups"][0]
+    sizes = {what: next(iter(kept.values())) for what, kept in counts.items()}
+    groups, per_group = sizes[heads], source.heads_per_group
+    if head_unit == QUERY_HEAD:
+        groups, per_group = source.num_query_groups, sizes[heads]
     return replace(
         source,
         num_layers=len(layers),
-        hidden_size=counts["hidden dimensions"][0],
-        num_attention_heads=groups * source.heads_per_group,
+        hidden_size=sizes["hidden dimensions"],
+        num_attention_heads=groups * per_group,
         num_query_groups=groups,
-        ffn_hidden_size=counts["intermediate units"][0],
+        ffn_hidden_size=sizes["intermediate units"],
     )
 
 
+def _counts(mask: Tensor, num_layers: int, layers: list[int]) -> dict[str, int]:
+    """Units kept in each row of a mask, by where it is, of the layers that are named."""
+    kept_LR = mask.count_nonzero(1).view(num_layers, -1).tolist()
+    return {
+        f"{layer} group {row}" if len(kept_LR[layer]) > 1 else f"{layer}": kept
+        for layer in layers
+        for row, kept in enumerate(kept_LR[layer])
+    }
+
+
 def extract(
-    source: ModelShape, z: dict[str, Tensor], read: Callable[[str], Tensor]
+    source: ModelShape,
+    z: dict[str, Tensor],
+    read: Callable[[str], Tensor],
+    head_unit: str = QUERY_GROUP,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the extracted model, in the order of its table.
 
@@ -67,13 +91,16 @@ def extract(
         source: shape of the masked model.
         z: deterministic masks, all four kinds [rows, units].
         read: gives a parameter of the masked model by name, whole and without masks.
+        head_unit: what a unit of the head mask is.
 
     Raises:
         CheckpointError: as `uniform_shape`, or a parameter that is read does not fit the source.
     """
-    target = uniform_shape(source, z)
+    target = uniform_shape(source, z, head_unit)
     kept_layers = set(_kept(z[LAYER][0]).tolist())
-    rows = (row for row in table(source) if row.layer is None or row.layer in kept_layers)
+    rows = (
+        row for row in table(source, head_unit) if row.layer is None or row.layer in kept_layers
+    )
     for row, result in zip(rows, table(target), strict=True):
         weight = read(row.name)
         if tuple(weight.shape) != row.shape():
@@ -91,24 +118,18 @@ def _fold_and_cut(row: Row, weight: Tensor, z: dict[str, Tensor]) -> Tensor:
     for dim, axis in enumerate(row.axes):
         if axis.mask is None:
             continue
-        units = _mask_row(axis, row, z).to(weight.device)
-        position_units = axis.unit_of_position().to(weight.device)
-        positions = _kept(units[position_units])
+        units = row.units(axis, z).to(weight.device)
+        always = units.new_ones(1)  # for the positions of no unit, whose number is -1
+        values = torch.cat((units, always))[axis.unit_of_position().to(weight.device)]
+        positions = _kept(values)
         weight = weight.index_select(dim, positions)
         if axis.scaled:
-            scale = units[position_units[positions]]
+            scale = values[positions]
             if dim == 0 and row.scaled_by_layer:
                 scale = scale * z_layer[row.layer].to(weight.device)
             scale = scale.view(-1, *[1] * (weight.dim() - dim - 1))
             weight = weight.to(torch.promote_types(dtype, torch.float32)) * scale
     return weight.to(dtype)
-
-
-def _mask_row(axis: Axis, row: Row, z: dict[str, Tensor]) -> Tensor:
-    """Units of the row of a mask that acts on an axis: the layer's own, or the only one."""
-    assert axis.mask is not None
-    per_layer = axis.mask in (HEAD, INTERMEDIATE)
-    return z[axis.mask][row.layer if per_layer else 0]
 
 
 def _kept(units: Tensor) -> Tensor:
@@ -123,6 +144,7 @@ class OffTarget(NamedTuple):
     row: int
     expected: float
     target: float
+    name: str
 
 
 def off_target(
@@ -149,7 +171,7 @@ def off_target(
         low, high = sorted((target, decided))
         for row, expected in enumerate(sparsity.tolist()):
             if not low - tolerance < expected < high + tolerance:  # so that a NaN is listed too
-                found.append(OffTarget(mask, row, expected, target))
+                found.append(OffTarget(mask, row, expected, target, masks.row_name(mask, row)))
     return found
 
 
@@ -159,8 +181,7 @@ def format_off_target(rows: list[OffTarget]) -> str:
         return ""
     cut = " Extraction cuts them by rank all the same." if rows[0].mask != MODEL else ""
     lines = [f"MASKS OFF THEIR TARGETS: {len(rows)}.{cut}"]
-    for mask, row, expected, target in rows:
-        where = f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
+    for _, _, expected, target, name in rows:
         sparsities = f"expected sparsity {expected:.3f}, target {target:.3f}"
-        lines.append(f"  {where:<24}  {sparsities}  ({expected - target:+.3f})")
+        lines.append(f"  {name:<24}  {sparsities}  ({expected - target:+.3f})")
     return "\n".join(lines)

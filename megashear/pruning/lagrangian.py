@@ -67,7 +67,7 @@ def constraints(masks: Masks) -> dict[str, Tensor]:
     """
     if masks.target is not None:
         return masks.expected_sparsity()
-    count = expected_parameter_count(masks.source, masks.probability_kept())
+    count = expected_parameter_count(masks.source, masks.probability_kept(), masks.head_unit)
     return {MODEL: (1 - count / parameter_count(masks.source)).float()[None]}
 
 

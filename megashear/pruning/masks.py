@@ -12,19 +12,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.pruning import hard_concrete
-from megashear.pruning.table import MASKS, mask_sizes
+from megashear.pruning.table import HEAD, INTERMEDIATE, MASKS, mask_sizes
 
 
-def resolve_target(source: ModelShape, target: TargetShape) -> ModelShape:
+def resolve_target(
+    source: ModelShape, target: TargetShape, head_unit: str = QUERY_GROUP
+) -> ModelShape:
     """The whole shape of a target that `config.validate` found good.
 
-    What the target does not name stays as in the source, the heads of a query group too.
+    What the target does not name stays as in the source; so do the heads of a query group, or, with
+    query heads as units, the number of groups.
     """
     sizes = {name: size for name, size in asdict(target).items() if size is not None}
     heads = sizes.get("num_attention_heads", source.num_attention_heads)
-    return replace(source, **sizes, num_query_groups=heads // source.heads_per_group)
+    if head_unit != QUERY_HEAD:
+        sizes["num_query_groups"] = heads // source.heads_per_group
+    return replace(source, **sizes)
 
 
 class Masks(nn.Module):
@@ -34,6 +39,7 @@ class Masks(nn.Module):
         source: shape of the model that is pruned.
         target: shape to reach; a kind of mask whose size it leaves alone is not masked. None (a
             constraint on the size of the whole model) masks all four kinds.
+        head_unit: what a unit of the head mask is (see `table.MASKS`).
 
     Attributes:
         log_alpha: float32 [rows, units] per masked kind.
@@ -42,11 +48,14 @@ class Masks(nn.Module):
         target_sparsity: 1 - target / size, of the masked kinds; empty without a target.
     """
 
-    def __init__(self, source: ModelShape, target: ModelShape | None) -> None:
+    def __init__(
+        self, source: ModelShape, target: ModelShape | None, head_unit: str = QUERY_GROUP
+    ) -> None:
         super().__init__()
-        self.source, self.target = source, target
-        self.all_sizes = mask_sizes(source)
-        wanted = {mask: units for mask, (_, units) in mask_sizes(target).items()} if target else {}
+        self.source, self.target, self.head_unit = source, target, head_unit
+        self.all_sizes = mask_sizes(source, head_unit)
+        target_sizes = mask_sizes(target, head_unit) if target else {}
+        wanted = {mask: units for mask, (_, units) in target_sizes.items()}
         self.sizes = {
             mask: size for mask, size in self.all_sizes.items() if wanted.get(mask) != size[1]
         }
@@ -108,6 +117,13 @@ class Masks(nn.Module):
         """Expected share of units removed, of the masked kinds: [rows]."""
         probability = self.probability_kept()
         return {mask: 1 - probability[mask].mean(1) for mask in self.sizes}
+
+    def row_name(self, mask: str, row: int) -> str:
+        """A row of a mask (or of another constraint) as it is told: `head of layer 3, group 1`."""
+        if mask == HEAD and self.head_unit == QUERY_HEAD:
+            layer, group = divmod(row, self.source.num_query_groups)
+            return f"{mask} of layer {layer}, group {group}"
+        return f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
 
     def _with_unmasked(self, masked: dict[str, Tensor]) -> dict[str, Tensor]:
         """All four kinds, in the order of MASKS; ones for the kinds that are not masked."""

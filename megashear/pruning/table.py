@@ -9,28 +9,39 @@ Parameters go by their names in a Megatron-Core checkpoint, with the layer numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from megashear.config.schema import ModelShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape
 
 LAYER, HIDDEN, HEAD, INTERMEDIATE = "layer", "hidden", "head", "intermediate"
 MASKS = (LAYER, HIDDEN, HEAD, INTERMEDIATE)
-"""The four kinds of mask. A head unit is a query group: query heads with their key and value."""
+"""The four kinds of mask.
+
+`pruning.head_unit` says what a unit of the head mask is: a query group (its query heads with their
+key and value), or a query head, of which each group then keeps the same number, and its key and
+value. Names and shapes of parameters do not depend on it.
+"""
 
 
-def mask_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+def mask_sizes(shape: ModelShape, head_unit: str = QUERY_GROUP) -> dict[str, tuple[int, int]]:
     """(rows, units per row) of each mask of a model; a row is a set that shares one target size.
 
-    layer [1, L]   hidden [1, d]   head [L, num_query_groups]   intermediate [L, ffn_hidden_size]
+    layer [1, L]   hidden [1, d]   intermediate [L, ffn_hidden_size]
+    head [L, num_query_groups], or [L * num_query_groups, heads_per_group] of query heads
     """
+    groups = shape.num_query_groups
+    heads = (shape.num_layers, groups)
+    if head_unit == QUERY_HEAD:
+        heads = (shape.num_layers * groups, shape.heads_per_group)
     return {
         LAYER: (1, shape.num_layers),
         HIDDEN: (1, shape.hidden_size),
-        HEAD: (shape.num_layers, shape.num_query_groups),
+        HEAD: heads,
         INTERMEDIATE: (shape.num_layers, shape.ffn_hidden_size),
     }
 
@@ -41,30 +52,45 @@ class Axis:
 
     Attributes:
         mask: the mask whose units index the axis; None where no mask does (the vocabulary).
-        units: units in the whole model.
+        units: units along the axis of the whole parameter, from one row of the mask or from several
+            (the query heads of all groups of a layer).
         repeat: consecutive positions that belong to one unit (the rows of a head).
+        block: units that stand together (the query heads of a group).
+        fixed: positions after each block that no unit switches (the group's key and value).
         tile: how often the whole pattern stands in the axis (2 in fc1: gate rows, then up rows).
         scaled: whether the mask multiplies the parameter along this axis; if not it only cuts.
-        parallel: whether tensor parallelism splits the axis (by units, each rank a block of them).
+        parallel: whether tensor parallelism splits the axis, between blocks.
     """
 
     mask: str | None
     units: int
     repeat: int = 1
+    block: int = 1
+    fixed: int = 0
     tile: int = 1
     scaled: bool = False
     parallel: bool = False
 
+    @property
+    def block_length(self) -> int:
+        """Positions of a block, with those after it that no unit switches."""
+        return self.block * self.repeat + self.fixed
+
+    def blocks(self, ranks: int = 1) -> int:
+        """Blocks in one tile on one of `ranks` tensor-parallel ranks."""
+        return self.units // self.block // (ranks if self.parallel else 1)
+
     def length(self, ranks: int = 1) -> int:
         """Positions along the axis on one of `ranks` tensor-parallel ranks."""
-        return self.units * self.repeat * self.tile // (ranks if self.parallel else 1)
+        return self.blocks(ranks) * self.block_length * self.tile
 
     def unit_of_position(self, rank: int = 0, ranks: int = 1) -> Tensor:
-        """int64 [length]: the unit that each position of this rank's shard belongs to."""
-        share = self.units // ranks if self.parallel else self.units
+        """int64 [length]: the unit of each position of this rank's shard, or -1 for none."""
+        share = self.blocks(ranks) * self.block
         first = rank * share if self.parallel else 0
-        units = torch.arange(first, first + share)
-        return units.repeat_interleave(self.repeat).repeat(self.tile)
+        units = torch.arange(first, first + share).repeat_interleave(self.repeat)
+        blocks = units.view(-1, self.block * self.repeat)
+        return functional.pad(blocks, (0, self.fixed), value=-1).flatten().repeat(self.tile)
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,8 @@ class Row:
         axes: its one or two axes.
         layer: number of the transformer layer; None outside the layers.
         scaled_by_layer: whether z_layer multiplies the parameter (along axis 0, with z_hidden).
-        norm: an RMSNorm weight: while masked it carries sqrt(n/d) as well (n hidden units kept).
+        norm: the weight of an RMSNorm over hidden units: while masked it carries sqrt(n/d) as well
+            (n of them kept).
     """
 
     name: str
@@ -103,37 +130,42 @@ class Row:
         """One tensor-parallel rank's part of the whole parameter."""
         for dim, axis in enumerate(self.axes):
             if axis.parallel and ranks > 1:
-                share = axis.units // ranks
-                units = tensor.unflatten(dim, (axis.tile, axis.units, axis.repeat))
-                tensor = units.narrow(dim + 1, rank * share, share).flatten(dim, dim + 2)
+                share = axis.blocks(ranks)
+                blocks = tensor.unflatten(dim, (axis.tile, -1, axis.block_length))
+                tensor = blocks.narrow(dim + 1, rank * share, share).flatten(dim, dim + 2)
         return tensor
 
+    def units(self, axis: Axis, masks: Mapping[str, Tensor]) -> Tensor:
+        """The units [axis.units] of all masks [rows, units] that index an axis of the parameter."""
+        assert axis.mask is not None
+        per_layer = axis.mask in (HEAD, INTERMEDIATE)
+        return masks[axis.mask].view(-1, axis.units)[self.layer if per_layer else 0]
 
-def layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:
+
+def layer_rows(shape: ModelShape, layer: int, head_unit: str = QUERY_GROUP) -> tuple[Row, ...]:
     """The rows of one transformer layer, in the order of Megatron's modules."""
-    group_rows = shape.kv_channels * (shape.heads_per_group + 2)
-    group_columns = shape.kv_channels * shape.heads_per_group
-    groups, ffn = shape.num_query_groups, shape.ffn_hidden_size
+    ffn = shape.ffn_hidden_size
     prefix = f"decoder.layers.{layer}."
     cut = Axis(HIDDEN, shape.hidden_size)
     residual = Axis(HIDDEN, shape.hidden_size, scaled=True)
+    qkv, heads = _head_axes(shape, head_unit)
 
     def row(name: str, *axes: Axis, **flags: bool) -> Row:
         return Row(prefix + name, axes, layer, **flags)
 
-    return (
+    rows = [
         row("self_attention.linear_qkv.layer_norm_weight", residual, norm=True),
-        row(
-            "self_attention.linear_qkv.weight",
-            Axis(HEAD, groups, repeat=group_rows, parallel=True),
-            cut,
-        ),
-        row(
-            "self_attention.linear_proj.weight",
-            residual,
-            Axis(HEAD, groups, repeat=group_columns, scaled=True, parallel=True),
-            scaled_by_layer=True,
-        ),
+        row("self_attention.linear_qkv.weight", qkv, cut),
+    ]
+    if shape.qkv_bias:
+        rows.append(row("self_attention.linear_qkv.bias", qkv))
+    if shape.qk_norm:
+        channels = Axis(None, shape.kv_channels)  # one norm for all heads
+        rows.append(row("self_attention.q_layernorm.weight", channels))
+        rows.append(row("self_attention.k_layernorm.weight", channels))
+    return (
+        *rows,
+        row("self_attention.linear_proj.weight", residual, heads, scaled_by_layer=True),
         row("mlp.linear_fc1.layer_norm_weight", residual, norm=True),
         row("mlp.linear_fc1.weight", Axis(INTERMEDIATE, ffn, tile=2, parallel=True), cut),
         row(
@@ -143,6 +175,18 @@ def layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:
             scaled_by_layer=True,
         ),
     )
+
+
+def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:
+    """Axis 0 of linear_qkv (group by group: queries, key, value), and axis 1 of linear_proj."""
+    size, per_group = shape.kv_channels, shape.heads_per_group
+    if head_unit == QUERY_HEAD:
+        number = shape.num_attention_heads
+        qkv = Axis(HEAD, number, repeat=size, block=per_group, fixed=2 * size, parallel=True)
+        return qkv, Axis(HEAD, number, repeat=size, scaled=True, parallel=True)
+    groups = shape.num_query_groups
+    qkv = Axis(HEAD, groups, repeat=(per_group + 2) * size, parallel=True)
+    return qkv, Axis(HEAD, groups, repeat=per_group * size, scaled=True, parallel=True)
 
 
 def outer_rows(shape: ModelShape) -> tuple[Row, ...]:
@@ -158,10 +202,10 @@ def outer_rows(shape: ModelShape) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def table(shape: ModelShape) -> Iterator[Row]:
+def table(shape: ModelShape, head_unit: str = QUERY_GROUP) -> Iterator[Row]:
     """Every parameter of a model: embedding, layers, final norm, output head."""
     embedding, *rest = outer_rows(shape)
     yield embedding
     for layer in range(shape.num_layers):
-        yield from layer_rows(shape, layer)
+        yield from layer_rows(shape, layer, head_unit)
     yield from rest

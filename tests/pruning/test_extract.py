@@ -219,7 +219,7 @@ def test_off_target_lists_every_row_that_is_off_and_no_other() -> None:
     with torch.no_grad():
         masks.log_alpha["head"][2] += 0.5
         masks.log_alpha["hidden"] -= 0.3
-    found = {(mask, row): (expected, target) for mask, row, expected, target in off_target(masks)}
+    found = {(row.mask, row.row): (row.expected, row.target) for row in off_target(masks)}
     assert set(found) == {("head", 2), ("hidden", 0)}
     expected, target = found["head", 2]
     assert expected == pytest.approx(1 / (1 + 2 * np.exp(0.5)), abs=1e-5)
@@ -254,6 +254,6 @@ def test_off_target_lists_masks_that_are_not_numbers() -> None:
 
 def test_off_target_of_a_run_without_a_target_shape_is_the_whole_model() -> None:
     masks = Masks(SHAPES["mha"], None)
-    [(mask, row, expected, target)] = off_target(masks, target_sparsity=0.5)
-    assert (mask, row, target) == ("model", 0, 0.5)
+    [(mask, row, expected, target, name)] = off_target(masks, target_sparsity=0.5)
+    assert (mask, row, target, name) == ("model", 0, 0.5, "model")
     assert 0 < expected < 0.05
