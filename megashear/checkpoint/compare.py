@@ -5,7 +5,7 @@ The one module that runs transformers' models, so that imports and exports are h
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,9 +130,14 @@ def megatron_logits(path: Path, tokens: Tensor) -> Tensor:
     info = read_info(path)
     positions = torch.arange(tokens.shape[1])[None]
     with single_process() as platform:
-        model = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1]).eval()
+        chunks = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1])
+        model = chunks[0].eval()
         reader = WeightsReader(info.model_directory, info.shape)
-        fill_from_reader(model, reader.read, platform)
-        z = read_pruned(info.directory).z if info.stage == "prune" else None
-        with MaskedWeights(model, platform).masked(z) if z is not None else nullcontext():
+        fill_from_reader(chunks, reader.read, platform)
+        masked: AbstractContextManager[None] = nullcontext()
+        if info.stage == "prune":
+            pruned = read_pruned(info.directory)
+            weights = MaskedWeights(chunks, platform, head_unit=pruned.masks.head_unit)
+            masked = weights.masked(pruned.z)
+        with masked:
             return torch.cat([model(row[None], positions, None) for row in tokens])

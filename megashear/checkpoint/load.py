@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from megashear.errors import CheckpointError
-from megashear.model.build import unwrap
+from megashear.model.build import bound_rows
 from megashear.platform.parallel import Platform
 
 
 @torch.no_grad()
-def fill_from_reader(model: nn.Module, read: Callable[[str], Tensor], platform: Platform) -> None:
+def fill_from_reader(
+    chunks: Iterable[nn.Module], read: Callable[[str], Tensor], platform: Platform
+) -> None:
     """Give each parameter of this rank its tensor-parallel shard of what `read` returns.
 
     Args:
-        model: this rank's part.
+        chunks: this rank's part of the model.
         read: returns a whole tensor by its name in the table.
         platform: says which shard this rank holds.
 
     Raises:
         CheckpointError: a tensor has another shape than the model's.
     """
-    for bound in unwrap(model).bound_rows():
+    for bound in bound_rows(chunks):
         whole = read(bound.row.name)
         if tuple(whole.shape) != bound.row.shape():
             raise CheckpointError(

@@ -17,7 +17,7 @@ import json
 import os
 import platform as python_platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import megashear
-from megashear.checkpoint import sharded
+from megashear.checkpoint import sharded, stream
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.whole import flush_tree, whole_directory
+from megashear.checkpoint.whole import flush_tree
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import Platform
@@ -152,21 +152,22 @@ def write_model(
     *,
     overwrite: bool = False,
 ) -> CheckpointInfo:
-    """Write a dense model's checkpoint from this process alone: beside its place, then renamed.
+    """Write a dense model's checkpoint: beside its place, then renamed; a collective.
 
     Args:
         directory: where it is to lie.
         info: of it; `versions` are filled in here.
-        weights: every tensor of `table(info.shape)`.
+        weights: every tensor of `table(info.shape)`; of several processes, each its `share`.
         overwrite: whether an existing checkpoint there is replaced.
 
     Raises:
         CheckpointError: the directory exists, or the weights do not fit the shape.
     """
     info = dataclasses.replace(info, versions=versions(), directory=directory)
-    with whole_directory(directory, marker=INFO, overwrite=overwrite, parts=["model"]) as partial:
-        sharded.write_weights(partial / "model", info.shape, weights)
-        write_durably(partial / INFO, info.to_json())
+    known = {"marker": INFO, "parts": ["model"], "overwrite": overwrite}
+    with stream.processes(), stream.shared_directory(directory, **known) as partial:
+        stream.write_weights(partial / "model", info.shape, weights)
+        stream.on_first_process(lambda: write_durably(partial / INFO, info.to_json()))
     return info
 
 
@@ -181,7 +182,7 @@ class CheckpointManager:
     def save(
         self,
         info: CheckpointInfo,
-        model: Any,
+        chunks: Sequence[Any],
         optimizer: Any,
         tensors: Mapping[str, Tensor],
     ) -> Path:
@@ -189,7 +190,7 @@ class CheckpointManager:
 
         Args:
             info: of it; its step names it.
-            model: this rank's part.
+            chunks: this rank's part of the model.
             optimizer: Megatron-Core's.
             tensors: small state that is equal on every rank (masks and their optimizer).
         """
@@ -199,10 +200,9 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.platform.barrier()
-        weights = sharded.without_extra_state(model.sharded_state_dict())
-        sharded.save(weights, partial / "model")
-        weights = sharded.without_extra_state(model.sharded_state_dict())
-        sharded.save(optimizer.sharded_state_dict(weights), partial / "optimizer")
+        sharded.save(_sharded_weights(chunks), partial / "model")
+        state = optimizer.sharded_state_dict(_sharded_weights(chunks))
+        sharded.save(state, partial / "optimizer")
         if self.platform.rank == 0:
             written = dataclasses.replace(info, versions=versions(), directory=final)
             write_durably(partial / INFO, written.to_json())
@@ -231,15 +231,16 @@ class CheckpointManager:
             return None
         return read_info(self.directory.parent)
 
-    def load(self, info: CheckpointInfo, model: Any, optimizer: Any) -> dict[str, Tensor]:
+    def load(
+        self, info: CheckpointInfo, chunks: Sequence[Any], optimizer: Any
+    ) -> dict[str, Tensor]:
         """Fill the model and the optimizer from a checkpoint; returns its small tensors.
 
         Raises:
             CheckpointError: it is damaged, or parts of it are missing.
         """
-        load_weights(info, model)
-        weights = sharded.without_extra_state(model.sharded_state_dict())
-        state = optimizer.sharded_state_dict(weights, is_loading=True)
+        load_weights(info, chunks)
+        state = optimizer.sharded_state_dict(_sharded_weights(chunks), is_loading=True)
         optimizer.load_state_dict(sharded.load(state, info.directory / "optimizer"))
         file = info.directory / "masks.safetensors"
         try:
@@ -248,14 +249,28 @@ class CheckpointManager:
             raise CheckpointError(f"{file}: damaged: {error}") from error
 
 
-def load_weights(info: CheckpointInfo, model: Any) -> None:
+def load_weights(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
     """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective."""
-    state = sharded.without_extra_state(model.sharded_state_dict())
+    state = _sharded_weights(chunks)
     loaded = sharded.load(state, info.model_directory)
-    model.load_state_dict(loaded, strict=False)  # not strict for _extra_state alone:
-    missing = [name for name, value in state.items() if name not in loaded and value is not None]
-    if missing:
-        raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        part, filled = (tree if name is None else tree[name] for tree in (state, loaded))
+        chunk.load_state_dict(filled, strict=False)  # not strict for _extra_state alone:
+        missing = [key for key, value in part.items() if key not in filled and value is not None]
+        if missing:
+            raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
+
+
+def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
+    """Names in a sharded state dict, as Megatron-Core's optimizers expect them."""
+    return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
+
+
+def _sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    """The sharded state dict of this rank's part of a model; of several chunks one of each."""
+    states = [sharded.without_extra_state(chunk.sharded_state_dict()) for chunk in chunks]
+    names = _chunk_names(chunks)
+    return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore
 
 
 def write_durably(file: Path, text: str) -> None:

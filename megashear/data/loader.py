@@ -118,15 +118,21 @@ class TrainLoader:
 
 
 def valid_microbatches(
-    dataset: DomainDataset, sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    dataset: DomainDataset,
+    sequences: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    rounds: int = 1,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the first `sequences` samples of one epoch, or of all it has.
 
     Over the ranks each sequence counts once. All ranks get equally many micro-batches of the same
-    shape, which Megatron's schedules need: what is lacking is filled with loss_mask 0.
+    shape, in multiples of `rounds`, which Megatron's schedules need: what is lacking is filled with
+    loss_mask 0.
     """
     count = min(sequences, dataset.samples_per_epoch)
-    across = micro_batch_size * dp_size
+    across = micro_batch_size * dp_size * rounds
     filled = -(-count // across) * across
     return [
         default_collate([_sequence_or_filling(dataset, sample, count) for sample in samples])

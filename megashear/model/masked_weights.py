@@ -10,15 +10,15 @@ all micro-batches run through the unchanged Megatron model. From the gradients G
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megashear.config.schema import ModelShape
-from megashear.model.build import unwrap
+from megashear.config.schema import QUERY_GROUP, ModelShape
+from megashear.model.build import bound_rows, unwrap
 from megashear.model.masked_gpt import BoundRow
 from megashear.platform.parallel import Platform
 from megashear.pruning.table import HIDDEN, LAYER, Axis
@@ -31,29 +31,52 @@ class _Scales:
     axis0: Tensor | None
     axis1: Tensor | None
 
-    def factors(self, like: Tensor) -> list[Tensor]:
-        """The factors, detached, each shaped to multiply a tensor of the parameter's shape."""
-        shapes = ((-1,) + (1,) * (like.dim() - 1), (1, -1))
-        return [
-            scale.detach().view(shape)
-            for scale, shape in zip((self.axis0, self.axis1), shapes, strict=True)
-            if scale is not None
-        ]
+    def multiply_(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Multiply what stands in these rows of a tensor of the parameter's shape, in place."""
+        if self.axis0 is not None:
+            factor = self.axis0.detach()[rows]
+            tensor.mul_(factor if tensor.dim() == 1 else factor[:, None])
+        if self.axis1 is not None:
+            tensor.mul_(self.axis1.detach())
+        return tensor
+
+
+def _block(parameter: Tensor, positions: range) -> tuple[slice, slice]:
+    """The rows that flattened positions of a parameter touch, and the positions among theirs."""
+    width = parameter[0].numel()
+    rows = slice(positions.start // width, -(-positions.stop // width))
+    first = rows.start * width
+    return rows, slice(positions.start - first, positions.stop - first)
 
 
 class MaskedWeights:
     """Folds masks into a model's weights, takes them out again, and carries gradients back.
 
     Args:
-        model: this rank's model, whichever wrappers are around it.
+        chunks: this rank's part of the model, whichever wrappers are around it.
         platform: says which tensor-parallel shard this rank holds.
+        owned: positions of a parameter, flattened, whose reduced gradient this rank has (those of
+            its shard of a distributed optimizer); None is all of them, on every rank.
+        gathered: whether weights are gathered from their owners after masks are folded in
+            (`overlap_param_gather`); each rank then folds what it owns.
+        head_unit: what a unit of the head mask is.
     """
 
-    def __init__(self, model: nn.Module, platform: Platform) -> None:
-        gpt = unwrap(model)
-        self.shape: ModelShape = gpt.shape
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        platform: Platform,
+        owned: Callable[[nn.Parameter], range] | None = None,
+        gathered: bool = False,
+        head_unit: str = QUERY_GROUP,
+    ) -> None:
+        self.shape: ModelShape = unwrap(chunks[0]).shape
         self.platform = platform
-        self.rows: list[BoundRow] = [bound for bound in gpt.bound_rows() if bound.row.scaled]
+        rows = bound_rows(chunks, head_unit)
+        self.rows: list[BoundRow] = [bound for bound in rows if bound.row.scaled]
+        whole = [range(bound.parameter.numel()) for bound in self.rows]
+        self._owned = [owned(bound.parameter) for bound in self.rows] if owned else whole
+        self._folded = self._owned if gathered else whole
         self._units = {
             bound.row.name: [self._unit_of_position(axis) for axis in bound.row.axes]
             for bound in self.rows
@@ -92,8 +115,7 @@ class MaskedWeights:
             if not axis.scaled or axis.mask is None:
                 scales.append(None)
                 continue
-            mask = z[axis.mask]
-            scale = mask[0 if axis.mask == HIDDEN else bound.row.layer]
+            scale = bound.row.units(axis, z)
             scales.append(scale if units is None else scale.index_select(0, units))
         if bound.row.scaled_by_layer:
             assert scales[0] is not None
@@ -106,21 +128,21 @@ class MaskedWeights:
     @torch.no_grad()
     def _fold(self, masked_epsilon: float) -> None:
         self._put_aside = []
-        for bound, scales in zip(self.rows, self._scales, strict=True):
-            weight = bound.parameter
-            self._put_aside.append(weight.detach().clone())
-            folded = weight.float() if weight.dtype != torch.float32 else weight
-            for factor in scales.factors(weight):
-                folded = folded * factor
-            weight.copy_(folded)
+        for bound, scales, positions in zip(self.rows, self._scales, self._folded, strict=True):
+            weight = bound.parameter.detach()
+            rows, inside = _block(weight, positions)
+            self._put_aside.append(weight[rows].flatten()[inside].clone())
+            masked = scales.multiply_(weight[rows].to(torch.float32, copy=True), rows)
+            weight[rows].view(-1)[inside] = masked.view(-1)[inside].to(weight.dtype)
             if bound.row.norm:
                 bound.module.eps = masked_epsilon  # type: ignore[assignment]
 
     @torch.no_grad()
     def _restore(self) -> None:
         # An error while folding leaves fewer copies than rows: only what was folded is put back.
-        for bound, weight in zip(self.rows, self._put_aside, strict=False):
-            bound.parameter.copy_(weight)
+        for bound, positions, weight in zip(self.rows, self._folded, self._put_aside, strict=False):
+            rows, inside = _block(bound.parameter, positions)
+            bound.parameter.detach()[rows].view(-1)[inside] = weight
             if bound.row.norm:
                 bound.module.eps = self.shape.layernorm_epsilon  # type: ignore[assignment]
         self._put_aside = []
@@ -129,12 +151,13 @@ class MaskedWeights:
         """Turn the gradients of the masked weights into those of the weights, and of the masks.
 
         Call after the context, once all gradients are reduced. Gradients flow on through the graph
-        of z; there they are this rank's part, still to be summed over the ranks of one model.
+        of z; there they are this rank's part, still to be summed over the ranks of one model, and
+        of a distributed optimizer.
         """
         differentiable: list[Tensor] = []
         gradients: list[Tensor] = []
-        for bound, scales in zip(self.rows, self._scales, strict=True):
-            scale_gradients = self._chain_rule(bound, scales)
+        for bound, scales, positions in zip(self.rows, self._scales, self._owned, strict=True):
+            scale_gradients = self._chain_rule(bound, scales, positions)
             for scale, gradient in zip((scales.axis0, scales.axis1), scale_gradients, strict=True):
                 if scale is not None and scale.requires_grad:
                     differentiable.append(scale)
@@ -143,19 +166,28 @@ class MaskedWeights:
         torch.autograd.backward(differentiable, gradients)
 
     @torch.no_grad()
-    def _chain_rule(self, bound: BoundRow, scales: _Scales) -> tuple[Tensor, Tensor]:
-        # Megatron's gradient of the masked weight, to become that of the weight.
-        grad: Tensor = bound.parameter.main_grad  # type: ignore[attr-defined]
-        product = grad * bound.parameter
-        axis0 = scales.axis0.detach() if scales.axis0 is not None else None
-        axis1 = scales.axis1.detach() if scales.axis1 is not None else None
+    def _chain_rule(
+        self, bound: BoundRow, scales: _Scales, positions: range
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's part of the gradients of both scales; `main_grad` becomes the weight's.
+
+        Of a distributed gradient only the owned positions are reduced: what else stands in their
+        first and last row does not count.
+        """
+        rows, inside = _block(bound.parameter, positions)
+        grad: Tensor = bound.parameter.main_grad[rows]  # type: ignore[attr-defined]
+        product = grad * bound.parameter[rows]
+        product.view(-1)[: inside.start] = 0
+        product.view(-1)[inside.stop :] = 0
+        axis0 = None if scales.axis0 is None else scales.axis0.detach()[rows]
+        axis1 = None if scales.axis1 is None else scales.axis1.detach()
+        d_axis0 = product.new_zeros(bound.parameter.shape[0])
         if product.dim() == 1:
-            d_axis0, d_axis1 = product, product.new_empty(0)
+            d_axis0[rows], d_axis1 = product, product.new_empty(0)
         else:
-            d_axis0 = product @ axis1 if axis1 is not None else product.sum(1)
+            d_axis0[rows] = product @ axis1 if axis1 is not None else product.sum(1)
             d_axis1 = axis0 @ product if axis0 is not None else product.sum(0)
-        for factor in scales.factors(grad):
-            grad.mul_(factor)
+        scales.multiply_(grad, rows)
         return d_axis0, d_axis1
 
     def _counts(self, bound: BoundRow) -> bool:

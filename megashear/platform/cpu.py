@@ -19,6 +19,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.utils",
     "megatron.core.dist_checkpointing.exchange_utils",
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,7 +38,11 @@ class RMSNorm(nn.Module):
 
 
 class SDPAttention(MegatronModule):
-    """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU)."""
+    """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU).
+
+    Under context parallelism a rank has two blocks of each sequence, one from either end (Megatron's
+    order, which balances the work). Their queries see the keys and values of all ranks, gathered.
+    """
 
     def __init__(
         self,
@@ -51,26 +57,55 @@ class SDPAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         self.softmax_scale = softmax_scale
+        self.context_group = parallel_state.get_context_parallel_group(check_initialized=False)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
         """Attend: query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn]."""
+        if self.config.context_parallel_size == 1:
+            return self._attend(query, key, value)
+        ranks, rank = self.context_group.size(), self.context_group.rank()
+        key, value = (self._gather_in_order(t) for t in (key, value))
+        length = query.shape[0] // 2
+        parts = []
+        for block, part in zip((rank, 2 * ranks - 1 - rank), query.chunk(2), strict=True):
+            seen = (block + 1) * length
+            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device)
+            mask = mask.tril(seen - length)
+            parts.append(self._attend(part, key[:seen], value[:seen], mask))
+        return torch.cat(parts)
+
+    def _gather_in_order(self, part: Tensor) -> Tensor:
+        """This rank's two blocks -> all blocks of the sequence; gradients are summed back."""
+        blocks = gather_from_sequence_parallel_region(part, group=self.context_group)
+        blocks = blocks.chunk(2 * self.context_group.size())
+        return torch.cat([*blocks[0::2], *reversed(blocks[1::2])])
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, hn]
         context = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def transformer_engine_spec() -> Any:
+def transformer_engine_spec(qk_norm: bool) -> Any:
     """Megatron-Core's layer spec with Transformer Engine's fused layers (needs a GPU)."""
     import transformer_engine  # noqa: F401  (fails here, with its own message, rather than later)
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    return get_gpt_layer_with_transformer_engine_spec()
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
 
 
 def transformer_engine_norm() -> Any:

@@ -42,7 +42,13 @@ class Platform:
         """What a run says it stands on."""
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         stands_on = f"{self.device.type} {precision}, {self.layers} layers, {self.kernels} kernels"
-        return f"{stands_on}, tensor {self.tensor_size} x data {self.data_size} processes"
+        sizes = {
+            "tensor": self.tensor_size,
+            "pipeline": self.pipeline_size,
+            "context": self.context_size,
+        }
+        layout = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        return f"{stands_on}, {' x '.join([*layout, f'data {self.data_size}'])} processes"
 
     @property
     def rank(self) -> int:
@@ -65,8 +71,23 @@ class Platform:
         return _state().get_tensor_model_parallel_world_size()
 
     @property
+    def pipeline_rank(self) -> int:
+        """Place among the pipeline stages."""
+        return _state().get_pipeline_model_parallel_rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        """Number of pipeline stages."""
+        return _state().get_pipeline_model_parallel_world_size()
+
+    @property
+    def context_size(self) -> int:
+        """Number of ranks that share a sequence."""
+        return _state().get_context_parallel_world_size()
+
+    @property
     def data_rank(self) -> int:
-        """Place among the data-parallel ranks."""
+        """Place among the data-parallel ranks; ranks that share a sequence have the same."""
         return _state().get_data_parallel_rank()
 
     @property
@@ -80,8 +101,14 @@ class Platform:
         return tensor
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the data-parallel ranks."""
-        dist.all_reduce(tensor, group=_state().get_data_parallel_group())
+        """Sum in place over the ranks that see other tokens (data x context)."""
+        group = _state().get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the pipeline stages."""
+        dist.all_reduce(tensor, group=_state().get_pipeline_model_parallel_group())
         return tensor
 
     def largest(self, value: int) -> int:
@@ -163,6 +190,11 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         _join(device, datetime.timedelta(minutes=config.timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )

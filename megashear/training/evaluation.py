@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megashear.data.dataset import DomainDataset
@@ -20,6 +20,7 @@ class Evaluator:
         sequences: sequences of each to use, at most.
         micro_batch_size: sequences of one forward pass on one rank.
         platform: where to compute.
+        rounds: micro-batches of a rank come in multiples of this (interleaved pipeline stages).
     """
 
     def __init__(
@@ -28,28 +29,31 @@ class Evaluator:
         sequences: int,
         micro_batch_size: int,
         platform: Platform,
+        rounds: int = 1,
     ) -> None:
         self.platform = platform
-        place = (platform.data_rank, platform.data_size)
+        place = (platform.data_rank, platform.data_size, rounds)
         self._batches: dict[str, list[MicroBatch]] = {
             name: valid_microbatches(dataset, sequences, micro_batch_size, *place)
             for name, dataset in datasets.items()
         }
 
-    def losses(self, model: Any) -> dict[str, float]:
+    def losses(self, models: Sequence[Any]) -> dict[str, float]:
         """Loss of each domain (nats per token), the same on every rank; a collective.
 
         Raises:
             DataError: a domain has no validation tokens.
         """
-        model.eval()
+        for model in models:
+            model.eval()
         losses = {}
         for number, (name, batches) in enumerate(self._batches.items()):
             result = run_microbatches(
-                model, batches, self.platform, len(self._batches), forward_only=True
+                models, batches, self.platform, len(self._batches), forward_only=True
             )
             if not result.tokens[number]:
                 raise DataError(f"domain {name} has no validation tokens. Check its `valid` file")
             losses[name] = result.of_domains()[number]
-        model.train()
+        for model in models:
+            model.train()
         return losses

@@ -15,6 +15,7 @@ from megashear.pruning.counting import expected_parameter_count, parameter_count
 from megashear.pruning.extract import format_off_target, off_target
 from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
 from megashear.pruning.masks import Masks, resolve_target
+from megashear.training.optimizer import WeightOptimizer
 
 
 class LanguageModeling:
@@ -66,18 +67,19 @@ class PruningObjective(LanguageModeling):
 
     Args:
         config: of the run.
-        model: this rank's part, of the source shape.
+        weights: the model's optimizer, with this rank's part of the model in it.
         source: the model's shape.
         platform: where it stands.
     """
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, source: ModelShape, platform: Platform
+        self, config: RunConfig, weights: WeightOptimizer, source: ModelShape, platform: Platform
     ) -> None:
         self.config, self.platform = config, platform
-        self.target = resolve_target(source, config.target) if config.target else None
-        self.masks = Masks(source, self.target).to(platform.device)
         pruning = config.pruning
+        if config.target is not None:
+            self.target = resolve_target(source, config.target, pruning.head_unit)
+        self.masks = Masks(source, self.target, pruning.head_unit).to(platform.device)
         sparsity = constraints(self.masks)
         self.lagrangian = Lagrangian(
             constraint_targets(self.masks, config.target_sparsity),
@@ -85,7 +87,13 @@ class PruningObjective(LanguageModeling):
             pruning.sparsity_warmup_steps,
             pruning.multipliers == "per_layer",
         ).to(platform.device)
-        self.masked_weights = MaskedWeights(model, platform)
+        self.masked_weights = MaskedWeights(
+            weights.chunks,
+            platform,
+            weights.owned,
+            config.parallel.overlap_param_gather,
+            pruning.head_unit,
+        )
         self._groups: dict[str, dict[str, nn.Parameter]] = {
             "log_alpha": dict(self.masks.log_alpha.items()),
             "multipliers": dict(self.lagrangian.multipliers.items()),
@@ -122,6 +130,8 @@ class PruningObjective(LanguageModeling):
         gradients = [parameter.grad for parameter in self._groups["log_alpha"].values()]
         present = [gradient for gradient in gradients if gradient is not None]
         flat = self.platform.sum_over_model(torch.cat([g.flatten() for g in present]))
+        if self.config.parallel.distributed_optimizer:  # each rank has a part of the gradients
+            flat = self.platform.sum_over_data(flat)
         for gradient, part in zip(present, flat.split([g.numel() for g in present]), strict=True):
             gradient.copy_(part.view_as(gradient))
         penalty = self.lagrangian.penalty(constraints(self.masks), step)
@@ -176,14 +186,16 @@ class PruningObjective(LanguageModeling):
     @torch.no_grad()
     def result(self) -> str:
         """Units that the masks keep by now, over the rows of each mask, and the expected size."""
-        source = self.masks.source
-        count = float(expected_parameter_count(source, self.masks.probability_kept()))
+        masks, source = self.masks, self.masks.source
+        probability = masks.probability_kept()
+        count = float(expected_parameter_count(source, probability, masks.head_unit))
         lines = [f"expected parameters {count:,.0f} of {parameter_count(source):,}; units kept:"]
-        for mask, z in self.masks.deterministic("current").items():
+        for mask, z in masks.deterministic("current").items():
             kept = (z > 0).sum(1)
             low, high = int(kept.min()), int(kept.max())
             units = f"{low}" if low == high else f"{low} to {high}"
-            rows = " in each layer" if len(kept) > 1 else ""
+            rows = "" if len(kept) == 1 else " in each layer"
+            rows += ", in each group" if len(kept) > source.num_layers else ""
             lines.append(f"  {mask:<12}  {units} of {z.shape[1]}{rows}")
         return "\n".join(lines)
 

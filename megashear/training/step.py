@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megashear.data.loader import MicroBatch
@@ -36,7 +37,7 @@ class DomainLosses:
 
 
 def run_microbatches(
-    model: Any,
+    models: Sequence[Any],
     batches: Sequence[MicroBatch],
     platform: Platform,
     num_domains: int,
@@ -46,7 +47,7 @@ def run_microbatches(
     """Run all micro-batches of this rank; with the backward pass, gradients end up reduced.
 
     Args:
-        model: this rank's part.
+        models: this rank's part, one for each virtual pipeline stage.
         batches: this rank's micro-batches, equally shaped and equally many on every rank.
         platform: where to compute, and over which ranks to sum.
         num_domains: domains that `dataset_id` may name.
@@ -56,17 +57,20 @@ def run_microbatches(
         Losses summed over all ranks, the same on each.
     """
     micro_batch_size, seq_length = batches[0]["tokens"].shape
+    iterators = [iter(batches) for _ in models]
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward, device=platform.device, num_domains=num_domains),
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=list(models),
         num_microbatches=len(batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    total = torch.stack([report["domains"] for report in reports]).sum(0)
-    sums, tokens = platform.sum_over_data(total)
+    total = torch.zeros(2, num_domains, dtype=torch.float64, device=platform.device)
+    for report in reports:  # there are none but on the last pipeline stage
+        total += report["domains"]
+    sums, tokens = platform.sum_over_stages(platform.sum_over_data(total))
     return DomainLosses(sums, tokens)
 
 
@@ -74,6 +78,8 @@ def _forward(
     batches: Iterator[MicroBatch], model: Any, *, device: torch.device, num_domains: int
 ) -> tuple[Tensor, Any]:
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    domains = batch.pop("dataset_id")
+    batch = {**get_batch_on_this_cp_rank(batch), "dataset_id": domains}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(_loss, batch=batch, num_domains=num_domains)
 

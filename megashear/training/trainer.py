@@ -81,14 +81,15 @@ class Trainer:
             config.evaluation.batches_per_domain * trainer.global_batch_size,
             trainer.micro_batch_size,
             platform,
+            config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
         )
         self.losses: dict[str, float] = {}
-        model = build_model(self.shape, platform, config.parallel, data.seq_length)
+        chunks = build_model(self.shape, platform, config.parallel, data.seq_length)
         if resumed is None and config.init_from is not None:
-            self._initialise(model, config.init_from)
-        self.optimizer = WeightOptimizer(model, config.optimizer, trainer.steps)
+            self._initialise(chunks, config.init_from)
+        self.optimizer = WeightOptimizer(chunks, config.optimizer, config.parallel, trainer.steps)
         self.objective = (
-            PruningObjective(config, model, self.shape, platform)
+            PruningObjective(config, self.optimizer, self.shape, platform)
             if config.stage == "prune"
             else LanguageModeling()
         )
@@ -113,11 +114,11 @@ class Trainer:
         size += f" -> {parameter_count(target):,}" if target else ""
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
 
-    def _initialise(self, model: Any, init_from: str) -> None:
+    def _initialise(self, chunks: list[Any], init_from: str) -> None:
         if manager.is_huggingface(init_from):
-            fill_from_reader(model, HuggingFaceReader(Path(init_from)).read, self.platform)
+            fill_from_reader(chunks, HuggingFaceReader(Path(init_from)).read, self.platform)
         else:
-            manager.load_weights(manager.read_info(init_from), model)
+            manager.load_weights(manager.read_info(init_from), chunks)
         self.log.say(f"weights from {init_from}")
 
     @property
@@ -133,7 +134,7 @@ class Trainer:
         return manager.read_info(init_from).tokenizer
 
     def _resume(self, info: CheckpointInfo) -> None:
-        tensors = self.checkpoints.load(info, self.optimizer.unwrapped, self.optimizer.megatron)
+        tensors = self.checkpoints.load(info, self.optimizer.chunks, self.optimizer.megatron)
         self.objective.load_state(tensors)
         self.mixture.load_state_dict(info.progress["mixture"])
         self.losses = info.progress["losses"]
@@ -184,8 +185,9 @@ class Trainer:
         lr_share = self.optimizer.begin_step(self.step)
         self.optimizer.zero_grad()
         with self.objective.step_weights(self.step):
+            self.optimizer.gather()
             losses = run_microbatches(
-                self.optimizer.model, batches, self.platform, len(self.mixture.names)
+                self.optimizer.models, batches, self.platform, len(self.mixture.names)
             )
         self._check_finite(losses, batches)
         penalty = self.objective.backward(self.step)
@@ -245,7 +247,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         with self.objective.evaluation_weights():
-            self.losses = self.evaluator.losses(self.optimizer.model)
+            self.optimizer.gather(wait=True)
+            self.losses = self.evaluator.losses(self.optimizer.models)
         before = self.mixture.weights
         if self.step < self.config.trainer.steps:
             self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)
@@ -267,8 +270,10 @@ class Trainer:
             config=to_yaml(config),
             tokenizer=self._tokenizer,
         )
-        model = self.optimizer.unwrapped
-        where = self.checkpoints.save(info, model, self.optimizer.megatron, self.objective.state())
+        self.optimizer.gather(wait=True)
+        where = self.checkpoints.save(
+            info, self.optimizer.chunks, self.optimizer.megatron, self.objective.state()
+        )
         if self.platform.rank == 0:
             domains = [
                 replace(domain, weight=weight)

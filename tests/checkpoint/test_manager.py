@@ -17,7 +17,7 @@ from megashear.checkpoint.manager import CheckpointInfo, find, read_info, read_s
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
-from megashear.model.build import unwrap
+from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
@@ -61,7 +61,7 @@ def state(config: RunConfig, steps: int) -> dict[str, Any]:
         trainer.train_step()
     if steps:
         trainer.save()
-    bound = list(unwrap(trainer.optimizer.model).bound_rows())
+    bound = list(bound_rows(trainer.optimizer.chunks))
     moments = trainer.optimizer.megatron.optimizer.state
     found = {
         "place": (trainer.platform.tensor_rank, trainer.platform.tensor_size),

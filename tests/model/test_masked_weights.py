@@ -14,23 +14,24 @@ from megashear.config.schema import ModelShape, ParallelConfig
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
 from megashear.platform.parallel import single_process
-from megashear.pruning.masks import Masks, resolve_target
+from megashear.pruning.masks import Masks
 from tests.distributed import run_distributed
 from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, MHA, TARGETS
+from tests.runs import GQA, GQA_QUERY_HEAD, MHA, QWEN, masks_of
 
 SHAPES = {
     "mha": MHA,
     "gqa": GQA,
     "mha-tied": replace(MHA, tied_embeddings=True),
     "gqa-tied": replace(GQA, tied_embeddings=True),
+    "query-head": GQA_QUERY_HEAD,
+    "bias-norms": QWEN,
 }
 
 
 def sampled_masks(shape: ModelShape) -> tuple[Masks, dict[str, Tensor]]:
     """Masks spread over (0, 1), some exactly 0, one whole layer off; with their graph."""
-    target = resolve_target(shape, TARGETS[replace(shape, tied_embeddings=False)])
-    masks = Masks(shape, target)
+    masks = masks_of(shape)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for log_alpha in masks.log_alpha.values():
@@ -50,9 +51,10 @@ def compute(shape: ModelShape) -> dict[str, Tensor | dict[str, Tensor]]:
 
     masks, z = sampled_masks(shape)
     with single_process() as platform:
-        model = build_model(shape, platform, ParallelConfig(), seq_length=12)
-        fill_from_reader(model, weights.__getitem__, platform)
-        masked_weights = MaskedWeights(model, platform)
+        chunks = build_model(shape, platform, ParallelConfig(), seq_length=12)
+        (model,) = chunks
+        fill_from_reader(chunks, weights.__getitem__, platform)
+        masked_weights = MaskedWeights(chunks, platform, head_unit=masks.head_unit)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         with masked_weights.masked(z):
             logits = model(tokens, torch.arange(12).expand(2, -1), None)
@@ -117,10 +119,11 @@ def fold_and_fail(shape: ModelShape) -> list[bool]:
     weights = random_weights(shape, seed=0)
     _, z = sampled_masks(shape)
     with single_process() as platform:
-        model = build_model(shape, platform, ParallelConfig(), seq_length=12)
-        fill_from_reader(model, weights.__getitem__, platform)
+        chunks = build_model(shape, platform, ParallelConfig(), seq_length=12)
+        (model,) = chunks
+        fill_from_reader(chunks, weights.__getitem__, platform)
         try:
-            with MaskedWeights(model, platform).masked(z):
+            with MaskedWeights(chunks, platform).masked(z):
                 changed = not torch.equal(
                     model.embedding.word_embeddings.weight,
                     weights["embedding.word_embeddings.weight"],

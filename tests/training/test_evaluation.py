@@ -70,11 +70,11 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
             for log_alpha in trainer.objective.masks.log_alpha.values():
                 log_alpha.copy_(2 * torch.randn(log_alpha.shape, generator=generator))
         found["z"] = trainer.objective.masks.deterministic(config.evaluation.masks)
-    weight = next(trainer.optimizer.unwrapped.parameters())
+    weight = next(trainer.optimizer.chunks[0].parameters())
     before = weight.detach().clone()
     trainer._evaluate()
     found["losses"] = trainer.losses
-    found["as_before"] = torch.equal(weight, before) and trainer.optimizer.model.training
+    found["as_before"] = torch.equal(weight, before) and trainer.optimizer.models[0].training
     parallel.stop()
     return found
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import ModelShape, PruningConfig, RunConfig
-from megashear.model.build import unwrap
+from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.training.trainer import Trainer
@@ -51,7 +51,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
     trainer.log.step = lambda record, show: losses.append(record["loss"])  # type: ignore
     for _ in range(STEPS):
         trainer.train_step()
-    rows = unwrap(trainer.optimizer.model).bound_rows()
+    rows = bound_rows(trainer.optimizer.chunks)
     weights = {b.row.name: b.parameter.detach().clone() for b in rows}
     parallel.stop()
     return {"losses": losses, "batches": batches, "weights": weights, **trainer.objective.state()}

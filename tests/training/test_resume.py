@@ -16,7 +16,7 @@ import torch
 from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
-from megashear.model.build import unwrap
+from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
@@ -64,7 +64,7 @@ def train(config: RunConfig, stop_at: int | None) -> dict[str, Any]:
     finally:
         trainer.loader.close()
         parallel.stop()
-    bound = unwrap(trainer.optimizer.model).bound_rows()
+    bound = bound_rows(trainer.optimizer.chunks)
     weights = {b.row.name: b.parameter.detach().clone() for b in bound}
     return {"began": began, "weights": weights, **trainer.objective.state()}
 
@@ -167,7 +167,7 @@ def poisoned(config: RunConfig) -> str:
     def step_poisoned() -> None:
         if trainer.step == 4:
             with torch.no_grad():
-                next(iter(trainer.optimizer.model.parameters())).fill_(float("nan"))
+                next(iter(trainer.optimizer.chunks[0].parameters())).fill_(float("nan"))
         step()
 
     trainer.train_step = step_poisoned  # type: ignore[method-assign]
