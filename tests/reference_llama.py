@@ -28,13 +28,13 @@ def forward(shape: ModelShape, weights: Weights, tokens: Tensor, z: Masks | None
     x = embedding[tokens] * hidden_d
     for layer in range(shape.num_layers):
         prefix = f"decoder.layers.{layer}."
-        head_G = _mask(z, "head", layer, shape.num_query_groups, embedding)
+        head_GQ = _head_mask(shape, z, layer, embedding)
         intermediate_M = _mask(z, "intermediate", layer, shape.ffn_hidden_size, embedding)
         scale = layer_L[layer] * hidden_d
         normed = norm(
             shape, x, weights[prefix + "self_attention.linear_qkv.layer_norm_weight"], hidden_d
         )
-        x = x + scale * attention(shape, weights, prefix + "self_attention.", normed, head_G)
+        x = x + scale * attention(shape, weights, prefix + "self_attention.", normed, head_GQ)
         normed = norm(shape, x, weights[prefix + "mlp.linear_fc1.layer_norm_weight"], hidden_d)
         x = x + scale * mlp(weights, prefix + "mlp.", normed, intermediate_M)
     x = norm(shape, x, weights["decoder.final_layernorm.weight"], hidden_d)
@@ -47,6 +47,13 @@ def _mask(z: Masks, kind: str, row: int, units: int, like: Tensor) -> Tensor:
     return z[kind][row].to(like) if kind in z else like.new_ones(units)
 
 
+def _head_mask(shape: ModelShape, z: Masks, layer: int, like: Tensor) -> Tensor:
+    """One number for each query head [groups, heads of a group], or for each group [groups, 1]."""
+    if "head" not in z:
+        return like.new_ones(shape.num_query_groups, 1)
+    return z["head"].view(shape.num_layers, shape.num_query_groups, -1)[layer].to(like)
+
+
 def norm(shape: ModelShape, x: Tensor, weight: Tensor, hidden_d: Tensor) -> Tensor:
     """RMSNorm over the kept hidden dimensions, its output masked."""
     kept = hidden_d > 0
@@ -55,9 +62,9 @@ def norm(shape: ModelShape, x: Tensor, weight: Tensor, hidden_d: Tensor) -> Tens
 
 
 def attention(
-    shape: ModelShape, weights: Weights, prefix: str, x: Tensor, head_G: Tensor
+    shape: ModelShape, weights: Weights, prefix: str, x: Tensor, head_GQ: Tensor
 ) -> Tensor:
-    """Causal grouped-query attention [b, s, d]; the mask multiplies the outputs of a group."""
+    """Causal grouped-query attention [b, s, d]; the mask multiplies the outputs of query heads."""
     b, s, _ = x.shape
     groups, per_group, channels = (
         shape.num_query_groups,
@@ -65,15 +72,26 @@ def attention(
         shape.kv_channels,
     )
     qkv = x @ weights[prefix + "linear_qkv.weight"].T
+    if shape.qkv_bias:
+        qkv = qkv + weights[prefix + "linear_qkv.bias"]
     qkv = qkv.view(b, s, groups, per_group + 2, channels).permute(0, 2, 3, 1, 4)  # [b,G,q+2,s,c]
     q, k, v = qkv[:, :, :per_group], qkv[:, :, per_group, None], qkv[:, :, per_group + 1, None]
+    if shape.qk_norm:
+        q = head_norm(shape, q, weights[prefix + "q_layernorm.weight"])
+        k = head_norm(shape, k, weights[prefix + "k_layernorm.weight"])
     q, k = rotate(shape, q), rotate(shape, k)
     scores = q @ k.transpose(-1, -2) / channels**0.5
     future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
     out = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-    out = out * head_G.view(1, groups, 1, 1, 1)
+    out = out * head_GQ.view(1, groups, -1, 1, 1)
     out = out.permute(0, 3, 1, 2, 4).reshape(b, s, groups * per_group * channels)
     return out @ weights[prefix + "linear_proj.weight"].T
+
+
+def head_norm(shape: ModelShape, x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm of [..., channels], of each head by itself."""
+    mean_square = x.square().mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean_square + shape.layernorm_epsilon) * weight
 
 
 def rotate(shape: ModelShape, x: Tensor) -> Tensor:
@@ -99,19 +117,23 @@ def random_weights(
     """Every weight of a model by name, of a size that keeps activations near 1."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*size: int) -> Tensor:
+    def draw(name: str, *size: int) -> Tensor:
         values = torch.randn(*size, generator=generator, dtype=torch.float64)
+        if name.endswith(".bias"):
+            return (0.5 * values).to(dtype)
         return (1 + 0.2 * values if len(size) == 1 else values / size[-1] ** 0.5).to(dtype)
 
-    return {row.name: draw(*row.shape()) for row in table(shape)}
+    return {row.name: draw(row.name, *row.shape()) for row in table(shape)}
 
 
-def random_masks(source: ModelShape, target: ModelShape, seed: int) -> dict[str, Tensor]:
+def random_masks(
+    source: ModelShape, target: ModelShape, seed: int, head_unit: str = "query_group"
+) -> dict[str, Tensor]:
     """All four masks with the target's number of units kept in each row, values in [0.1, 1)."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
-    for kind, (rows, units) in mask_sizes(source).items():
-        kept = mask_sizes(target)[kind][1]
+    for kind, (rows, units) in mask_sizes(source, head_unit).items():
+        kept = mask_sizes(target, head_unit)[kind][1]
         order = torch.rand(rows, units, generator=generator).argsort(dim=1)
         values = 0.1 + 0.9 * torch.rand(rows, units, generator=generator)
         masks[kind] = torch.where(order < kept, values, 0.0)

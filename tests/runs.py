@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megashear.config.schema import (
+    QUERY_GROUP,
+    QUERY_HEAD,
     DataConfig,
     Domain,
     EvaluationConfig,
@@ -18,6 +21,7 @@ from megashear.config.schema import (
     TargetShape,
     TrainerConfig,
 )
+from megashear.pruning.masks import Masks, resolve_target
 from tests.make_data import random_documents, write_tokens
 
 MHA = ModelShape(
@@ -31,10 +35,36 @@ GQA = ModelShape(
     ffn_hidden_size=48,
     vocab_size=64,
 )
+QWEN = replace(GQA, qkv_bias=True, qk_norm=True)
+GQA_QUERY_HEAD = replace(GQA, num_attention_heads=12)  # three heads in a group, to keep two
 TARGETS = {
     MHA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=2, ffn_hidden_size=32),
     GQA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32),
+    QWEN: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32),
+    GQA_QUERY_HEAD: TargetShape(
+        num_layers=2, hidden_size=24, num_attention_heads=8, ffn_hidden_size=32
+    ),
 }
+HEAD_UNITS = {GQA_QUERY_HEAD: QUERY_HEAD}
+"""Where it is not the query group."""
+
+
+def prune_options(shape: ModelShape) -> dict[str, Any]:
+    """What makes a run one that prunes this shape, tied or not, with any number of layers."""
+    plain = replace(shape, tied_embeddings=False, num_layers=MHA.num_layers)
+    head_unit = HEAD_UNITS.get(plain, QUERY_GROUP)
+    return {
+        "stage": "prune",
+        "target": TARGETS[plain],
+        "pruning": PruningConfig(sparsity_warmup_steps=3, head_unit=head_unit),
+    }
+
+
+def masks_of(shape: ModelShape) -> Masks:
+    """The masks that such a run begins with."""
+    options = prune_options(shape)
+    head_unit = options["pruning"].head_unit
+    return Masks(shape, resolve_target(shape, options["target"], head_unit), head_unit)
 
 
 def write_domains(directory: Path, vocab: int = 64) -> tuple[Domain, ...]:

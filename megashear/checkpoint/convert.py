@@ -64,12 +64,20 @@ def export_huggingface(
         overwrite: whether an existing model there is replaced.
 
     Raises:
-        CheckpointError: the checkpoint is of a pruning run, lacks a weight, or `out` exists.
+        CheckpointError: the checkpoint is of a pruning run, or of a model that LLaMA's format has
+            no place for, or lacks a weight, or `out` exists.
     """
     if info.stage == "prune":
         raise CheckpointError(
             f"{info.directory} is of a pruning run, whose model has masks. Cut the target model "
             "out first: python tools/checkpoint/extract.py --run <run>"
+        )
+    parts = {"attention bias": info.shape.qkv_bias, "q/k norms": info.shape.qk_norm}
+    if any(parts.values()):
+        has = " and ".join(part for part, there in parts.items() if there)
+        raise CheckpointError(
+            f"{info.directory} is of a model with {has}, which a Hugging Face LLaMA has no weights "
+            "for, and other architectures cannot be written yet. Use it as a Megatron checkpoint"
         )
     with single_process():
         reader = WeightsReader(info.model_directory, info.shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.checkpoint.sharded import WeightsReader
+from megashear.config.schema import QUERY_GROUP
 from megashear.errors import CheckpointError
 from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
 from megashear.pruning.masks import Masks
@@ -49,14 +50,15 @@ def read_pruned(path: Path) -> PrunedRun:
         raise CheckpointError(
             f"{info.directory} is of stage {info.stage}: there are no masks in it"
         )
-    masks = Masks(info.shape, info.target)
+    config = yaml.safe_load(info.config or "{}")
+    head_unit = config.get("pruning", {}).get("head_unit", QUERY_GROUP)
+    masks = Masks(info.shape, info.target, head_unit)
     try:
         stored = load_file(file)
         masks.load_state_dict({name: stored[name] for name in masks.state_dict()})
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file}: damaged or of another model: {error}") from error
-    target_sparsity = yaml.safe_load(info.config or "{}").get("target_sparsity")
-    report = format_off_target(off_target(masks, target_sparsity=target_sparsity))
+    report = format_off_target(off_target(masks, target_sparsity=config.get("target_sparsity")))
     return PrunedRun(info, masks, report)
 
 
@@ -72,7 +74,8 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
         CheckpointError: the layers do not come out alike, or `out` exists.
     """
     info, z = pruned.info, pruned.z
-    shape = uniform_shape(info.shape, z)
+    head_unit = pruned.masks.head_unit
+    shape = uniform_shape(info.shape, z, head_unit)
     reader = WeightsReader(info.model_directory, info.shape)
     dense = CheckpointInfo(
         shape=shape,
@@ -83,4 +86,5 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
         progress={"losses": info.progress.get("losses", {})},
         tokenizer=info.tokenizer,
     )
-    return write_model(out, dense, extract(info.shape, z, reader.read), overwrite=overwrite)
+    weights = extract(info.shape, z, reader.read, head_unit)
+    return write_model(out, dense, weights, overwrite=overwrite)

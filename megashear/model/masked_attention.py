@@ -7,16 +7,19 @@ from torch import nn
 
 
 class MaskedSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention; a unit of its head mask is a query group.
+    """Megatron-Core's self-attention; a unit of its head mask is a query group or a query head.
 
     linear_qkv [qkv/tp, d] holds, group after group, the group's query heads, its key and its value;
-    linear_proj [d, heads * dh / tp] has the same groups along axis 1.
+    linear_proj [d, heads * dh / tp] has the query heads of the same groups along axis 1.
     """
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Rows of the table, by their names within a layer, and the modules that hold them."""
+        """Rows that the table may have, by their names within a layer, and what holds them."""
         modules = {
             "self_attention.linear_qkv.weight": self.linear_qkv,
+            "self_attention.linear_qkv.bias": self.linear_qkv,
+            "self_attention.q_layernorm.weight": self.q_layernorm,
+            "self_attention.k_layernorm.weight": self.k_layernorm,
             "self_attention.linear_proj.weight": self.linear_proj,
         }
         if hasattr(self.linear_qkv, "layer_norm_weight"):  # Transformer Engine fuses the norm

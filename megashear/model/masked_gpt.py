@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from megashear.config.schema import ModelShape
+from megashear.config.schema import QUERY_GROUP, ModelShape
 from megashear.model.masked_attention import MaskedSelfAttention
 from megashear.model.masked_mlp import MaskedMLP
 from megashear.pruning.table import Row, layer_rows, outer_rows
@@ -49,12 +49,12 @@ class MaskedTransformerLayer(TransformerLayer):
         modules.setdefault("mlp.linear_fc1.layer_norm_weight", self.pre_mlp_layernorm)
         return modules
 
-    def bound_rows(self, shape: ModelShape) -> Iterator[BoundRow]:
+    def bound_rows(self, shape: ModelShape, head_unit: str) -> Iterator[BoundRow]:
         """The layer's rows of the table, each with its parameter."""
         number = self.layer_number - 1  # Megatron counts layers from 1
         modules = self.masked_modules()
         prefix = f"decoder.layers.{number}."
-        for row in layer_rows(shape, number):
+        for row in layer_rows(shape, number, head_unit):
             yield _bind(row, modules[row.name.removeprefix(prefix)])
 
 
@@ -63,14 +63,14 @@ class MaskedGPTModel(GPTModel):
 
     shape: ModelShape
 
-    def bound_rows(self) -> Iterator[BoundRow]:
+    def bound_rows(self, head_unit: str = QUERY_GROUP) -> Iterator[BoundRow]:
         """Every row of the table whose parameter this rank holds, each once."""
         outer = {row.name: row for row in outer_rows(self.shape)}
         if self.pre_process:
             name = "embedding.word_embeddings.weight"
             yield _bind(outer[name], self.embedding.word_embeddings)
         for layer in self.decoder.layers:
-            yield from layer.bound_rows(self.shape)
+            yield from layer.bound_rows(self.shape, head_unit)
         if self.post_process:
             yield _bind(outer["decoder.final_layernorm.weight"], self.decoder.final_layernorm)
             if not self.shape.tied_embeddings:
@@ -81,7 +81,9 @@ class MaskedGPTModel(GPTModel):
 
 
 def _bind(row: Row, module: nn.Module, copy: bool = False) -> BoundRow:
-    fused = row.norm and hasattr(module, "layer_norm_weight")
-    parameter = module.layer_norm_weight if fused else module.weight
+    attribute = row.name.rpartition(".")[2]
+    if not hasattr(module, attribute):  # a norm of its own, where the row is named as if fused
+        attribute = "weight"
+    parameter = getattr(module, attribute)
     assert isinstance(parameter, nn.Parameter)
     return BoundRow(row, parameter, module, copy)

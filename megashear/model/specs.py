@@ -19,15 +19,16 @@ from megashear.model.masked_mlp import MaskedMLP
 from megashear.platform import layers
 
 
-def block_spec(backend: str, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(backend: str, num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
     """The decoder of a masked model on this rank.
 
     Args:
         backend: `torch` or `transformer_engine` (see `platform.layers`).
         num_layers: transformer layers that this rank holds.
+        qk_norm: whether queries and keys are normed, head by head.
     """
     if backend == "transformer_engine":
-        layer, norm = layers.transformer_engine_spec(), layers.transformer_engine_norm()
+        layer, norm = layers.transformer_engine_spec(qk_norm), layers.transformer_engine_norm()
         submodules = layer.submodules
         attention = submodules.self_attention.submodules
     else:
@@ -37,7 +38,9 @@ def block_spec(backend: str, num_layers: int) -> TransformerBlockSubmodules:
             layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm
         )
         attention = dataclasses.replace(
-            submodules.self_attention.submodules, core_attention=layers.SDPAttention
+            submodules.self_attention.submodules,
+            core_attention=layers.SDPAttention,
+            **(dict.fromkeys(("q_layernorm", "k_layernorm"), norm) if qk_norm else {}),
         )
     masked = dataclasses.replace(
         submodules,
