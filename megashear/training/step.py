@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megashear.data.loader import MicroBatch
+from megashear.platform.layers import context_part
 from megashear.platform.parallel import Platform
 
 
@@ -78,8 +78,7 @@ def _forward(
     batches: Iterator[MicroBatch], model: Any, *, device: torch.device, num_domains: int
 ) -> tuple[Tensor, Any]:
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
-    domains = batch.pop("dataset_id")
-    batch = {**get_batch_on_this_cp_rank(batch), "dataset_id": domains}
+    batch |= {key: context_part(part) for key, part in batch.items() if part.dim() == 2}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(_loss, batch=batch, num_domains=num_domains)
 

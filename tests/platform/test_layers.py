@@ -11,7 +11,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megashear.config.schema import ParallelConfig, PlatformConfig
+from megashear.platform import parallel
 from megashear.platform.layers import RMSNorm, SDPAttention
+from tests.distributed import run_distributed
 
 SEQUENCE, BATCH, CHANNELS = 9, 2, 6
 
@@ -79,3 +82,37 @@ def test_attention_is_a_causal_softmax_over_groups(groups: int, scale: float | N
         results.append((out, query.grad, key.grad, value.grad))
     for ours, expected in zip(*results, strict=True):
         assert (ours - expected).abs().max() < 1e-13 * expected.abs().max()
+
+
+def attend_in_context(ranks: int, groups: int) -> list[Tensor]:
+    """A context-parallel rank's attention and gradients, over its two blocks of the sequence."""
+    parallel_config = ParallelConfig(context=ranks)
+    platform = parallel.start(PlatformConfig(device="cpu", precision="fp32"), parallel_config, 0)
+    attention = SDPAttention(
+        config(context_parallel_size=ranks), 1, AttnMaskType.causal, "self", softmax_scale=0.7
+    )
+    rank = platform.rank
+    whole = [random(4 * ranks, BATCH, n, CHANNELS, seed=n) for n in (4, groups, groups)]
+    upstream = random(4 * ranks, BATCH, 4 * CHANNELS, seed=5).detach()
+    mine = [mine_of(t.detach(), rank, ranks).requires_grad_() for t in whole]
+    out = attention(*mine, None)
+    (out * mine_of(upstream, rank, ranks)).sum().backward()
+    expected = attend(*whole, 0.7)
+    (expected * upstream).sum().backward()
+    parallel.stop()
+    pairs = [(out, expected), *((t.grad, w.grad) for t, w in zip(mine, whole, strict=True))]
+    return [(ours - mine_of(theirs, rank, ranks)).abs().max() for ours, theirs in pairs]
+
+
+def mine_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """The blocks of a rank: one counted from the beginning, one from the end."""
+    blocks = tensor.detach().chunk(2 * ranks)
+    return torch.cat([blocks[rank], blocks[2 * ranks - 1 - rank]])
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(2, 4), (2, 1), (3, 2)])
+def test_context_parallel_attention_is_that_of_the_whole_sequence(ranks: int, groups: int) -> None:
+    """Values and gradients of query, key and value on every rank, float64."""
+    for differences in run_distributed(attend_in_context, ranks, ranks, groups):
+        assert len(differences) == 4
+        assert all(0 <= difference < 1e-13 for difference in differences), differences
