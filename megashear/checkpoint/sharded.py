@@ -10,14 +10,12 @@ import importlib
 import pickle
 import queue
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from torch import Tensor
@@ -37,7 +35,6 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.checkpoints import layout_of_newer_release, weights_only
-from megashear.platform.parallel import single_process
 from megashear.pruning.table import table
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -55,13 +52,12 @@ _METADATA_NAMES = {
 }  # fmt: skip
 
 
-def sharded_tensor(name: str, tensor: Tensor, num_layers: int) -> ShardedTensor:
-    """One whole tensor of the table as Megatron stores it: layers stacked along a first axis."""
+def place_on_disk(name: str) -> tuple[str, tuple[int, ...]]:
+    """The name under which a tensor is stored, and its place in it: the layer, if it is of one."""
     match = _LAYER.match(name)
     if match is None:
-        return ShardedTensor.from_rank_offsets(name, tensor)
-    layer = (0, int(match.group(1)), num_layers)
-    return ShardedTensor.from_rank_offsets(_key(name), tensor, layer, prepend_axis_num=1)
+        return name, ()
+    return "decoder.layers." + name[match.end() :], (int(match.group(1)),)
 
 
 def save(state: Mapping[str, Any], directory: Path) -> None:
@@ -209,13 +205,12 @@ class WeightsReader:
 
     def _stored(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor on disk, without the axis of the layers."""
-        entry = self._metadata.state_dict_metadata.get(_key(name))
+        key, layer = place_on_disk(name)
+        entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             return None
-        match = _LAYER.match(name)
-        if match is None:
-            return tuple(entry.size)
-        return tuple(entry.size[1:]) if int(match.group(1)) < entry.size[0] else None
+        stacked, shape = entry.size[: len(layer)], entry.size[len(layer) :]
+        return tuple(shape) if layer < tuple(stacked) or not layer else None
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the dtype it is stored in.
@@ -223,17 +218,14 @@ class WeightsReader:
         Raises:
             CheckpointError: its file is missing or damaged.
         """
-        key, match = _key(name), _LAYER.match(name)
+        key, layer = place_on_disk(name)
         entry: Any = self._metadata.state_dict_metadata[key]
         shape = self.rows[name].shape()
         tensor = torch.empty(shape, dtype=entry.properties.dtype)
-        first = () if match is None else (int(match.group(1)),)
-        chunk = ChunkStorageMetadata(
-            offsets=torch.Size((*first, *(0 for _ in shape))),
-            sizes=torch.Size((*(1 for _ in first), *shape)),
-        )
+        target = tensor.unsqueeze(0) if layer else tensor
+        offsets = torch.Size((*layer, *(0 for _ in shape)))
+        chunk = ChunkStorageMetadata(offsets, target.shape)
         items = create_read_items_for_chunk_list(key, entry, [chunk])
-        target = tensor if match is None else tensor.unsqueeze(0)
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -259,40 +251,6 @@ class _IntoTensor(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the piece is a view."""
-
-
-def write_weights(
-    directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write a model's weights as a torch_dist checkpoint, from this process alone.
-
-    Args:
-        directory: made here; must not exist.
-        shape: of the model.
-        weights: every tensor of `table(shape)`, in any order.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of the wrong shape; all are named.
-    """
-    expected = {row.name: row.shape() for row in table(shape)}
-    state = {}
-    problems = []
-    for name, tensor in weights:
-        if expected.pop(name, None) != tuple(tensor.shape):
-            problems.append(f"{name} {tuple(tensor.shape)} is unexpected or of the wrong shape")
-            continue
-        state[name] = sharded_tensor(name, tensor.detach().contiguous(), shape.num_layers)
-    problems += [f"{name} is missing" for name in expected]
-    if problems:
-        raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
-    with nullcontext() if torch.distributed.is_initialized() else single_process():
-        save(state, directory)
-
-
-def _key(name: str) -> str:
-    """The name on disk, where the layers are stacked."""
-    match = _LAYER.match(name)
-    return name if match is None else "decoder.layers." + name[match.end() :]
 
 
 def _write_from_this_process() -> None:

@@ -70,17 +70,18 @@ def _swap(partial: Path, final: Path) -> None:
         shutil.rmtree(former, ignore_errors=True)
         os.replace(final, former)
     os.replace(partial, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(former, ignore_errors=True)
 
 
 def flush_tree(directory: Path) -> None:
     """Make all files below a directory, and their names, survive a crash of the machine."""
     for path in (*directory.rglob("*"), directory):
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

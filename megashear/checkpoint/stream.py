@@ -1,0 +1,198 @@
+"""Writes a dense model as a torch_dist checkpoint, tensor by tensor, from one process or many.
+
+Megatron-Core's own writer wants all tensors of a process at once. Here it writes a checkpoint that
+has none, with all that its release puts beside them; tensors are then appended one at a time to
+files of bounded size, and entered into the table of contents at the end.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megashear.checkpoint import sharded
+from megashear.checkpoint.whole import flush, whole_directory
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.platform.parallel import single_process
+from megashear.pruning.table import table
+
+FILE_NUMEL = 2**28
+"""Elements in a file (1 GiB in fp32); a tensor that has more gets a file of its own."""
+
+T = TypeVar("T")
+
+
+class _Entry(NamedTuple):
+    """A tensor of the table as it was written."""
+
+    name: str
+    properties: TensorProperties
+    place: _StorageInfo
+
+
+def processes() -> AbstractContextManager[Any]:
+    """The process group that is there, or one of all that were launched, or of this one alone."""
+    return nullcontext() if dist.is_initialized() else single_process()
+
+
+def on_each_process(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each process; a failure on one is an error on all. A collective."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must not wait for ever
+        failure = error
+    told: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(told, (result, failure and f"{type(failure).__name__}: {failure}"))
+    except RuntimeError as error:
+        raise CheckpointError(f"another process has died or does not answer: {error}") from failure
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(told):
+        if text is not None:
+            raise CheckpointError(f"process {rank} of {len(told)} failed: {text}")
+    return [result for result, _ in told]
+
+
+def on_first_process(work: Callable[[], T]) -> T:
+    """What `work` returns on the first process, to all; its failure is an error on all."""
+    return on_each_process(lambda: work() if dist.get_rank() == 0 else None)[0]  # type: ignore
+
+
+@contextmanager
+def shared_directory(directory: Path, **options: Any) -> Iterator[Path]:
+    """`whole_directory`, made and named by the first process for all; a collective at both ends."""
+    with ExitStack() as stack:
+        whole = whole_directory(directory, **options)
+        yield on_first_process(lambda: stack.enter_context(whole))
+        on_first_process(stack.close)
+
+
+def files(shape: ModelShape) -> dict[str, str]:
+    """The file of each tensor, in the order of the table; the same for any number of processes."""
+    rows = list(table(shape))
+    sizes = [prod(row.shape()) for row in rows]
+    number, held = 1, 0  # Megatron-Core may have written a file 0
+    names = {}
+    for row, size in zip(rows, sizes, strict=True):
+        if held and held + size > FILE_NUMEL:
+            number, held = number + 1, 0
+        held += size
+        names[row.name] = f"__0_{number}.distcp"
+    return names
+
+
+def share(shape: ModelShape) -> set[str]:
+    """Names of the tensors that this process writes: whole files, in turn."""
+    home = files(shape)
+    mine = list(dict.fromkeys(home.values()))[dist.get_rank() :: dist.get_world_size()]
+    return {name for name, file in home.items() if file in mine}
+
+
+def write_weights(
+    directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a model's weights as a torch_dist checkpoint; a collective.
+
+    Args:
+        directory: made here; must not exist.
+        shape: of the model.
+        weights: those of `share(shape)`, in any order; one at a time is held.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of the wrong shape or of another type
+            than in other layers (all are named), or cannot be written, here or elsewhere.
+    """
+    sharded.save({}, directory)
+    parts = on_each_process(lambda: _append_all(directory, shape, weights))
+    written = {entry.name: entry for entries, _ in parts for entry in entries}
+    problems = [problem for _, found in parts for problem in found]
+    problems += [f"{row.name} is missing" for row in table(shape) if row.name not in written]
+    entries = [written[row.name] for row in table(shape) if row.name in written]
+    problems += _mixed_types(entries)
+    if problems:
+        raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
+    on_first_process(lambda: _enter(directory, shape, entries))
+
+
+def _append_all(
+    directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
+) -> tuple[list[_Entry], list[str]]:
+    """What was written, and what does not fit the shape."""
+    home, mine = files(shape), share(shape)
+    expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
+    entries, problems = [], []
+    for name, tensor in weights:
+        if expected.pop(name, None) != tuple(tensor.shape):
+            problems.append(f"{name} {tuple(tensor.shape)} is unexpected or of the wrong shape")
+        else:
+            entries.append(_append(directory / home[name], name, tensor.detach()))
+        del tensor  # before the next one is made
+    for file in {entry.place.relative_path for entry in entries}:
+        flush(directory / file)  # by the process that wrote it, which may be on another machine
+    return entries, problems
+
+
+def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
+    _, layer = sharded.place_on_disk(name)
+    try:
+        with file.open("ab") as stream:
+            start = stream.tell()
+            torch.save(_compact(tensor.view(*(1 for _ in layer), *tensor.shape)), stream)
+            length = stream.tell() - start
+    except (OSError, RuntimeError) as error:  # of a full disk torch tells what followed from it
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"{file}: cannot be written: {reason}") from error
+    properties = TensorProperties.create_from_tensor(tensor)
+    return _Entry(name, properties, _StorageInfo(file.name, start, length))
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The same, without what else its storage may hold, which torch.save would write too."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _mixed_types(entries: Iterable[_Entry]) -> Iterator[str]:
+    """Tensors of another type than in the first layer; a checkpoint has one type for all layers."""
+    first: dict[str, torch.dtype] = {}
+    for entry in entries:
+        key, _ = sharded.place_on_disk(entry.name)
+        dtype = first.setdefault(key, entry.properties.dtype)
+        if entry.properties.dtype != dtype:
+            yield f"{entry.name} is {entry.properties.dtype}, layers before it are {dtype}"
+
+
+def _enter(directory: Path, shape: ModelShape, entries: Iterable[_Entry]) -> None:
+    """Put tensors into the table of contents."""
+    metadata = sharded.check_metadata(directory)
+    vars(metadata).pop("all_local_plans", None)  # Megatron-Core's note on how it wrote nothing
+    sizes = {row.name: row.shape() for row in table(shape)}
+    for name, properties, place in entries:
+        key, layer = sharded.place_on_disk(name)
+        stacked, size = tuple(shape.num_layers for _ in layer), sizes[name]
+        whole = TensorStorageMetadata(properties, torch.Size((*stacked, *size)), [])
+        held = metadata.state_dict_metadata.setdefault(key, whole)
+        assert isinstance(held, TensorStorageMetadata)
+        offsets = torch.Size((*layer, *(0 for _ in size)))
+        index = MetadataIndex(key, offsets, len(held.chunks))
+        held.chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in layer), *size))))
+        metadata.storage_data[index] = place
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
