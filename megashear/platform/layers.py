@@ -40,8 +40,9 @@ class RMSNorm(nn.Module):
 class SDPAttention(MegatronModule):
     """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU).
 
-    Under context parallelism a rank has two blocks of each sequence, one from either end (Megatron's
-    order, which balances the work). Their queries see the keys and values of all ranks, gathered.
+    Under context parallelism a rank has two blocks of each sequence, one from either end
+    (Megatron's order, which balances the work). Their queries see the keys and values of all ranks,
+    gathered.
     """
 
     def __init__(
@@ -96,6 +97,19 @@ class SDPAttention(MegatronModule):
             enable_gqa=True,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def context_part(sequences: Tensor) -> Tensor:
+    """What a context-parallel rank has of sequences [b, s]: a block from either end of each.
+
+    Megatron-Core's `get_batch_on_this_cp_rank`, whose arguments differ between its releases.
+    """
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return sequences
+    rank = parallel_state.get_context_parallel_rank()
+    blocks = sequences.chunk(2 * ranks, dim=1)
+    return torch.cat([blocks[rank], blocks[2 * ranks - 1 - rank]], dim=1)
 
 
 def transformer_engine_spec(qk_norm: bool) -> Any:
