@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megashear.config import validate
 from megashear.config.schema import (
+    QUERY_HEAD,
     DataConfig,
     Domain,
     ModelShape,
@@ -101,6 +102,39 @@ def test_target_heads_are_whole_query_groups(heads: int, use: str) -> None:
         source=GQA,
         target__num_attention_heads=heads,
     )
+
+
+class TestHeadUnit:
+    """A query head as the unit: each group keeps the same number, and there are several in one."""
+
+    @pytest.mark.parametrize(("heads", "use"), [(18, "16 or 24"), (3, "Use 8"), (31, "24 or 32")])
+    def test_target_heads_are_the_same_in_every_group(self, heads: int, use: str) -> None:
+        only(
+            "target.num_attention_heads",
+            f"= {heads} is not a multiple of the source's 8 query groups, each of which keeps",
+            use,
+            source=GQA,
+            pruning__head_unit=QUERY_HEAD,
+            target__num_attention_heads=heads,
+        )
+
+    def test_groups_are_not_pruned(self) -> None:
+        for heads in (8, 16, 24):
+            changes = {"pruning__head_unit": QUERY_HEAD, "target__num_attention_heads": heads}
+            assert found(source=GQA, **changes, parallel__tensor=8) == []
+
+    @pytest.mark.parametrize("goal", [{}, {"target": None, "target_sparsity": 0.5}])
+    def test_multi_head_attention_has_no_heads_to_choose_from(self, goal: dict[str, Any]) -> None:
+        only(
+            "pruning.head_unit",
+            "= 'query_head', but no two heads of the source share a key and value",
+            "Use 'query_group'",
+            pruning__head_unit=QUERY_HEAD,
+            **goal,
+        )
+
+    def test_without_a_known_source(self) -> None:
+        assert found(source=None, pruning__head_unit=QUERY_HEAD) == []
 
 
 class TestTensorParallel:

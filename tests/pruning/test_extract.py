@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.errors import CheckpointError
 from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
 from megashear.pruning.masks import Masks, resolve_target
@@ -21,10 +21,29 @@ SHAPES = {
     "gqa": ModelShape(4, 48, 12, 60, 50, num_query_groups=6, kv_channels=6, layernorm_epsilon=1e-2),
 }
 SHAPES |= {f"{name}-tied": replace(s, tied_embeddings=True) for name, s in SHAPES.items()}
+SHAPES["bias-norms"] = replace(SHAPES["gqa"], qkv_bias=True, qk_norm=True)
+BY_HEAD = {name: replace(SHAPES[name], num_query_groups=4) for name in ("gqa", "bias-norms")}
+SHAPES |= {f"{name}-query-head": shape for name, shape in BY_HEAD.items()}
+
+
+def _head_unit(source: ModelShape) -> str:
+    return QUERY_HEAD if source in BY_HEAD.values() else QUERY_GROUP
 
 
 def _target(source: ModelShape) -> ModelShape:
-    return resolve_target(source, TargetShape(3, 32, 4 * source.heads_per_group, 40))
+    """Four query groups; all four groups with two of their three heads."""
+    units = 4 * (2 if source in BY_HEAD.values() else source.heads_per_group)
+    return resolve_target(source, TargetShape(3, 32, units, 40), _head_unit(source))
+
+
+def _masks(source: ModelShape, seed: int) -> dict[str, Tensor]:
+    return random_masks(source, _target(source), seed, _head_unit(source))
+
+
+def _extract(
+    source: ModelShape, z: dict[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    return dict(extract(source, z, weights.__getitem__, _head_unit(source)))
 
 
 def _double(z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,25 +68,36 @@ def _in_numpy(
     for new, old in enumerate(np.flatnonzero(z["layer"][0])):
         attention, mlp = (f"decoder.layers.{old}.{part}." for part in ("self_attention", "mlp"))
         rows = zd * z["layer"][0, old]
-        g, f = np.flatnonzero(z["head"][old]), np.flatnonzero(z["intermediate"][old])
-        qkv = w[attention + "linear_qkv.weight"].reshape(
-            -1, (per_group + 2) * c, len(z["hidden"][0])
-        )
-        proj = w[attention + "linear_proj.weight"].reshape(len(z["hidden"][0]), -1, per_group * c)
-        proj = proj[d][:, g] * rows[:, None, None] * z["head"][old, g][None, :, None]
+        f = np.flatnonzero(z["intermediate"][old])
+        groups, norm = source.num_query_groups, attention + "linear_qkv.layer_norm_weight"
+        head = z["head"].reshape(source.num_layers, groups, -1)[old]
+        head = np.broadcast_to(head, (groups, per_group))  # a group's mask is that of all its heads
+        on = [(g, q) for g in range(groups) for q in range(per_group) if head[g, q]]
+        rows_of_qkv = [
+            (g, part)  # a group's queries that are on, then its key and value
+            for g in sorted({g for g, _ in on})
+            for part in (*(q for group, q in on if group == g), per_group, per_group + 1)
+        ]
+        qkv = w[attention + "linear_qkv.weight"].reshape(groups, per_group + 2, c, -1)[..., d]
+        proj = w[attention + "linear_proj.weight"][d].reshape(len(d), groups, per_group, c)
+        proj = [proj[:, g, q] * rows[:, None] * head[g, q] for g, q in on]
         gate, up = w[mlp + "linear_fc1.weight"][:m], w[mlp + "linear_fc1.weight"][m:]
         fc2 = w[mlp + "linear_fc2.weight"][d][:, f] * np.outer(rows, z["intermediate"][old, f])
         layer = {
-            "self_attention.linear_qkv.layer_norm_weight": w[
-                attention + "linear_qkv.layer_norm_weight"
-            ][d]
-            * zd,
-            "self_attention.linear_qkv.weight": qkv[g][..., d].reshape(-1, len(d)),
-            "self_attention.linear_proj.weight": proj.reshape(len(d), -1),
+            "self_attention.linear_qkv.layer_norm_weight": w[norm][d] * zd,
+            "self_attention.linear_qkv.weight": np.concatenate([qkv[at] for at in rows_of_qkv]),
+            "self_attention.linear_proj.weight": np.concatenate(proj, axis=1),
             "mlp.linear_fc1.layer_norm_weight": w[mlp + "linear_fc1.layer_norm_weight"][d] * zd,
             "mlp.linear_fc1.weight": np.concatenate((gate[f][:, d], up[f][:, d])),
             "mlp.linear_fc2.weight": fc2,
         }
+        if source.qkv_bias:
+            bias = w[attention + "linear_qkv.bias"].reshape(groups, per_group + 2, c)
+            layer["self_attention.linear_qkv.bias"] = np.concatenate(
+                [bias[at] for at in rows_of_qkv]
+            )
+        for name in ("q_layernorm.weight", "k_layernorm.weight") if source.qk_norm else ():
+            layer[f"self_attention.{name}"] = w[attention + name]
         out |= {f"decoder.layers.{new}.{name}": value for name, value in layer.items()}
     return out
 
@@ -75,11 +105,10 @@ def _in_numpy(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("source", SHAPES.values(), ids=SHAPES)
 def test_every_parameter_is_what_slicing_by_hand_gives(source: ModelShape, seed: int) -> None:
-    target = _target(source)
-    weights, z = random_weights(source, seed), random_masks(source, target, seed)
-    extracted = dict(extract(source, z, weights.__getitem__))
+    weights, z = random_weights(source, seed), _masks(source, seed)
+    extracted = _extract(source, z, weights)
     expected = _in_numpy(source, z, weights)
-    assert list(extracted) == [row.name for row in table(target)]
+    assert list(extracted) == [row.name for row in table(_target(source))]
     assert set(extracted) == set(expected)
     for name, value in extracted.items():
         assert value.dtype == torch.float32
@@ -88,13 +117,12 @@ def test_every_parameter_is_what_slicing_by_hand_gives(source: ModelShape, seed:
 
 @pytest.mark.parametrize("source", SHAPES.values(), ids=SHAPES)
 def test_masked_and_extracted_models_have_the_same_logits(source: ModelShape) -> None:
-    target = _target(source)
-    weights, z = random_weights(source, 1, torch.float64), _double(random_masks(source, target, 1))
+    weights, z = random_weights(source, 1, torch.float64), _double(_masks(source, 1))
     assert all(len(value.unique()) > 3 for value in z.values())
     tokens = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(2))
     masked = forward(source, weights, tokens, z)
-    extracted = dict(extract(source, z, weights.__getitem__))
-    torch.testing.assert_close(forward(target, extracted, tokens), masked, rtol=0, atol=1e-10)
+    extracted = forward(_target(source), _extract(source, z, weights), tokens)
+    torch.testing.assert_close(extracted, masked, rtol=0, atol=1e-10)
 
     dense = forward(source, weights, tokens)
     assert (masked - dense).abs().max() > 0.1  # the masks do something
@@ -119,17 +147,18 @@ def test_the_comparison_of_logits_sees_a_mistake(mistake: str) -> None:
     assert difference > 1e-2 * masked.abs().max()
 
 
-def test_deterministic_masks_of_a_run_extract_to_its_target() -> None:
-    source = SHAPES["gqa"]
+@pytest.mark.parametrize("name", ["gqa", "gqa-query-head"])
+def test_deterministic_masks_of_a_run_extract_to_its_target(name: str) -> None:
+    source = SHAPES[name]
     target = _target(source)
-    masks = Masks(source, target)
+    masks = Masks(source, target, _head_unit(source))
     with torch.no_grad():
         for log_alpha in masks.parameters():
             log_alpha.uniform_(-4, 4, generator=torch.Generator().manual_seed(1))
     z = masks.deterministic("target")
-    assert uniform_shape(source, z) == target
+    assert uniform_shape(source, z, masks.head_unit) == target
     weights = random_weights(source, 5)
-    shapes = {name: tuple(w.shape) for name, w in extract(source, z, weights.__getitem__)}
+    shapes = {name: tuple(w.shape) for name, w in _extract(source, z, weights).items()}
     assert shapes == {row.name: row.shape() for row in table(target)}
 
 
@@ -181,6 +210,17 @@ def test_layers_that_differ_are_refused_with_their_counts() -> None:
     text = str(error.value)
     assert f"query groups: 4 in {kept[0]}, 6 in {kept[1]}, 4 in {kept[2]}" in text
     assert f"intermediate units: 0 in {kept[0]}, 40 in {kept[1]}, 40 in {kept[2]}" in text
+
+
+def test_groups_that_differ_are_refused_with_their_counts() -> None:
+    source = SHAPES["gqa-query-head"]
+    z = _masks(source, 6)
+    first, *_ = z["layer"][0].nonzero().flatten().tolist()
+    z["head"][first * 4 + 2] = 1.0
+    with pytest.raises(CheckpointError) as error:
+        uniform_shape(source, z, QUERY_HEAD)
+    text = f"query heads: 2 in {first} group 0, 2 in {first} group 1, 3 in {first} group 2, 2 in"
+    assert text in str(error.value)
 
 
 def test_layers_that_are_off_do_not_count() -> None:
@@ -250,6 +290,19 @@ def test_off_target_lists_masks_that_are_not_numbers() -> None:
     with torch.no_grad():
         masks.log_alpha["layer"][0, 1] = float("nan")
     assert [(mask, row) for mask, row, *_ in off_target(masks)] == [("layer", 0)]
+
+
+def test_off_target_names_the_query_group() -> None:
+    source = SHAPES["gqa-query-head"]
+    masks = Masks(source, _target(source), QUERY_HEAD)
+    _settled(masks)
+    assert off_target(masks) == []
+    with torch.no_grad():
+        masks.log_alpha["head"][3 * 4 + 1] += 0.5
+    text = format_off_target(off_target(masks))
+    assert text.splitlines()[1:] == [
+        "  head of layer 3, group 1  expected sparsity 0.233, target 0.333  (-0.101)"
+    ]
 
 
 def test_off_target_of_a_run_without_a_target_shape_is_the_whole_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import HEAD_UNITS, QUERY_GROUP, ModelShape, TargetShape
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
 from megashear.pruning.masks import Masks, resolve_target
@@ -124,8 +125,14 @@ def _optimise(masks: Masks, lagrangian: Lagrangian, steps: int) -> None:
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("whole_model", [False, True])
-def test_the_multipliers_drive_the_masks_to_their_targets(per_row: bool, whole_model: bool) -> None:
-    masks = Masks(SOURCE, None if whole_model else TARGET)
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+def test_the_multipliers_drive_the_masks_to_their_targets(
+    per_row: bool, whole_model: bool, head_unit: str
+) -> None:
+    per_group = 1 if head_unit == QUERY_GROUP else 4
+    source = replace(SOURCE, num_attention_heads=SOURCE.num_query_groups * per_group)
+    target = resolve_target(source, TargetShape(3, 32, 3 * per_group, 40), head_unit)
+    masks = Masks(source, None if whole_model else target, head_unit)
     targets = constraint_targets(masks, 0.5 if whole_model else None)
     rows = {name: len(sparsity) for name, sparsity in constraints(masks).items()}
     _optimise(masks, Lagrangian(targets, rows, 60, per_row), steps=300)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import QUERY_HEAD, ModelShape, TargetShape
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.pruning.table import MASKS, mask_sizes
 
 SOURCE = ModelShape(4, 48, 8, 60, 50, num_query_groups=4, kv_channels=6)
 TARGET = resolve_target(SOURCE, TargetShape(3, 32, 6, 40))
+WIDE = ModelShape(2, 48, 12, 60, 50, num_query_groups=3, kv_channels=6)
+WIDE_TARGET = resolve_target(WIDE, TargetShape(num_attention_heads=6), QUERY_HEAD)
 
 
 def _random(masks: Masks, seed: int, limit: float = 7.0) -> Masks:
@@ -131,6 +133,27 @@ def test_state_goes_out_and_in_as_plain_tensors() -> None:
     again.load_state_dict({name: value.clone() for name, value in state.items()})
     z, expected = again.sample(1, 1), masks.sample(1, 1)
     assert all(torch.equal(z[mask], expected[mask]) for mask in MASKS)
+
+
+def test_query_heads_are_a_row_for_each_group_and_keep_every_group() -> None:
+    assert replace(WIDE, num_attention_heads=6) == WIDE_TARGET
+    assert (WIDE_TARGET.num_query_groups, WIDE_TARGET.heads_per_group) == (3, 2)
+    masks = _random(Masks(WIDE, WIDE_TARGET, QUERY_HEAD), seed=4)
+    assert masks.sizes == {"head": (2 * 3, 4)}
+    assert masks.target_units == {"head": 2}
+    assert masks.target_sparsity == {"head": 0.5}
+    assert masks.expected_sparsity()["head"].shape == (6,)
+    z = masks.deterministic("target")["head"]
+    assert (z > 0).sum(1).tolist() == [2] * 6
+    assert masks.sample(1, 1)["head"].shape == (6, 4)
+
+
+def test_rows_are_told_by_layer_and_group() -> None:
+    by_head, by_group = Masks(WIDE, WIDE_TARGET, QUERY_HEAD), Masks(WIDE, None)
+    assert by_head.row_name("head", 4) == "head of layer 1, group 1"
+    assert by_group.row_name("head", 1) == "head of layer 1"
+    assert by_head.row_name("intermediate", 1) == "intermediate of layer 1"
+    assert (by_head.row_name("hidden", 0), by_head.row_name("model", 0)) == ("hidden", "model")
 
 
 def test_a_target_keeps_what_it_does_not_name() -> None:

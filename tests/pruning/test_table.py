@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megashear.config.schema import ModelShape
-from megashear.pruning.table import MASKS, Axis, mask_sizes, table
+from megashear.config.schema import HEAD_UNITS, QUERY_HEAD, ModelShape
+from megashear.pruning.table import MASKS, Axis, Row, mask_sizes, table
 
 SHAPE = ModelShape(3, 24, 8, 40, 50, num_query_groups=4, kv_channels=6, tied_embeddings=False)
 
 
-def test_axes_index_the_units_of_their_masks() -> None:
-    sizes = mask_sizes(SHAPE)
-    for row in table(SHAPE):
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+def test_axes_index_the_units_of_their_masks(head_unit: str) -> None:
+    sizes = mask_sizes(SHAPE, head_unit)
+    for row in table(SHAPE, head_unit):
         for axis, length in zip(row.axes, row.shape(), strict=True):
             units = axis.unit_of_position()
             assert len(units) == length
-            assert units.unique().tolist() == list(range(axis.units))
-            assert axis.mask is None or axis.units == sizes[axis.mask][1]
-    masked = {axis.mask for row in table(SHAPE) for axis in row.axes}
+            assert units[units >= 0].unique().tolist() == list(range(axis.units))
+            if axis.mask is not None:
+                rows, per_row = sizes[axis.mask]
+                per_layer = rows // SHAPE.num_layers if axis.mask in ("head", "intermediate") else 1
+                assert axis.units == per_layer * per_row
+    masked = {axis.mask for row in table(SHAPE, head_unit) for axis in row.axes}
     assert masked == {None, *MASKS} - {"layer"}
+
+
+def test_a_layer_takes_its_own_rows_of_a_mask() -> None:
+    masks = {mask: torch.arange(r * u).view(r, u) for mask, (r, u) in
+             mask_sizes(SHAPE, QUERY_HEAD).items()}  # fmt: skip
+    rows = {row.name: row for row in table(SHAPE, QUERY_HEAD)}
+    proj = rows["decoder.layers.1.self_attention.linear_proj.weight"]
+    hidden, heads = proj.axes
+    assert proj.units(hidden, masks).tolist() == list(range(24))
+    assert proj.units(heads, masks).tolist() == list(range(8, 16))  # 4 groups of 2 heads
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -34,6 +52,51 @@ def test_ranks_hold_every_unit_once_gate_and_up_alike(ranks: int) -> None:
 def test_rows_of_a_head_stay_together() -> None:
     axis = Axis("head", 4, repeat=3, parallel=True)
     assert axis.unit_of_position(1, 2).tolist() == [2, 2, 2, 3, 3, 3]
+
+
+def test_keys_and_values_belong_to_no_query_head() -> None:
+    qkv = Axis("head", 6, repeat=2, block=3, fixed=4, parallel=True)
+    assert qkv.unit_of_position().tolist() == [
+        *(0, 0, 1, 1, 2, 2, -1, -1, -1, -1),
+        *(3, 3, 4, 4, 5, 5, -1, -1, -1, -1),
+    ]
+    assert qkv.unit_of_position(1, 2).tolist() == [3, 3, 4, 4, 5, 5, -1, -1, -1, -1]
+    assert (qkv.length(), qkv.length(2)) == (20, 10)
+
+
+@given(
+    ranks=st.integers(1, 4),
+    blocks=st.integers(1, 3),
+    block=st.integers(1, 3),
+    repeat=st.integers(1, 3),
+    fixed=st.integers(0, 3),
+    tile=st.integers(1, 2),
+    parallel=st.booleans(),
+)
+def test_a_shard_holds_the_positions_that_its_rank_is_told(
+    ranks: int, blocks: int, block: int, parallel: bool, **sizes: int
+) -> None:
+    axis = Axis("head", ranks * blocks * block, block=block, parallel=parallel, **sizes)
+    row = Row("", (Axis(None, 2), axis))
+    whole = axis.unit_of_position().expand(2, -1)
+    for rank in range(ranks):
+        shard = row.shard(whole, rank, ranks)
+        assert shard.shape == row.shape(ranks)
+        assert shard[1].tolist() == axis.unit_of_position(rank, ranks).tolist()
+
+
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+def test_bias_goes_with_its_heads_and_norms_of_heads_stay_whole(head_unit: str) -> None:
+    shape = replace(SHAPE, qkv_bias=True, qk_norm=True)
+    rows = {row.name.removeprefix("decoder.layers.0."): row for row in table(shape, head_unit)}
+    bias, weight = (rows[f"self_attention.linear_qkv.{name}"] for name in ("bias", "weight"))
+    assert bias.axes == weight.axes[:1]
+    assert (bias.shape(), bias.shape(2), bias.scaled) == ((96,), (48,), False)
+    for name in ("q_layernorm", "k_layernorm"):
+        norm = rows[f"self_attention.{name}.weight"]
+        assert (norm.shape(), norm.shape(2)) == ((6,), (6,))
+        assert (norm.scaled, norm.norm, norm.parallel) == (False, False, False)
+    assert len(list(table(shape))) == len(list(table(SHAPE))) + 3 * 3
 
 
 def test_shapes_of_a_rank_are_what_megatron_splits() -> None:

@@ -17,17 +17,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.config.schema import ModelShape, PruningConfig, RunConfig
+from megashear.config.schema import ModelShape, RunConfig
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
-from megashear.pruning.masks import Masks, resolve_target
+from megashear.pruning.masks import Masks
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, MHA, TARGETS, run_config, write_domains
+from tests.runs import (
+    GQA,
+    GQA_QUERY_HEAD,
+    MHA,
+    QWEN,
+    masks_of,
+    prune_options,
+    run_config,
+    write_domains,
+)
 
 STEPS, SEED = 3, 1234
-SHAPES = {"mha": MHA, "gqa-tied": replace(GQA, tied_embeddings=True)}
+SHAPES = {
+    "mha": MHA,
+    "gqa-tied": replace(GQA, tied_embeddings=True),
+    "query-head": GQA_QUERY_HEAD,
+    "bias-norms": QWEN,
+}
 
 
 def write_source(directory: Path, shape: ModelShape) -> None:
@@ -87,8 +101,7 @@ def penalty_of(masks: Masks, multipliers: dict[str, Tensor], step: int, warmup: 
 def oracle(config: RunConfig, shape: ModelShape, batches: list[Any]) -> dict[str, Any]:
     """The same steps by hand."""
     weights = {n: w.requires_grad_() for n, w in random_weights(shape, seed=0).items()}
-    assert config.target is not None
-    masks = Masks(shape, resolve_target(shape, config.target))
+    masks = masks_of(shape)
     width = {n: len(a) if config.pruning.multipliers == "per_layer" else 1
              for n, a in masks.log_alpha.items()}  # fmt: skip
     multipliers = {n: torch.zeros(2, width[n], requires_grad=True) for n in masks.log_alpha}
@@ -137,14 +150,10 @@ def test_three_pruning_steps_equal_plain_pytorch(
 ) -> None:
     shape = SHAPES[shape_name]
     run_distributed(write_source, 1, tmp_path, shape)
-    config = run_config(
-        tmp_path,
-        write_domains(tmp_path),
-        stage="prune",
-        init_from=str(tmp_path / "source"),
-        target=TARGETS[replace(shape, tied_embeddings=False)],
-        pruning=PruningConfig(sparsity_warmup_steps=3, multipliers=multipliers),
-    )
+    options = prune_options(shape)
+    options["pruning"] = replace(options["pruning"], multipliers=multipliers)
+    init_from = str(tmp_path / "source")
+    config = run_config(tmp_path, write_domains(tmp_path), init_from=init_from, **options)
     found = run_distributed(run_steps, 1, config)[0]
     expected = oracle(config, shape, found["batches"])
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
