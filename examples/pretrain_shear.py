@@ -54,10 +54,9 @@ def main() -> None:
     from megashear.training.trainer import Trainer
 
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
-    try:
+    with platform.watched(config.platform.timeout_minutes):
         Trainer(config, platform).run()
-    finally:
-        parallel.stop()
+    parallel.stop()  # not after an error: it might wait for a rank that is lost
 
 
 def _shape_at(path: str) -> ModelShape:

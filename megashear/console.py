@@ -11,16 +11,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
-from megashear.errors import ShearError
+from megashear.errors import RankError, ShearError
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-"""Exit statuses: a negative answer; wrong use or input; Ctrl-C; the reader of our output left."""
+"""Exit statuses: a negative answer, or a rank is lost; wrong use or input; Ctrl-C; the reader of
+our output left."""
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's main function and leave the process with its exit status.
 
-    A ShearError becomes one message on stderr and status 2; a bug keeps its traceback.
+    A ShearError becomes one message on stderr and a status; a bug keeps its traceback.
     """
     # One for every optional package that is not there, at every import; the log says what is used.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -34,7 +35,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except ShearError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = USAGE
+        status = FAILED if isinstance(error, RankError) else USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED

@@ -42,5 +42,9 @@ class PlatformError(ShearError):
     """The machine lacks what the run asks for: mended by installing it or by asking for less."""
 
 
+class RankError(ShearError):
+    """Another process of the run hangs or died: mended on its machine, then by starting again."""
+
+
 class TrainingError(ShearError):
     """The optimisation went wrong (a non-finite loss): mended by other settings or other data."""

@@ -19,7 +19,7 @@ DIRECTION: dict[str, set[str]] = {
     "config": {"errors"},
     "console": {"errors"},
     "pruning": {"errors", "config"},
-    "platform": {"errors", "config"},
+    "platform": {"errors", "config", "console"},
     "model": {"errors", "config", "pruning", "platform"},
     "data": {"errors", "config", "platform"},
     "checkpoint": {"errors", "config", "console", "model", "pruning", "platform"},

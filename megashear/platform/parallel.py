@@ -9,8 +9,8 @@ import datetime
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.errors import PlatformError
 from megashear.platform import cuda
 from megashear.platform.kernels import choose_kernels
+from megashear.platform.watchdog import GRACE_MINUTES, Progress, watching
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Platform:
         dtype: of weights and activations.
         layers: `torch` or `transformer_engine`.
         kernels: of the optimizer, `torch` or `apex`.
+        progress: what this process is doing.
     """
 
     device: torch.device
     dtype: torch.dtype
     layers: str
     kernels: str
+    progress: Progress = field(default_factory=Progress)
 
     def __str__(self) -> str:
         """What a run says it stands on."""
@@ -117,6 +120,10 @@ class Platform:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def watched(self, timeout_minutes: float) -> AbstractContextManager[None]:
+        """A block that ends with a message where a rank hangs or dies; see `watching`."""
+        return watching(self.progress, timeout_minutes, speaks=is_first_on_machine())
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.largest(0)
@@ -186,8 +193,9 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         redirect_cuda()
     from megatron.core import parallel_state, tensor_parallel
 
+    timeout_minutes = config.timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
-        _join(device, datetime.timedelta(minutes=config.timeout_minutes))
+        _join(device, datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -196,7 +204,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         ),
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")

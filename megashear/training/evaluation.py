@@ -48,6 +48,7 @@ class Evaluator:
             model.eval()
         losses = {}
         for number, (name, batches) in enumerate(self._batches.items()):
+            self.platform.progress.mark(f"evaluation of {name}")
             result = run_microbatches(
                 models, batches, self.platform, len(self._batches), forward_only=True
             )

@@ -59,7 +59,7 @@ def run_microbatches(
     micro_batch_size, seq_length = batches[0]["tokens"].shape
     iterators = [iter(batches) for _ in models]
     reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward, device=platform.device, num_domains=num_domains),
+        forward_step_func=partial(_forward, platform=platform, num_domains=num_domains),
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=list(models),
         num_microbatches=len(batches),
@@ -75,9 +75,12 @@ def run_microbatches(
 
 
 def _forward(
-    batches: Iterator[MicroBatch], model: Any, *, device: torch.device, num_domains: int
+    batches: Iterator[MicroBatch], model: Any, *, platform: Platform, num_domains: int
 ) -> tuple[Tensor, Any]:
-    batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    platform.progress.mark()
+    batch = {
+        key: value.to(platform.device, non_blocking=True) for key, value in next(batches).items()
+    }
     batch |= {key: context_part(part) for key, part in batch.items() if part.dim() == 2}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(_loss, batch=batch, num_domains=num_domains)

@@ -115,6 +115,7 @@ class Trainer:
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
 
     def _initialise(self, chunks: list[Any], init_from: str) -> None:
+        self.platform.progress.mark("loading of weights")
         if manager.is_huggingface(init_from):
             fill_from_reader(chunks, HuggingFaceReader(Path(init_from)).read, self.platform)
         else:
@@ -134,6 +135,7 @@ class Trainer:
         return manager.read_info(init_from).tokenizer
 
     def _resume(self, info: CheckpointInfo) -> None:
+        self.platform.progress.mark("loading of a checkpoint", info.step)
         tensors = self.checkpoints.load(info, self.optimizer.chunks, self.optimizer.megatron)
         self.objective.load_state(tensors)
         self.mixture.load_state_dict(info.progress["mixture"])
@@ -178,18 +180,21 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step: every micro-batch forward and backward, then one update."""
-        began = time.perf_counter()
+        began, mark = time.perf_counter(), self.platform.progress.mark
+        mark("reading of data", self.step + 1)
         self.loader.fetch_until(self._next_evaluation() * self.config.trainer.global_batch_size)
         batches = self.loader.next_step()
         loaded = time.perf_counter()
         lr_share = self.optimizer.begin_step(self.step)
         self.optimizer.zero_grad()
+        mark("micro-batches")
         with self.objective.step_weights(self.step):
             self.optimizer.gather()
             losses = run_microbatches(
                 self.optimizer.models, batches, self.platform, len(self.mixture.names)
             )
         self._check_finite(losses, batches)
+        mark("optimizer")
         penalty = self.objective.backward(self.step)
         grad_norm = self.optimizer.step()
         self.objective.update(lr_share)
@@ -246,6 +251,7 @@ class Trainer:
         self.log.step(record, show=self.step == 1 or self._due(trainer.log_interval))
 
     def _evaluate(self) -> None:
+        self.platform.progress.mark("evaluation", self.step)
         with self.objective.evaluation_weights():
             self.optimizer.gather(wait=True)
             self.losses = self.evaluator.losses(self.optimizer.models)
@@ -259,6 +265,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, and beside the run what its continuation starts from."""
         config = self.config
+        self.platform.progress.mark("save", self.step)
         info = CheckpointInfo(
             shape=self.shape,
             stage=config.stage,

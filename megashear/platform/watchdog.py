@@ -1,0 +1,230 @@
+"""Ends a run of which a process hangs or has died, and says which one, at which step.
+
+Every process marks what it is about to do. Threads of its own publish the mark in the store of
+torch.distributed, read the others' and count the time since it: they go on where the main thread
+waits for ever in a collective. The clocks of different machines are never compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from megashear.console import FAILED
+from megashear.errors import RankError
+
+GRACE_MINUTES = 1.0
+"""How much later than the watchdog torch ends a collective: it does not say who is behind."""
+_JUDGE, _SILENT = 5.0, 3.5
+"""Periods from noticing to judging, and those without a sign of life until a rank has stopped."""
+
+
+class Progress:
+    """What this process does. A mark costs microseconds.
+
+    Attributes:
+        now: number of changes so far, optimizer step, what is done, time of the last mark.
+        changed: set at a change.
+    """
+
+    def __init__(self) -> None:
+        self.now = (0, 0, "start", time.monotonic())
+        self.changed = threading.Event()
+
+    def mark(self, doing: str | None = None, step: int | None = None) -> None:
+        """Say what begins, or that it goes on; the time-out counts from the last mark."""
+        count, last_step, last, _ = self.now
+        step = last_step if step is None else step
+        doing = doing or last
+        changes = (step, doing) != (last_step, last)
+        self.now = (count + changes, step, doing, time.monotonic())
+        if changes:
+            self.changed.set()
+
+
+@contextmanager
+def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Iterator[None]:
+    """Name the rank that is behind and end the process, if the block makes no progress for so long.
+
+    Args:
+        progress: marked by the thread that is in the block.
+        timeout_minutes: more than anything between two marks takes.
+        speaks: whether this process tells of all ranks; the others say one line.
+
+    Raises:
+        RankError: the connection to another rank is lost.
+    """
+    watchdog = _Watchdog(progress, 60 * timeout_minutes, speaks)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher: the message comes first
+            watchdog.left = ""
+            raise RankError(watchdog.judge("a process of the run is lost")) from error
+        watchdog.left = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise
+    finally:
+        watchdog.close()
+
+
+class _Watchdog:
+    """The two threads of a process and what it knows of the others.
+
+    Attributes:
+        left: how this process leaves: None while it runs, else the error of its own or "".
+    """
+
+    def __init__(self, progress: Progress, timeout: float, speaks: bool) -> None:
+        self.left: str | None = None
+        self._progress, self._timeout, self._speaks = progress, timeout, speaks
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        # Reading a mark takes the store 2.5 us, and every rank reads all: 1/4 of a core at most.
+        self._period = max(min(1.0, timeout / 10), 1e-5 * self._size**2)
+        self._main, self._closed = threading.get_ident(), threading.Event()
+        store: Any = dist.distributed_c10d._get_default_store()
+        # A connection of its own: the main thread may wait in the other one, and hold it.
+        self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
+        progress.mark("start")
+        self._read_at = time.monotonic()
+        unknown = {**self._state(), "host": "host unknown"}
+        self._said: dict[int, dict[str, Any]] = dict.fromkeys(range(self._size), unknown)
+        self._heard = dict.fromkeys(range(self._size), self._read_at)
+        self._exchanging = threading.Thread(target=self._exchange, daemon=True)
+        self._exchanging.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        """Tell the others that this rank has left, as far as the store still answers."""
+        self.left = self.left or ""
+        self._closed.set()
+        self._progress.changed.set()
+        self._exchanging.join(2 * self._period)
+        if self.left and self._size > 1:
+            time.sleep(2 * self._period)  # they have to read it: the store may end with this rank
+
+    def judge(self, what: str) -> str:
+        """The message: what was noticed, who is behind; and where the others are."""
+        time.sleep(_JUDGE * self._period)  # who has stopped falls silent, who has not is heard
+        behind = self._behind()
+        where = "; ".join(self._places(behind)) or "it is not known which rank is behind"
+        message = f"step {self._progress.now[1]}: {what}: {where}"
+        others = [rank for rank in range(self._size) if rank not in behind]
+        if self._speaks:
+            message += "".join(f"\n  {place}" for place in self._places(others))
+            message += "\nStart the run again: it goes on from its newest checkpoint"
+        return message
+
+    def _watch(self) -> None:
+        last, idle = self._progress.now, 0.0
+        while not self._closed.wait(self._period):
+            # Counted, not measured: a job that its scheduler suspended for a while does not hang.
+            idle = idle + self._period if self._progress.now is last else 0.0
+            last = self._progress.now
+            if idle >= self._timeout and self.left is None:
+                limit = f"platform.timeout_minutes = {self._timeout / 60:.3g}"
+                message = self.judge(f"no progress for {idle:.0f} s ({limit})")
+                if not self._closed.is_set():
+                    self.close()
+                    print(f"error: {message}", file=sys.stderr, flush=True)
+                    os._exit(FAILED)
+
+    def _exchange(self) -> None:
+        """Publish this rank's mark at every change and read all once a period, until closed."""
+        closed = False
+        while not closed:
+            closed = self._closed.is_set()
+            try:
+                self._store.set(str(self._rank), json.dumps(self._state()))
+                if time.monotonic() - self._read_at >= self._period:
+                    self._read()
+            except RuntimeError:
+                return  # the store has ended
+            self._progress.changed.wait(self._period)
+            self._progress.changed.clear()
+
+    def _state(self) -> dict[str, Any]:
+        count, step, doing, since = self._progress.now
+        code = sys._current_frames()[self._main]
+        file = code.f_code.co_filename
+        return {
+            "host": socket.gethostname(),
+            "count": count,
+            "step": step,
+            "doing": doing,
+            "seconds": time.monotonic() - since,  # never twice the same: a sign of life
+            "where": f"{code.f_code.co_name} ({os.path.basename(file)}:{code.f_lineno})",
+            "waits": "/distributed/" in file,
+            "left": self.left,
+        }
+
+    def _read(self) -> None:
+        keys = [str(rank) for rank in range(self._size)]
+        if not self._store.check(
+            keys
+        ):  # some have not started; asked for, they would be waited for
+            keys = [key for key in keys if self._store.check([key])]
+        texts = self._store.multi_get(keys)
+        self._read_at = time.monotonic()
+        for key, text in zip(keys, texts, strict=True):
+            rank, said = int(key), json.loads(text)
+            if said != self._said[rank]:
+                self._said[rank], self._heard[rank] = said, self._read_at
+
+    def _behind(self) -> list[int]:
+        """The ranks that keep the others waiting, by the strongest sign there is."""
+        running = [rank for rank, said in self._said.items() if said["left"] is None]
+        lowest = min((self._said[rank]["count"] for rank in running), default=0)
+        last = [rank for rank in running if self._said[rank]["count"] == lowest]
+        return (
+            [rank for rank, said in self._said.items() if said["left"]]
+            or [rank for rank in running if self._is_silent(rank)]
+            or [rank for rank in last if not self._said[rank]["waits"]]
+            or last
+        )
+
+    def _is_silent(self, rank: int) -> bool:
+        silent = _SILENT * self._period
+        if rank == 0 and time.monotonic() - self._read_at > silent:
+            return True  # the store is beside it and does not answer
+        return self._read_at - self._heard[rank] > silent
+
+    def _places(self, ranks: Iterable[int]) -> list[str]:
+        """Where ranks are, one text for those at the same place."""
+        together: dict[tuple[Any, ...], list[int]] = {}
+        for rank in ranks:
+            said = self._said[rank]
+            where = said["left"] if said["left"] is not None else said["where"]
+            key = (said["step"], said["doing"], self._is_silent(rank), said["left"], where)
+            together.setdefault(key, []).append(rank)
+        return [self._place(group) for group in together.values()]
+
+    def _place(self, ranks: list[int]) -> str:
+        said, silence = self._said[ranks[0]], time.monotonic() - self._heard[ranks[0]]
+        hosts = sorted({self._said[rank]["host"] for rank in ranks})
+        who = f"{_ranges(ranks)} ({', '.join(hosts) if len(hosts) < 4 else f'{len(hosts)} hosts'})"
+        at = f"at step {said['step']} in {said['doing']}"
+        if said["left"]:
+            return f"{who} ended {at}: {said['left']}"
+        if self._is_silent(ranks[0]):
+            return f"{who} last heard {silence:.0f} s ago {at}"
+        waiting = "" if said["left"] is not None else f", {said['where']}"
+        return f"{who} {at} for {said['seconds'] + silence:.0f} s{waiting}"
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    firsts = [rank for rank in ranks if rank - 1 not in ranks]
+    lasts = [rank for rank in ranks if rank + 1 not in ranks]
+    pairs = zip(firsts, lasts, strict=True)
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in pairs)
+    return f"ranks {text}" if len(ranks) > 1 else f"rank {text}"
