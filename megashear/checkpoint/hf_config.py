@@ -133,6 +133,8 @@ def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.jso
         rotary_base=_rotary_base(config, family, problems),
         layernorm_epsilon=_positive(_value(config, NORM, family), NORM, problems),
         tied_embeddings=_flag(_value(config, TIED, family), TIED, problems),
+        qkv_bias=False,  # the keys that would say so are refused
+        qk_norm=False,
     )
     problems += _not_understood(config)
     if not problems:

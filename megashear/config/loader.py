@@ -71,6 +71,12 @@ def to_yaml(config: RunConfig) -> str:
     return _dump(asdict(config))
 
 
+def from_yaml(text: str) -> RunConfig:
+    """The configuration that `to_yaml` wrote; options that it did not know yet are at defaults."""
+    config: RunConfig = _read(RunConfig, yaml.safe_load(text), "", [])
+    return config
+
+
 def domains_to_yaml(domains: Sequence[Domain]) -> str:
     """The text of a run's DOMAINS_FILE."""
     return _dump([asdict(domain) for domain in domains])

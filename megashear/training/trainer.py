@@ -21,7 +21,7 @@ from megashear.checkpoint import manager
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.load import fill_from_reader
 from megashear.checkpoint.manager import CheckpointInfo, CheckpointManager
-from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, to_yaml
+from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.loader import MicroBatch, TrainLoader
@@ -315,9 +315,9 @@ class Trainer:
 
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
     """A run is continued under the configuration that it began with, but for free options."""
+    assert info.config is not None, "a run's checkpoint has its configuration"
     before, after = (
-        _flat(yaml.safe_load(info.config or "{}")),
-        _flat(yaml.safe_load(to_yaml(config))),
+        _flat(yaml.safe_load(to_yaml(each))) for each in (from_yaml(info.config), config)
     )
     differences = [
         f"  {name}: {before.get(name)!r} in the run, {after.get(name)!r} now"

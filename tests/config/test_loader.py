@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, load_config, to_yaml
+from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, load_config, to_yaml
 from megashear.config.schema import (
     Domain,
     ModelShape,
@@ -344,6 +344,15 @@ def test_every_option_of_the_schema_can_be_written() -> None:
             continue
         text = yaml.safe_dump(value).removesuffix("...\n")
         assert load(PRUNE, f"{path}={text}") == config, path
+
+
+def test_a_configuration_from_before_an_option_is_read_with_its_default() -> None:
+    config = load(PRUNE)
+    text = to_yaml(config)
+    assert from_yaml(text) == config
+    older = text.replace("  head_unit: query_group\n", "").replace("  context: 1\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 2
+    assert from_yaml(older) == config
 
 
 def test_the_configuration_needs_neither_torch_nor_megatron() -> None:

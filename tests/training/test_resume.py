@@ -121,9 +121,14 @@ def test_run_of_another_configuration_is_refused_with_the_differences(tmp_path: 
     run_distributed(write_source, 1, tmp_path, GQA)
     config = prune_run(tmp_path, parallel=ParallelConfig())
     run_distributed(train, 1, config, 4)
-    other = replace(config, trainer=replace(config.trainer, seed=5, log_interval=1))
+    other = replace(
+        config,
+        trainer=replace(config.trainer, seed=5, log_interval=1),
+        pruning=replace(config.pruning, head_unit="query_head"),
+    )
     message = run_distributed(refused, 1, other)[0]
     assert "trainer.seed: 1234 in the run, 5 now" in message
+    assert "pruning.head_unit: 'query_group' in the run, 'query_head' now" in message
     assert "log_interval" not in message
 
 
