@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
@@ -21,6 +23,7 @@ from megashear.config.schema import ModelShape, ParallelConfig, PruningConfig, R
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.table import table
+from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.reference_llama import random_weights
@@ -70,10 +73,15 @@ SHAPES = {
 def three_steps(config: RunConfig) -> dict[str, Any]:
     """What a rank computes: losses, gradients of step 1, state after step 3; weights by shard."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    # Small buckets, so that there are several, whose borders cut parameters.
+    small = partial(DistributedDataParallelConfig, bucket_size=3000)
+    optimizer.DistributedDataParallelConfig = small  # type: ignore[assignment, misc]
     trainer = Trainer(config, platform)
     found: dict[str, Any] = {"losses": [], "rank": (platform.tensor_rank, platform.tensor_size)}
+    found["stage"] = platform.pipeline_rank
     owned = trainer.optimizer.owned
     trainer.log.step = lambda record, show: found["losses"].append(record["loss"])  # type: ignore
+    found["early"] = count_early_reductions(trainer.optimizer.models)
     objective, megatron_step = trainer.objective, trainer.optimizer.step
     if config.stage == "prune":
         leave_saturation(objective)
@@ -103,6 +111,30 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
     found["state"] = objective.state()
     parallel.stop()
     return found
+
+
+def count_early_reductions(models: list[Any]) -> Tensor:
+    """[buckets, reductions that begin before the backward pass has ended], filled by training."""
+    groups = [group for model in models for group in model.bucket_groups]
+    counts = torch.tensor([len(groups), 0])
+    in_backward = [True]
+    config = models[0].config
+    finalize = config.finalize_model_grads_func
+
+    def finalize_at_the_end(*args: Any, **kwargs: Any) -> None:
+        in_backward[0] = False
+        finalize(*args, **kwargs)
+        in_backward[0] = True
+
+    config.finalize_model_grads_func = finalize_at_the_end
+    for group in groups:
+
+        def start(*args: Any, start: Any = group.start_grad_sync, **kwargs: Any) -> None:
+            counts[1] += in_backward[0]
+            start(*args, **kwargs)
+
+        group.start_grad_sync = start
+    return counts
 
 
 @torch.no_grad()
@@ -192,6 +224,11 @@ def test_layout_computes_what_one_process_computes(
     assert all(any(name in found["weights"] for found in ranks) for name in rows)
     for name, row in rows.items():
         assert_all_owned(name, row.shape(), ranks)
+    for found in ranks:
+        buckets, early = found["early"].tolist()
+        # In the first step Megatron only counts the gradients that each bucket waits for.
+        assert early == (2 * buckets if parallel_config.overlap_grad_reduce else 0)
+        assert buckets > 1 or not parallel_config.overlap_grad_reduce or found["stage"] > 0
     of_losses, of_gradients, of_weights, of_masks = TOLERANCES[precision]
     for found in ranks:
         place = found["rank"]
