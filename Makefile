@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 MAX_KB := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-latest check format clean
+.PHONY: help venv demo test test-latest python-latest check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,6 +39,9 @@ test-latest: ## run the tests with Python 3.12 and the newest Megatron-Core, in 
 	@test -n "$(PYTHON_LATEST)" || \
 	  { echo "error: no Python 3.12. Name one: make PYTHON_LATEST=/path/to/python3.12 $@" >&2; exit 1; }
 	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
+
+python-latest:
+	@echo $(PYTHON_LATEST)
 
 check: $(STAMP) ## lint, format, types, spelling, sizes of committed files
 	$(BIN)/ruff check .
