@@ -194,8 +194,8 @@ class PruningObjective(LanguageModeling):
             kept = (z > 0).sum(1)
             low, high = int(kept.min()), int(kept.max())
             units = f"{low}" if low == high else f"{low} to {high}"
-            rows = "" if len(kept) == 1 else " in each layer"
-            rows += ", in each group" if len(kept) > source.num_layers else ""
+            several = {source.num_layers: " in each layer", 1: ""}
+            rows = several.get(len(kept), " in each query group of each layer")
             lines.append(f"  {mask:<12}  {units} of {z.shape[1]}{rows}")
         return "\n".join(lines)
 
