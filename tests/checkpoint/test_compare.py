@@ -14,7 +14,7 @@ from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
 from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.sharded import WeightsReader
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import single_process
 from megashear.pruning.masks import Masks, resolve_target
@@ -111,8 +111,12 @@ def test_a_wrong_conversion_is_found(tmp_path: Path) -> None:
     assert not found.within(1e-2)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_masked_run_equals_its_extraction_and_export(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "head_unit"), [(False, QUERY_GROUP), (True, QUERY_GROUP), (False, QUERY_HEAD)]
+)
+def test_masked_run_equals_its_extraction_and_export(
+    tmp_path: Path, tied: bool, head_unit: str
+) -> None:
     shape = ModelShape(
         num_layers=3,
         hidden_size=32,
@@ -123,13 +127,14 @@ def test_masked_run_equals_its_extraction_and_export(tmp_path: Path, tied: bool)
         tied_embeddings=tied,
     )
     sizes = TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32)
-    target = resolve_target(shape, sizes)
-    masks = Masks(shape, target)
+    target = resolve_target(shape, sizes, head_unit)
+    masks = Masks(shape, target, head_unit)
     state = {
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
         for number, (name, value) in enumerate(masks.state_dict().items())
     }
-    info = CheckpointInfo(shape, "prune", target=target)
+    config = f"pruning: {{head_unit: {head_unit}}}" if head_unit != QUERY_GROUP else None
+    info = CheckpointInfo(shape, "prune", target=target, config=config)
     run, cut, out = (tmp_path / name for name in ("run", "cut", "out"))
     with single_process():
         write_model(run, info, random_weights(shape, 0).items())
