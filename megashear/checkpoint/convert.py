@@ -11,11 +11,11 @@ from tqdm import tqdm
 from megashear.checkpoint.hf import VOCABULARIES, HuggingFaceReader, write_huggingface
 from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.platform.parallel import single_process
+from megashear.platform.parallel import launched_rank, single_process
 from megashear.pruning.counting import parameter_count
-from megashear.pruning.table import table
 
 
 def import_huggingface(
@@ -41,8 +41,9 @@ def import_huggingface(
         origin={"imported": str(directory)},
         tokenizer=str(directory) if has_tokenizer else None,
     )
-    weights = _shown(reader.items(), reader.shape, "importing")
-    with single_process():
+    with processes():
+        names = share(info.shape)
+        weights = shown(((name, reader.read(name)) for name in names), "importing", len(names))
         return write_model(Path(out), info, weights, overwrite=overwrite)
 
 
@@ -84,7 +85,7 @@ def export_huggingface(
         return write_huggingface(
             out,
             info.shape,
-            _shown(reader.items(), info.shape, "exporting"),
+            shown(reader.items(), "exporting", len(reader.rows)),
             dtype=dtype,
             tokenizer=tokenizer,
             card=model_card(info),
@@ -128,9 +129,9 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([f"## {title}", "", "| | |", "| --- | ---: |", *lines])
 
 
-def _shown(
-    weights: Iterable[tuple[str, Tensor]], shape: ModelShape, what: str
+def shown(
+    weights: Iterable[tuple[str, Tensor]], what: str, total: int
 ) -> Iterable[tuple[str, Tensor]]:
-    """The same stream with a progress bar, where somebody watches."""
-    total = sum(1 for _ in table(shape))
-    return tqdm(weights, what, total, unit=" tensors", leave=False, disable=None)
+    """The same stream with a progress bar, where somebody watches the first process."""
+    hidden = None if launched_rank() == 0 else True
+    return tqdm(weights, what, total, unit=" tensors", leave=False, disable=hidden)

@@ -10,11 +10,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megashear.checkpoint.convert import shown
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import QUERY_GROUP
+from megashear.console import table as text_table
 from megashear.errors import CheckpointError
-from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
+from megashear.pruning.extract import (
+    OffTarget,
+    extract,
+    format_off_target,
+    off_target,
+    uniform_shape,
+)
+from megashear.pruning.lagrangian import constraint_targets, constraints
 from megashear.pruning.masks import Masks
 
 
@@ -26,11 +36,13 @@ class PrunedRun:
         info: of the checkpoint.
         masks: as learned so far.
         off_target: which masks are not where they should be, as text; empty if all are.
+        report: expected sparsity, target and kept units of every mask, as text.
     """
 
     info: CheckpointInfo
     masks: Masks
     off_target: str
+    report: str
 
     @property
     def z(self) -> dict[str, Tensor]:
@@ -58,12 +70,37 @@ def read_pruned(path: Path) -> PrunedRun:
         masks.load_state_dict({name: stored[name] for name in masks.state_dict()})
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file}: damaged or of another model: {error}") from error
-    report = format_off_target(off_target(masks, target_sparsity=config.get("target_sparsity")))
-    return PrunedRun(info, masks, report)
+    target_sparsity = config.get("target_sparsity")
+    off = off_target(masks, target_sparsity=target_sparsity)
+    return PrunedRun(info, masks, format_off_target(off), _report(masks, off, target_sparsity))
+
+
+def _report(masks: Masks, off: list[OffTarget], target_sparsity: float | None) -> str:
+    """A line for all rows of a mask that are on target, and one for each that is not."""
+    targets, z = constraint_targets(masks, target_sparsity), masks.deterministic("target")
+    wrong = {(mask, row): name for mask, row, _, _, name in off}
+    lines = []
+    for mask, expected in {**masks.expected_sparsity(), **constraints(masks)}.items():
+        target = f"{targets[mask]:.3f}" if mask in targets else "none"
+        good = [row for row in range(len(expected)) if (mask, row) not in wrong]
+        named = [(f"{mask} ({len(good)} rows)" if len(good) > 1 else mask, good, "")]
+        named += [(name, [row], "OFF TARGET") for (of, row), name in wrong.items() if of == mask]
+        for name, rows, flag in named if good else named[1:]:
+            units = ""
+            if mask in z:
+                kept = z[mask][rows].count_nonzero(1)
+                units = f"{_range(kept, 'd')} of {z[mask].shape[1]}"
+            lines.append((name, _range(expected[rows], ".3f"), target, units, flag))
+    return text_table(lines, ("mask", "expected sparsity", "target", "units kept", ""))
+
+
+def _range(values: Tensor, form: str) -> str:
+    ends = (format(end.item(), form) for end in values.aminmax())
+    return " to ".join(dict.fromkeys(ends))
 
 
 def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write the dense target model of a pruning run.
+    """Write the dense target model of a pruning run; each process cuts and writes its share.
 
     Args:
         pruned: what `read_pruned` returned.
@@ -86,5 +123,9 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
         progress={"losses": info.progress.get("losses", {})},
         tokenizer=info.tokenizer,
     )
-    weights = extract(info.shape, z, reader.read, head_unit)
-    return write_model(out, dense, weights, overwrite=overwrite)
+    with processes():
+        names = share(shape)
+        weights = extract(info.shape, z, reader.read, head_unit, names)
+        return write_model(
+            out, dense, shown(weights, "extracting", len(names)), overwrite=overwrite
+        )

@@ -99,11 +99,11 @@ def files(shape: ModelShape) -> dict[str, str]:
     return names
 
 
-def share(shape: ModelShape) -> set[str]:
+def share(shape: ModelShape) -> list[str]:
     """Names of the tensors that this process writes: whole files, in turn."""
     home = files(shape)
-    mine = list(dict.fromkeys(home.values()))[dist.get_rank() :: dist.get_world_size()]
-    return {name for name, file in home.items() if file in mine}
+    mine = set(list(dict.fromkeys(home.values()))[dist.get_rank() :: dist.get_world_size()])
+    return [name for name, file in home.items() if file in mine]
 
 
 def write_weights(
@@ -136,7 +136,7 @@ def _append_all(
     directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
 ) -> tuple[list[_Entry], list[str]]:
     """What was written, and what does not fit the shape."""
-    home, mine = files(shape), share(shape)
+    home, mine = files(shape), set(share(shape))
     expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
     entries, problems = [], []
     for name, tensor in weights:

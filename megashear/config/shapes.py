@@ -22,6 +22,27 @@ from megashear.config.values import (
 )
 
 
+def allowed_layouts(shape: ModelShape) -> dict[str, list[int]]:
+    """Sizes of the parallel layout that a model's shape allows, by kind; it sets no others.
+
+    Of `pipeline` they are the stages times the chunks of each (virtual stages).
+    """
+    split = math.gcd(*(getattr(shape, name) for name in _split_sizes(shape)))
+    return {"tensor": divisors(split), "pipeline": _stages(shape)}
+
+
+def _split_sizes(shape: ModelShape) -> tuple[str, ...]:
+    """Names of the sizes that tensor parallelism splits."""
+    grouped = shape.num_query_groups != shape.num_attention_heads
+    heads = "num_query_groups" if grouped else "num_attention_heads"
+    return heads, "ffn_hidden_size", "vocab_size"
+
+
+def _stages(shape: ModelShape) -> list[int]:
+    """Pipeline stages times chunks that get the same number of layers each."""
+    return divisors(shape.num_layers)
+
+
 def _model(run: Run) -> Iterator[Problem]:
     """The shape to initialise fits together."""
     model = run.config.model
@@ -97,9 +118,7 @@ def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
     """(path, beginning of the message, size) of what tensor parallelism splits."""
     config, source, shape = run.config, run.source, _trained(run)
     if shape is not None:
-        grouped = shape.num_query_groups != shape.num_attention_heads
-        heads = "num_query_groups" if grouped else "num_attention_heads"
-        for name in (heads, "ffn_hidden_size", "vocab_size"):
+        for name in _split_sizes(shape):
             size = getattr(shape, name)
             if config.stage == "pretrain":
                 yield f"model.{name}", f"= {size} is", size
@@ -130,10 +149,10 @@ def _pipeline(run: Run) -> Iterator[Problem]:
     if chunks > 1 and stages == 1:
         text = f"= {chunks} needs parallel.pipeline > 1, and it is 1. Raise that, or write 1"
         yield "parallel.virtual_pipeline", text
-    elif shape is not None and shape.num_layers > 0 and shape.num_layers % (stages * chunks):
+    elif shape is not None and shape.num_layers > 0 and stages * chunks not in _stages(shape):
         text = f"= {stages}" + (f" times virtual_pipeline = {chunks}" if chunks > 1 else "")
         text += f" does not divide the model's {shape.num_layers} layers. Use "
-        text += either(divisors(shape.num_layers)) + (" for their product" if chunks > 1 else "")
+        text += either(_stages(shape)) + (" for their product" if chunks > 1 else "")
         yield "parallel.pipeline", text
 
 

@@ -6,7 +6,7 @@ from it. One tensor is in memory at a time. Imports torch and `config`; never Me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -84,6 +84,7 @@ def extract(
     z: dict[str, Tensor],
     read: Callable[[str], Tensor],
     head_unit: str = QUERY_GROUP,
+    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the extracted model, in the order of its table.
 
@@ -92,6 +93,7 @@ def extract(
         z: deterministic masks, all four kinds [rows, units].
         read: gives a parameter of the masked model by name, whole and without masks.
         head_unit: what a unit of the head mask is.
+        names: of the result's parameters, those to make; None for all.
 
     Raises:
         CheckpointError: as `uniform_shape`, or a parameter that is read does not fit the source.
@@ -102,11 +104,15 @@ def extract(
         row for row in table(source, head_unit) if row.layer is None or row.layer in kept_layers
     )
     for row, result in zip(rows, table(target), strict=True):
-        weight = read(row.name)
-        if tuple(weight.shape) != row.shape():
-            found = f"has shape {tuple(weight.shape)}, and the model's shape says {row.shape()}"
-            raise CheckpointError(f"{row.name} {found}")
-        yield result.name, _fold_and_cut(row, weight, z)
+        if names is None or result.name in names:  # and no name holds on to what was read:
+            yield result.name, _fold_and_cut(row, _checked(row, read(row.name)), z)
+
+
+def _checked(row: Row, weight: Tensor) -> Tensor:
+    if tuple(weight.shape) != row.shape():
+        found = f"has shape {tuple(weight.shape)}, and the model's shape says {row.shape()}"
+        raise CheckpointError(f"{row.name} {found}")
+    return weight
 
 
 def _fold_and_cut(row: Row, weight: Tensor, z: dict[str, Tensor]) -> Tensor:

@@ -80,7 +80,7 @@ def test_megatron_reads_the_same_from_it_as_from_its_own(
         assert found[name].dtype == tensor.dtype == dtype
         assert torch.equal(found[name], tensor), name
     beside = [{f.name for f in (tmp_path / name).iterdir()} for name in ("own", "ours")]
-    assert {name for name in beside[0] ^ beside[1]} <= {"__0_0.distcp", "__0_1.distcp"}
+    assert beside[0] ^ beside[1] <= {"__0_0.distcp", "__0_1.distcp"}
     assert (tmp_path / "own" / "metadata.json").read_bytes() == (
         tmp_path / "ours" / "metadata.json"
     ).read_bytes()

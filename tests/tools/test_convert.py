@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,42 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megashear.checkpoint.manager import read_info
-from megashear.console import run
 from tests.hf_models import SIZES, save_llama
 from tests.make_tokenizer import make_tokenizer
-
-TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint"
-
-
-class Tool:
-    """Calls a command in this process, which saves the 5 seconds of importing Megatron."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, name: str, *arguments: object) -> tuple[int, str, str]:
-        """Exit status, output and messages."""
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run(module.main)
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), *self.capsys.readouterr()
-
-
-@pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tool:
-    return Tool(capsys, monkeypatch)
+from tests.tools.conftest import TOOLS, Tool
 
 
 def lines(output: str) -> dict[str, str]:

@@ -1,23 +1,36 @@
 """Cuts the pruned model out of a pruning run: a dense Megatron checkpoint of the target shape.
 
 The kept units are those with the largest masks; their mask values are folded into the weights, so
-the result computes what the masked model computed.
+the result computes what the masked model computed. Of any layout, with memory for a few tensors.
 
-Example:
-  python tools/checkpoint/extract.py --run runs/llama2-7b-to-1.3b/prune
+On one process:  python tools/checkpoint/extract.py --run runs/llama2-7b-to-1.3b/prune
+On many:         torchrun --nproc-per-node 8 -- tools/checkpoint/extract.py --run ...
+                 (without the -- torchrun takes --run for an option of its own)
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megashear.console import FAILED, run, table
+from megashear.config.shapes import allowed_layouts
+from megashear.console import FAILED, USAGE, run, table
+from megashear.errors import ShearError
+
+if TYPE_CHECKING:
+    from megashear.config.schema import ModelShape
+
+SIZES = (
+    *("num_layers", "hidden_size", "num_attention_heads"),
+    *("num_query_groups", "ffn_hidden_size"),
+)
 
 
 def main() -> int:
-    """Read the masks, say how near they are to their targets, cut."""
+    """Extract; of several processes the first on each machine says what went wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,28 +42,58 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result")
     arguments = parser.parse_args()
 
+    from megashear.platform import parallel
+
+    try:
+        return extract(arguments, speaks=parallel.launched_rank() == 0)
+    except ShearError:
+        if parallel.is_first_on_machine():
+            raise
+        time.sleep(2)  # a launcher ends all as soon as one has ended
+        return USAGE
+
+
+def extract(arguments: argparse.Namespace, speaks: bool) -> int:
+    """Read the masks, say how near they are to their targets, cut, say what came of it."""
     from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-    from megashear.pruning.counting import parameter_count
 
     pruned = read_pruned(arguments.run)
+    if speaks:
+        print(pruned.report)
     if pruned.off_target:
-        print(pruned.off_target, file=sys.stderr)
+        headline = pruned.off_target.splitlines()[0]
+        if arguments.strict:
+            headline = headline.split(".")[0] + ". Refused by --strict: nothing was written"
+        if speaks:
+            print(headline, file=sys.stderr)
         if arguments.strict:
             return FAILED
     out = arguments.out or arguments.run / "extracted"
     dense = extract_checkpoint(pruned, out, overwrite=arguments.overwrite)
-    sizes = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "ffn_hidden_size",
-    )
-    rows = [(name, getattr(pruned.info.shape, name), getattr(dense.shape, name)) for name in sizes]
-    counts = [f"{parameter_count(shape):,}" for shape in (pruned.info.shape, dense.shape)]
-    print(table([*rows, ("parameters", *counts)], ("", "source", "target")))
-    print(f"written to {out}")
+    if speaks:
+        print(f"\n{compared(pruned.info.shape, dense.shape)}\n\nwritten to {out}")
+        print(layouts(dense.shape))
     return 0
+
+
+def compared(source: ModelShape, target: ModelShape) -> str:
+    """The sizes before and after."""
+    from megashear.pruning.counting import parameter_count
+
+    rows = [(name, getattr(source, name), getattr(target, name)) for name in SIZES]
+    counts = [f"{parameter_count(shape):,}" for shape in (source, target)]
+    return table([*rows, ("parameters", *counts)], ("", "source", "target"))
+
+
+def layouts(shape: ModelShape) -> str:
+    """The parallel layouts that the result can be trained in."""
+    sizes = {kind: ", ".join(map(str, sizes)) for kind, sizes in allowed_layouts(shape).items()}
+    rows = [
+        ("tensor", sizes["tensor"]),
+        ("pipeline x virtual_pipeline", sizes["pipeline"]),
+        ("context, data", "any"),
+    ]
+    return "it loads in parallel layouts of\n" + table(rows)
 
 
 if __name__ == "__main__":
