@@ -19,7 +19,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.config.schema import ModelShape, ParallelConfig, PruningConfig, RunConfig
+from megashear.config.schema import (
+    EvaluationConfig,
+    ModelShape,
+    ParallelConfig,
+    PruningConfig,
+    RunConfig,
+)
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.table import table
@@ -77,10 +83,20 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
     small = partial(DistributedDataParallelConfig, bucket_size=3000)
     optimizer.DistributedDataParallelConfig = small  # type: ignore[assignment, misc]
     trainer = Trainer(config, platform)
-    found: dict[str, Any] = {"losses": [], "rank": (platform.tensor_rank, platform.tensor_size)}
+    found: dict[str, Any] = {
+        "losses": [],
+        "norms": [],
+        "evaluations": [],
+        "rank": (platform.tensor_rank, platform.tensor_size),
+    }
     found["stage"] = platform.pipeline_rank
     owned = trainer.optimizer.owned
-    trainer.log.step = lambda record, show: found["losses"].append(record["loss"])  # type: ignore
+
+    def keep(record: dict[str, Any], show: bool) -> None:
+        found["losses"].append(record["loss"])
+        found["norms"].append(record["grad_norm"])
+
+    trainer.log.step = keep  # type: ignore[method-assign, assignment]
     found["early"] = count_early_reductions(trainer.optimizer.models)
     objective, megatron_step = trainer.objective, trainer.optimizer.step
     if config.stage == "prune":
@@ -104,7 +120,10 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
         return megatron_step()
 
     trainer.optimizer.step = step_and_keep_gradients  # type: ignore[method-assign]
-    for _ in range(3):
+    for step in range(3):
+        if step % config.evaluation.interval == 0:
+            trainer._evaluate()
+            found["evaluations"].append(list(trainer.losses.values()))
         trainer.train_step()
     trainer.optimizer.gather(wait=True)
     found["weights"] = {name: p.detach().clone() for name, p in weights().items()}
@@ -168,14 +187,16 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str) ->
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(configuration, what one process computes), once for each stage and shape."""
-    made: dict[tuple[str, str], tuple[RunConfig, dict[str, Any]]] = {}
+    made: dict[tuple[str, str, str], tuple[RunConfig, dict[str, Any]]] = {}
 
-    def get(stage: str, shape_name: str) -> tuple[RunConfig, dict[str, Any]]:
-        if (stage, shape_name) not in made:
-            directory = tmp_path_factory.mktemp(f"{stage}-{shape_name}")
+    def get(stage: str, shape_name: str, rule: str) -> tuple[RunConfig, dict[str, Any]]:
+        case = (stage, shape_name, rule)
+        if case not in made:
+            directory = tmp_path_factory.mktemp("-".join(case))
             config = configuration(directory, stage, SHAPES[shape_name])
-            made[stage, shape_name] = (config, run_distributed(three_steps, 1, config)[0])
-        return made[stage, shape_name]
+            config = replace(config, data=replace(config.data, rule=rule))
+            made[case] = (config, run_distributed(three_steps, 1, config)[0])
+        return made[case]
 
     return get
 
@@ -187,6 +208,7 @@ def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
         directory,
         write_domains(directory),
         stage=stage,
+        evaluation=EvaluationConfig(interval=2, batches_per_domain=1),
         pruning=PruningConfig(sparsity_warmup_steps=3, mask_lr=0.1, multiplier_lr=0.1),
         init_from=str(directory / "source"),
         target=TARGETS[replace(shape, tied_embeddings=False, num_layers=3)]
@@ -214,8 +236,8 @@ ROWS = [(name, "fp32") for name in LAYOUTS] + [(name, "bf16") for name in BF16]
 def test_layout_computes_what_one_process_computes(
     layout: str, precision: str, stage: str, shape_name: str, oracle: Any
 ) -> None:
-    """Also in bf16, which is compared with one process in fp32."""
-    config, expected = oracle(stage, shape_name)
+    """Also in bf16, which is compared with one process in fp32 (on the same blend of domains)."""
+    config, expected = oracle(stage, shape_name, "paper" if precision == "fp32" else "constant")
     world_size, parallel_config = LAYOUTS[layout]
     platform_config = replace(config.platform, precision=precision)
     config = replace(config, parallel=parallel_config, platform=platform_config)
@@ -232,8 +254,11 @@ def test_layout_computes_what_one_process_computes(
     of_losses, of_gradients, of_weights, of_masks = TOLERANCES[precision]
     for found in ranks:
         place = found["rank"]
-        losses, expected_losses = (torch.tensor(run["losses"]) for run in (found, expected))
-        assert_close(losses, expected_losses, of_losses, "loss")
+        for kind, tolerance in (
+            *(("losses", of_losses), ("evaluations", of_losses)),
+            ("norms", of_gradients),
+        ):
+            assert_close(torch.tensor(found[kind]), torch.tensor(expected[kind]), tolerance, kind)
         for name, gradient in found["gradients"].items():
             shard = rows[name].shard(expected["gradients"][name], *place)
             mine = slice(*found["owned"][name])
