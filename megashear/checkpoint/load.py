@@ -1,12 +1,15 @@
-"""Fills a model from weights that are read whole, tensor by tensor, on every rank."""
+"""Fills a rank's part of a model: from a checkpoint, or from tensors that are read whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megashear.checkpoint import checksums, sharded
+from megashear.checkpoint.manager import INFO, CheckpointInfo
 from megashear.errors import CheckpointError
 from megashear.model.build import bound_rows
 from megashear.platform.parallel import Platform
@@ -34,3 +37,37 @@ def fill_from_reader(
             )
         shard = bound.row.shard(whole, platform.tensor_rank, platform.tensor_size)
         bound.parameter.copy_(shard)
+
+
+def load_weights(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
+    """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    checksums.verify(info.directory, INFO, "model")
+    fill_from_checkpoint(info, chunks)
+
+
+def fill_from_checkpoint(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
+    """The same, of a checkpoint that is known to be whole."""
+    state = sharded_weights(chunks)
+    loaded = sharded.load(state, info.model_directory)
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        part, filled = (tree if name is None else tree[name] for tree in (state, loaded))
+        chunk.load_state_dict(filled, strict=False)  # not strict for _extra_state alone:
+        missing = [key for key, value in part.items() if key not in filled and value is not None]
+        if missing:
+            raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
+
+
+def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
+    """Names in a sharded state dict, as Megatron-Core's optimizers expect them."""
+    return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
+
+
+def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    """The sharded state dict of this rank's part of a model; of several chunks one of each."""
+    states = [sharded.without_extra_state(chunk.sharded_state_dict()) for chunk in chunks]
+    names = _chunk_names(chunks)
+    return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore

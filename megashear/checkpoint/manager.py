@@ -1,13 +1,16 @@
-"""Checkpoints of runs and of dense models: their layout on disk, written whole or not at all.
+"""What checkpoints of runs and of dense models are on disk, and where they lie.
 
     run_dir/checkpoints/step-00000100/
         model/              weights: an ordinary Megatron-Core torch_dist checkpoint
-        optimizer/          Megatron-Core's optimizer state, torch_dist
+        optimizer/          moments, and fp32 weights under bf16, torch_dist
+        random/             states of the random generators, a file for each rank
         masks.safetensors   mask logits, multipliers and their optimizer (stage prune)
         checkpoint.json     what this is: shape, stage, step, position in the data, config, versions
+        checksums.json      of all other files
     run_dir/checkpoints/latest
 
-A dense model (imported or extracted) is a directory with `model/` and `checkpoint.json` alone.
+A dense model (imported or extracted) is a directory with `model/`, `checkpoint.json` and
+`checksums.json` alone.
 """
 
 from __future__ import annotations
@@ -16,27 +19,23 @@ import dataclasses
 import json
 import os
 import platform as python_platform
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import megatron.core
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import megashear
-from megashear.checkpoint import sharded, stream
+from megashear.checkpoint import checksums, sharded, stream
+from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.whole import flush_tree
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.platform.parallel import Platform
 
 FORMAT = 1
-INFO, LATEST = "checkpoint.json", "latest"
+INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,110 +166,19 @@ def write_model(
     known = {"marker": INFO, "parts": ["model"], "overwrite": overwrite}
     with stream.processes(), stream.shared_directory(directory, **known) as partial:
         stream.write_weights(partial / "model", info.shape, weights)
-        stream.on_first_process(lambda: write_durably(partial / INFO, info.to_json()))
+        on_first_process(lambda: (partial / INFO).write_text(info.to_json()))
+        checksums.seal(partial, {})
     return info
 
 
-class CheckpointManager:
-    """Saves and loads the checkpoints of one run; its methods are collectives over all ranks."""
+def open_weights(info: CheckpointInfo) -> sharded.WeightsReader:
+    """What reads the weights of a checkpoint tensor by tensor; a collective where there are ranks.
 
-    def __init__(self, run_dir: Path, platform: Platform, keep: int) -> None:
-        self.directory = run_dir / "checkpoints"
-        self.platform = platform
-        self.keep = keep
-
-    def save(
-        self,
-        info: CheckpointInfo,
-        chunks: Sequence[Any],
-        optimizer: Any,
-        tensors: Mapping[str, Tensor],
-    ) -> Path:
-        """Write a checkpoint beside its place, rename it, then move `latest`; keep the newest.
-
-        Args:
-            info: of it; its step names it.
-            chunks: this rank's part of the model.
-            optimizer: Megatron-Core's.
-            tensors: small state that is equal on every rank (masks and their optimizer).
-        """
-        final = self.directory / f"step-{info.step:08d}"
-        partial = final.with_name(f".{final.name}.partial")
-        if self.platform.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.platform.barrier()
-        sharded.save(_sharded_weights(chunks), partial / "model")
-        state = optimizer.sharded_state_dict(_sharded_weights(chunks))
-        sharded.save(state, partial / "optimizer")
-        if self.platform.rank == 0:
-            written = dataclasses.replace(info, versions=versions(), directory=final)
-            write_durably(partial / INFO, written.to_json())
-            if tensors:
-                save_file(dict(tensors), partial / "masks.safetensors")
-                # safetensors writes for the owner alone; a checkpoint is as readable as its folder.
-                shutil.copymode(partial / INFO, partial / "masks.safetensors")
-            flush_tree(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            write_durably(self.directory / LATEST, final.name + "\n")
-            self._remove_old(final)
-        self.platform.barrier()
-        return final
-
-    def _remove_old(self, newest: Path) -> None:
-        """Keep the newest; remove what saves that were killed have left half-written."""
-        # A later one, which `latest` did not get to name, would else be kept in place of `newest`.
-        saved = sorted(path for path in self.directory.glob("step-*") if path.name <= newest.name)
-        for old in (*saved[: -self.keep], *self.directory.glob(".step-*.partial")):
-            shutil.rmtree(old)
-
-    def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint of this run, or None where the run has not saved yet."""
-        if not (self.directory / LATEST).is_file():
-            return None
-        return read_info(self.directory.parent)
-
-    def load(
-        self, info: CheckpointInfo, chunks: Sequence[Any], optimizer: Any
-    ) -> dict[str, Tensor]:
-        """Fill the model and the optimizer from a checkpoint; returns its small tensors.
-
-        Raises:
-            CheckpointError: it is damaged, or parts of it are missing.
-        """
-        load_weights(info, chunks)
-        state = optimizer.sharded_state_dict(_sharded_weights(chunks), is_loading=True)
-        optimizer.load_state_dict(sharded.load(state, info.directory / "optimizer"))
-        file = info.directory / "masks.safetensors"
-        try:
-            return load_file(file) if info.stage == "prune" else {}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: damaged: {error}") from error
-
-
-def load_weights(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
-    """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective."""
-    state = _sharded_weights(chunks)
-    loaded = sharded.load(state, info.model_directory)
-    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        part, filled = (tree if name is None else tree[name] for tree in (state, loaded))
-        chunk.load_state_dict(filled, strict=False)  # not strict for _extra_state alone:
-        missing = [key for key, value in part.items() if key not in filled and value is not None]
-        if missing:
-            raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
-
-
-def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
-    """Names in a sharded state dict, as Megatron-Core's optimizers expect them."""
-    return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
-
-
-def _sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
-    """The sharded state dict of this rank's part of a model; of several chunks one of each."""
-    states = [sharded.without_extra_state(chunk.sharded_state_dict()) for chunk in chunks]
-    names = _chunk_names(chunks)
-    return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore
+    Raises:
+        CheckpointError: they are damaged, or not of the shape that the checkpoint says.
+    """
+    checksums.verify(info.directory, INFO, "model")
+    return sharded.WeightsReader(info.model_directory, info.shape)
 
 
 def write_durably(file: Path, text: str) -> None:

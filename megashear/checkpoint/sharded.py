@@ -6,9 +6,7 @@ stacks the layers, so that a checkpoint loads in any parallel layout.
 
 from __future__ import annotations
 
-import importlib
 import pickle
-import queue
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,26 +56,6 @@ def place_on_disk(name: str) -> tuple[str, tuple[int, ...]]:
     if match is None:
         return name, ()
     return "decoder.layers." + name[match.end() :], (int(match.group(1)),)
-
-
-def save(state: Mapping[str, Any], directory: Path) -> None:
-    """Write a sharded state dict; a collective over all ranks.
-
-    Args:
-        state: the values are Megatron-Core ShardedTensors and the like.
-        directory: made here; must not exist.
-
-    Raises:
-        CheckpointError: it cannot be written, on this rank or another (a full disk).
-    """
-    _write_from_this_process()
-    if torch.distributed.get_rank() == 0:
-        directory.mkdir(parents=True)
-    torch.distributed.barrier()
-    try:
-        dist_checkpointing.save(dict(state), str(directory))
-    except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {_reason(error)}") from error
 
 
 def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -251,16 +229,3 @@ class _IntoTensor(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the piece is a view."""
-
-
-def _write_from_this_process() -> None:
-    """Give Megatron's writer a plain results queue instead of one behind a spawned server process.
-
-    Without it every first save starts an interpreter that imports the main script again (6.3 s
-    instead of 0.3 s, and a hang where that script lacks a __main__ guard).
-    """
-    writer: Any = importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )
-    if writer._results_queue is None:
-        writer._results_queue = queue.Queue()

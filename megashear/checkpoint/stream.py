@@ -8,9 +8,12 @@ files of bounded size, and entered into the table of contents at the end.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from math import prod
+from functools import partial
+from itertools import islice
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,15 +28,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megashear.checkpoint import sharded
+from megashear.checkpoint import sharded, writing
+from megashear.checkpoint.agreement import on_each_process, on_first_process
 from megashear.checkpoint.whole import flush, whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import single_process
 from megashear.pruning.table import table
 
-FILE_NUMEL = 2**28
-"""Elements in a file (1 GiB in fp32); a tensor that has more gets a file of its own."""
+FILE_NUMEL = 2**27
+"""Elements in a file (512 MiB in fp32); a tensor that has more gets a file of its own."""
 
 T = TypeVar("T")
 
@@ -49,31 +53,6 @@ class _Entry(NamedTuple):
 def processes() -> AbstractContextManager[Any]:
     """The process group that is there, or one of all that were launched, or of this one alone."""
     return nullcontext() if dist.is_initialized() else single_process()
-
-
-def on_each_process(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each process; a failure on one is an error on all. A collective."""
-    result, failure = None, None
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the others must not wait for ever
-        failure = error
-    told: list[Any] = [None] * dist.get_world_size()
-    try:
-        dist.all_gather_object(told, (result, failure and f"{type(failure).__name__}: {failure}"))
-    except RuntimeError as error:
-        raise CheckpointError(f"another process has died or does not answer: {error}") from failure
-    if failure is not None:
-        raise failure
-    for rank, (_, text) in enumerate(told):
-        if text is not None:
-            raise CheckpointError(f"process {rank} of {len(told)} failed: {text}")
-    return [result for result, _ in told]
-
-
-def on_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, to all; its failure is an error on all."""
-    return on_each_process(lambda: work() if dist.get_rank() == 0 else None)[0]  # type: ignore
 
 
 @contextmanager
@@ -114,14 +93,18 @@ def write_weights(
     Args:
         directory: made here; must not exist.
         shape: of the model.
-        weights: those of `share(shape)`, in any order; one at a time is held.
+        weights: those of `share(shape)`, in this order; one at a time is held.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of the wrong shape or of another type
             than in other layers (all are named), or cannot be written, here or elsewhere.
     """
-    sharded.save({}, directory)
-    parts = on_each_process(lambda: _append_all(directory, shape, weights))
+    writing.save({}, directory)
+    home, mine = files(shape), share(shape)
+    expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
+    parts = []
+    for batch in _batches(home, mine, weights):  # so that a failure is soon known to all
+        parts += on_each_process(partial(_append_all, directory, home, expected, batch))
     written = {entry.name: entry for entries, _ in parts for entry in entries}
     problems = [problem for _, found in parts for problem in found]
     problems += [f"{row.name} is missing" for row in table(shape) if row.name not in written]
@@ -132,12 +115,21 @@ def write_weights(
     on_first_process(lambda: _enter(directory, shape, entries))
 
 
+def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> list[Iterable[T]]:
+    """What each process writes between agreements, equally often: a file, or in the end the rest."""
+    rounds = ceil(len(set(home.values())) / dist.get_world_size())
+    counts = list(Counter(home[name] for name in mine).values())[: rounds - 1]
+    stream = iter(weights)
+    return [islice(stream, count) for count in (*counts, None)]
+
+
 def _append_all(
-    directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
+    directory: Path,
+    home: dict[str, str],
+    expected: dict[str, tuple[int, ...]],
+    weights: Iterable[tuple[str, Tensor]],
 ) -> tuple[list[_Entry], list[str]]:
-    """What was written, and what does not fit the shape."""
-    home, mine = files(shape), set(share(shape))
-    expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
+    """What was written, and what was not expected; what was is no longer."""
     entries, problems = [], []
     for name, tensor in weights:
         if expected.pop(name, None) != tuple(tensor.shape):

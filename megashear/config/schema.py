@@ -127,6 +127,7 @@ class TrainerConfig:
     log_interval: int = 10  # steps
     save_interval: int = 200  # steps
     keep_checkpoints: int = 2  # newest ones kept
+    async_save: bool = False  # train on while a checkpoint is written
     seed: int = 1234  # initial weights and mask noise
 
 

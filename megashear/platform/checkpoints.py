@@ -1,15 +1,21 @@
-"""What is no tensor in a checkpoint: read without running anything, and from an older release."""
+"""Megatron-Core's checkpoints: nothing in them is run, and its releases are told apart."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from megatron.core import package_info
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_RELEASE = (package_info.MAJOR, package_info.MINOR)
+
+BUILT_IN_WRITER = {"async_strategy": "mcore"} if _RELEASE >= (0, 19) else {}
+"""Option of `save`: 0.19 would else write by another package; 0.16 has its own writer only."""
 
 
 @contextmanager
@@ -36,8 +42,7 @@ def layout_of_newer_release(directory: Path, stored: Container[str]) -> str:
 
     0.19 loads those of 0.16, but writes no common.pt, which 0.16 needs.
     """
-    here = (package_info.MAJOR, package_info.MINOR)
-    if here >= (0, 19) or "common_state/shard_0_1" not in stored:
+    if _RELEASE >= (0, 19) or "common_state/shard_0_1" not in stored:
         return ""
     if (directory / "common.pt").exists():
         return ""
@@ -45,3 +50,42 @@ def layout_of_newer_release(directory: Path, stored: Container[str]) -> str:
         f"written by a newer Megatron-Core than {package_info.__version__}, which is installed "
         "here. Load it with 0.19 or newer, or carry its weights over: tools/checkpoint/ reads them"
     )
+
+
+@contextmanager
+def errors_put_off() -> Iterator[list[Exception]]:
+    """Within the context what rank 0 alone writes for Megatron-Core fails without an exception.
+
+    The table of contents, metadata.json and, of 0.16, common.pt: where that raised (a full disk),
+    the other ranks would wait in the next collective until it times out.
+
+    Yields:
+        The errors, for the caller to raise on all ranks.
+    """
+    core = "megatron.core.dist_checkpointing"
+    places = [
+        (import_module(f"{core}.strategies.filesystem_async").FileSystemWriterAsync, "finish"),
+        (import_module(f"{core}.serialization"), "save_config"),
+    ]
+    if _RELEASE < (0, 19):
+        common = import_module(f"{core}.strategies.common")
+        places.append((common.TorchCommonSaveStrategy, "save_common"))
+    errors: list[Exception] = []
+    originals = [(place, name, getattr(place, name)) for place, name in places]
+    for place, name, original in originals:
+        setattr(place, name, _without_errors(original, errors))
+    try:
+        yield errors
+    finally:
+        for place, name, original in originals:
+            setattr(place, name, original)
+
+
+def _without_errors(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., None]:
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+
+    return call

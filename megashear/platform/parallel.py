@@ -20,6 +20,7 @@ from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.errors import PlatformError
 from megashear.platform import cuda
 from megashear.platform.kernels import choose_kernels
+from megashear.platform.random_states import seed_all
 from megashear.platform.watchdog import GRACE_MINUTES, Progress, watching
 
 
@@ -52,6 +53,12 @@ class Platform:
         }
         layout = [f"{name} {size}" for name, size in sizes.items() if size > 1]
         return f"{stands_on}, {' x '.join([*layout, f'data {self.data_size}'])} processes"
+
+    @property
+    def place(self) -> str:
+        """This process's number and the layout of all, to compare with those of another run."""
+        sizes = (self.tensor_size, self.pipeline_size, self.context_size, self.data_size)
+        return f"{self.rank} of {' x '.join(map(str, sizes))}"
 
     @property
     def rank(self) -> int:
@@ -105,8 +112,7 @@ class Platform:
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """Sum in place over the ranks that see other tokens (data x context)."""
-        group = _state().get_data_parallel_group(with_context_parallel=True)
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, group=data_and_context_group())
         return tensor
 
     def sum_over_stages(self, tensor: Tensor) -> Tensor:
@@ -133,6 +139,13 @@ def _state():  # type: ignore[no-untyped-def]
     from megatron.core import parallel_state
 
     return parallel_state
+
+
+def data_and_context_group() -> dist.ProcessGroup | None:
+    """The ranks that hold the same part of the model; None before Megatron's groups are built."""
+    if not _state().model_parallel_is_initialized():
+        return None
+    return _state().get_data_parallel_group(with_context_parallel=True)
 
 
 def world_size() -> int:
@@ -191,7 +204,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         from megashear.platform.cpu import redirect_cuda
 
         redirect_cuda()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     timeout_minutes = config.timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
@@ -206,7 +219,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    seed_all(seed, dist.get_rank())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers, kernels)
 

@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 
 from megashear.checkpoint import manager
+from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.load import fill_from_reader
-from megashear.checkpoint.manager import CheckpointInfo, CheckpointManager
+from megashear.checkpoint.load import fill_from_reader, load_weights
+from megashear.checkpoint.manager import CheckpointInfo
+from megashear.checkpoint.run_checkpoints import CheckpointManager
 from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
@@ -42,6 +44,7 @@ _FREE_OPTIONS = (
     *("run_dir", "parallel", "data.num_workers", "data.tokenizer"),
     *("platform.device", "platform.layers", "platform.kernels", "platform.timeout_minutes"),
     *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
+    *("trainer.async_save", "trainer.micro_batch_size"),
 )
 
 
@@ -67,12 +70,15 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         trainer, data = config.trainer, config.data
         self.checkpoints = CheckpointManager(self.run_dir, platform, trainer.keep_checkpoints)
-        resumed = self.checkpoints.latest()
+        platform.progress.mark("check of the checkpoints")
+        resumed, passed_over = self.checkpoints.newest_whole()
         if resumed is not None:
             _refuse_other_config(resumed, config)
         self.step = resumed.step if resumed else 0
         resumed_step = resumed.step if resumed else None
         self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, resumed_step)
+        if passed_over:
+            self.log.warn(passed_over)
 
         self.mixture = Mixture.from_config(data)
         dataset = build_train_dataset(data, self.shape.vocab_size, self.mixture)
@@ -105,6 +111,8 @@ class Trainer:
             num_workers=data.num_workers,
             consumed_samples=self.step * trainer.global_batch_size,
         )
+        if resumed is not None:  # last, since what is made before may draw numbers
+            self.checkpoints.restore_random_states(resumed)
         self._signal = 0  # the one that ends the run
 
     def _introduce(self) -> None:
@@ -119,7 +127,7 @@ class Trainer:
         if manager.is_huggingface(init_from):
             fill_from_reader(chunks, HuggingFaceReader(Path(init_from)).read, self.platform)
         else:
-            manager.load_weights(manager.read_info(init_from), chunks)
+            load_weights(manager.read_info(init_from), chunks)
         self.log.say(f"weights from {init_from}")
 
     @property
@@ -154,9 +162,10 @@ class Trainer:
             self.log.say(f"{self.run_dir} is complete: {steps} steps. Nothing to do")
             return
         with self._signals():
+            saved: int | None = self.step
             if not self.losses:  # the run begins: a resumed one has those of its checkpoint
                 self._evaluate()
-            saved = self.step
+                saved = None
             while self.step < steps and not self._must_stop():
                 self.train_step()
                 if self._due(self.config.evaluation.interval):
@@ -164,8 +173,10 @@ class Trainer:
                 if self._due(self.config.trainer.save_interval):
                     self.save()
                     saved = self.step
-            if saved != self.step or saved == 0:
+                self._say_saved(self.checkpoints.poll())
+            if saved != self.step:
                 self.save()
+            self._say_saved(self.checkpoints.finish())
         self.loader.close()
         if self.step < steps:
             self.log.say(f"stopped by a signal at step {self.step}; start it again to go on")
@@ -213,6 +224,7 @@ class Trainer:
             name: int(tokens) // self.config.data.seq_length
             for name, tokens in zip(self.mixture.names, losses.tokens, strict=True)
         }
+        self._say_saved(self.checkpoints.finish())
         good = self.checkpoints.latest()
         raise TrainingError(
             f"the loss of step {self.step + 1} is {losses.mean}. Sequences of its batch by domain: "
@@ -263,7 +275,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write a checkpoint, and beside the run what its continuation starts from."""
+        """Write a checkpoint; with `async_save` begin to, and `run` finishes it."""
         config = self.config
         self.platform.progress.mark("save", self.step)
         info = CheckpointInfo(
@@ -277,18 +289,26 @@ class Trainer:
             config=to_yaml(config),
             tokenizer=self._tokenizer,
         )
+        self._say_saved(self.checkpoints.finish())  # the one before, if it takes so long
         self.optimizer.gather(wait=True)
-        where = self.checkpoints.save(
+        self.checkpoints.save(
             info, self.optimizer.chunks, self.optimizer.megatron, self.objective.state()
         )
-        if self.platform.rank == 0:
-            domains = [
-                replace(domain, weight=weight)
-                for domain, weight in zip(config.data.domains, self.mixture.weights, strict=True)
-            ]
-            manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
-            manager.write_durably(self.run_dir / "config.yaml", to_yaml(config))
-        self.log.say(f"saved {where}")
+        on_first_process(self._write_run_files)
+        if not config.trainer.async_save:
+            self._say_saved(self.checkpoints.finish())
+
+    def _say_saved(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.log.say(f"saved {checkpoint}")
+
+    def _write_run_files(self) -> None:
+        """Beside the checkpoints: records, configuration, and domains with their newest weights."""
+        weights = zip(self.config.data.domains, self.mixture.weights, strict=True)
+        domains = [replace(domain, weight=weight) for domain, weight in weights]
+        self.log.flush()
+        manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
+        manager.write_durably(self.run_dir / "config.yaml", to_yaml(self.config))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,12 +151,12 @@ def test_what_a_crash_leaves_is_ignored_then_removed(tmp_path: Path, source: Pat
     assert names(tmp_path / "run") == ["latest", "step-00000006"]
 
 
-def save_on_a_full_disk(config: RunConfig, rank: int) -> str:
-    """What a save says when one rank can write 20 kB at most."""
+def save_with(config: RunConfig, ranks: list[int], limit: int) -> str:
+    """What a save says when some ranks can write files of `limit` bytes at most."""
     trainer = start(config)
-    if trainer.platform.rank == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     trainer.train_step()
+    if trainer.platform.rank in ranks:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         trainer.save()
     except CheckpointError as error:
@@ -165,40 +167,77 @@ def save_on_a_full_disk(config: RunConfig, rank: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_is_one_message_and_costs_no_checkpoint(
-    rank: int, tmp_path: Path, source: Path
+@pytest.mark.parametrize(("rank", "limit"), [(0, 1_000), (0, 7_000), (1, 20_000)])
+def test_what_one_rank_cannot_write_is_one_error_on_all(
+    rank: int, limit: int, tmp_path: Path, source: Path
 ) -> None:
+    """Rank 0 fails at its random states or at masks.safetensors, rank 1 at its tensors."""
     config = replace(pruning(tmp_path, source), parallel=ParallelConfig(tensor=2))
     run_distributed(state, 2, config, 2)
-    messages = run_distributed(save_on_a_full_disk, 2, config, rank)
-    assert all("step-00000003.partial" in message for message in messages)
-    assert "cannot be written: " in messages[0]
-    reasons = ("File too large", "OSError")  # the second: all that megatron-core 0.19 hands on
-    assert any(reason in messages[0] for reason in reasons)
-    assert "cannot be written: rank 0 says why" in messages[1]
+    messages = run_distributed(save_with, 2, config, [rank], limit)
+    assert all(".step-00000003.partial: cannot be written: " in message for message in messages)
+    assert all("File too large" in message for message in messages)
+    assert f"process {rank} of 2 failed: " in messages[1 - rank]
+    assert names(tmp_path / "run") == ["latest", "step-00000002"]
     assert run_distributed(state, 2, config, 1)[0]["step"] == 3
     assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000003"]
 
 
-def refused(config: RunConfig) -> str:
-    try:
-        start(config)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        parallel.stop()
-    return ""
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MB of its own."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a file system")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-def test_a_run_whose_masks_are_damaged_or_gone_is_refused(tmp_path: Path, source: Path) -> None:
-    config = pruning(tmp_path, source)
-    run_distributed(state, 1, config, 1)
-    masks = read_info(tmp_path / "run").directory / "masks.safetensors"
-    masks.write_bytes(masks.read_bytes()[:-100])
-    assert f"{masks}: damaged" in run_distributed(refused, 1, config)[0]
-    masks.unlink()
-    assert f"{masks}: damaged" in run_distributed(refused, 1, config)[0]
+def fill_and_save(config: RunConfig, disk: Path, free: list[int]) -> list[tuple[str, list[str]]]:
+    """For each number of bytes left on the disk: what a save says, and what is there then."""
+    trainer = start(config)
+    filler, found = disk / "filler", []
+    trainer.train_step()
+    for left in free:
+        if trainer.platform.rank == 0:
+            available = shutil.disk_usage(disk).free
+            filler.write_bytes(bytes(max(0, available - left)))
+        trainer.platform.barrier()
+        message = ""
+        try:
+            trainer.save()
+        except CheckpointError as error:
+            message = str(error)
+        if trainer.platform.rank == 0:
+            filler.unlink()
+        found.append((message, names(disk)))
+        trainer.platform.barrier()
+    parallel.stop()
+    return found
+
+
+def test_a_full_disk_at_any_moment_costs_no_checkpoint(
+    small_disk: Path, tmp_path: Path, source: Path
+) -> None:
+    config = replace(pruning(tmp_path, source), parallel=ParallelConfig(tensor=2))
+    run_distributed(state, 2, config, 2)
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002"
+    size = sum(-(-file.stat().st_size // 4096) * 4096 for file in saved.rglob("*"))
+    shutil.copytree(tmp_path / "run" / "checkpoints", small_disk / "checkpoints")
+    free = [0, 8_192, 40_960, size // 2, *range(size - 49_152, size, 8_192)]
+    config = replace(config, run_dir=str(small_disk))
+    ranks = run_distributed(fill_and_save, 2, config, small_disk, free)
+    for messages in zip(*([message for message, _ in found] for found in ranks), strict=True):
+        assert len({bool(message) for message in messages}) == 1, messages
+    outcomes = ranks[0]
+    assert [bool(message) for message, _ in outcomes].count(True) >= len(free) - 2
+    for message, there in outcomes:
+        assert "No space left on device" in message or not message
+        assert "step-00000002" in there
+        assert not any(name.endswith(".partial") for name in there)
+    assert run_distributed(state, 2, config, 0)[0]["step"] in (2, 3)
 
 
 def described(directory: Path) -> dict[str, Any]:

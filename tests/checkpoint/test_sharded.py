@@ -15,7 +15,7 @@ import torch
 from megatron.core import package_info
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megashear.checkpoint import sharded
+from megashear.checkpoint import sharded, writing
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.checkpoint.stream import processes, write_weights
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
@@ -56,7 +56,7 @@ def save_model(source: Path, out: Path, shape: ModelShape, tensor: int) -> None:
     (model,) = build_model(shape, platform, layout, seq_length=8)
     state = sharded.without_extra_state(model.sharded_state_dict())
     model.load_state_dict(sharded.load(state, source), strict=False)
-    sharded.save(sharded.without_extra_state(model.sharded_state_dict()), out)
+    writing.save(sharded.without_extra_state(model.sharded_state_dict()), out)
     parallel.stop()
 
 

@@ -1,0 +1,236 @@
+"""Checkpoints of a run: saved atomically, by all ranks or none, and found again after a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megashear.checkpoint import checksums, sharded
+from megashear.checkpoint.agreement import on_each_process, on_first_process
+from megashear.checkpoint.load import fill_from_checkpoint, sharded_weights
+from megashear.checkpoint.manager import (
+    INFO,
+    LATEST,
+    MASKS,
+    CheckpointInfo,
+    read_info,
+    versions,
+    write_durably,
+)
+from megashear.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
+from megashear.checkpoint.whole import flush, flush_tree
+from megashear.checkpoint.writing import Writing
+from megashear.errors import CheckpointError
+from megashear.platform.parallel import Platform
+from megashear.platform.random_states import random_states, restore_random_states
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that is being written: where, by what, and the place that it will take."""
+
+    partial: Path
+    writing: Writing
+    final: Path
+
+
+class CheckpointManager:
+    """Saves and loads the checkpoints of one run; its methods are collectives over all ranks."""
+
+    def __init__(self, run_dir: Path, platform: Platform, keep: int) -> None:
+        self.directory = run_dir / "checkpoints"
+        self.platform = platform
+        self.keep = keep
+        self._saving: _Saving | None = None
+
+    def save(
+        self,
+        info: CheckpointInfo,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Begin to write a checkpoint beside its place; `finish` gives it its name.
+
+        What is written is the state of now, also of a run that goes on.
+
+        Args:
+            info: of it; its step names it.
+            chunks: this rank's part of the model.
+            optimizer: Megatron-Core's.
+            tensors: small state that is equal on every rank (masks and their optimizer).
+
+        Raises:
+            CheckpointError: a rank cannot write; nothing is left of it.
+        """
+        assert self._saving is None, "the last checkpoint is still being written"
+        final = self.directory / f"step-{info.step:08d}"
+        partial = final.with_name(f".{final.name}.partial")
+        info = dataclasses.replace(info, versions=versions(), directory=final)
+        with self._removed_on_failure(partial):
+            on_first_process(lambda: _make_empty(partial))
+            on_each_process(lambda: self._write_small_files(partial, info, tensors))
+            weights = sharded_weights(chunks)
+            moments = optimizer_state(weights, optimizer)
+            parts = {partial / "model": weights, partial / "optimizer": moments}
+            self._saving = _Saving(partial, Writing(parts), final)
+
+    def _write_small_files(
+        self, partial: Path, info: CheckpointInfo, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """This rank's random states; on the first rank also what is equal on all."""
+        states, plain = random_states(self.platform.device)
+        _write_tensors(self._random_file(partial), states, {**plain, "place": self.platform.place})
+        if self.platform.rank == 0:
+            (partial / INFO).write_text(info.to_json())
+            if tensors:
+                _write_tensors(partial / MASKS, dict(tensors))
+
+    def _random_file(self, directory: Path) -> Path:
+        return directory / "random" / f"rank-{self.platform.rank:05d}.safetensors"
+
+    def poll(self) -> Path | None:
+        """Finish the save that goes on, if all ranks have written; returns what `finish` does."""
+        if self._saving and not self.platform.largest(not self._saving.writing.done()):
+            return self.finish()
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait for the save that goes on, rename it, then move `latest`; keep the newest.
+
+        Returns:
+            The checkpoint, or None if none was being written.
+
+        Raises:
+            CheckpointError: a rank could not write; nothing is left of it.
+        """
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        with self._removed_on_failure(saving.partial):
+            sums = saving.writing.finish()
+            known = {str(file.relative_to(saving.partial)): sum for file, sum in sums.items()}
+            checksums.seal(saving.partial, known)
+            on_first_process(lambda: self._publish(saving.partial, saving.final))
+        return saving.final
+
+    @contextmanager
+    def _removed_on_failure(self, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if self.platform.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"{partial}: cannot be written: {error}") from error
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        flush_tree(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one `latest` did not get to
+        os.replace(partial, final)
+        flush(self.directory)
+        write_durably(self.directory / LATEST, final.name + "\n")
+        # A later one, which `latest` did not get to name, would else be kept in place of this one.
+        saved = sorted(path for path in self.directory.glob("step-*") if path.name <= final.name)
+        for old in saved[: -self.keep]:
+            os.replace(old, old.with_name(f".{old.name}.partial"))  # no half of it under its name
+        for left in self.directory.glob(".step-*.partial"):  # of saves that were killed, too
+            shutil.rmtree(left)
+
+    def latest(self) -> CheckpointInfo | None:
+        """What `latest` names, or None where the run has not saved yet."""
+        if not (self.directory / LATEST).is_file():
+            return None
+        return read_info(self.directory.parent)
+
+    def newest_whole(self) -> tuple[CheckpointInfo | None, str]:
+        """The checkpoint to go on from: what `latest` names, or if it is damaged the newest whole.
+
+        Returns:
+            The checkpoint, or None where the run has not saved yet; and what is wrong with those
+            that were passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
+        named, candidates = on_first_process(self._candidates)
+        wrong = []
+        if named not in candidates and (named or candidates):
+            what = f"names {named}, which is not there" if named else "missing"
+            wrong.append(f"{self.directory / LATEST}: {what}")
+        for name in candidates:
+            directory = self.directory / name
+            lines = checksums.damage(directory)
+            if not lines:
+                if wrong:
+                    wrong.append(f"Going on from the newest whole checkpoint, {directory}")
+                return read_info(directory), "\n".join(wrong)
+            wrong.append(f"{directory}: damaged:\n  " + "\n  ".join(lines))
+        if not wrong:
+            return None, ""
+        wrong.append(f"No checkpoint in {self.directory} is whole. Restore one, or remove")
+        raise CheckpointError("\n".join(wrong) + " that directory to begin the run again")
+
+    def _candidates(self) -> tuple[str, list[str]]:
+        """What `latest` says, and all checkpoints: the named one first, then the newest."""
+        latest = self.directory / LATEST
+        named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+        saved = sorted((path.name for path in self.directory.glob("step-*")), reverse=True)
+        return named, sorted(saved, key=lambda name: name != named)
+
+    def load(
+        self, info: CheckpointInfo, chunks: Sequence[Any], optimizer: Any
+    ) -> dict[str, Tensor]:
+        """Fill the model and the optimizer from a checkpoint; returns its small tensors.
+
+        Raises:
+            CheckpointError: it is damaged, or parts of it are missing.
+        """
+        fill_from_checkpoint(info, chunks)
+        state = optimizer_state(sharded_weights(chunks), optimizer)
+        loaded = sharded.load(state, info.directory / "optimizer")
+        load_optimizer_state(state, loaded, optimizer, info.step)
+        file = info.directory / MASKS
+        try:
+            return load_file(file) if info.stage == "prune" else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+
+    def restore_random_states(self, info: CheckpointInfo) -> None:
+        """Those of this rank, if the run had the same layout; else they stay as they were seeded.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        file = self._random_file(info.directory)
+        if not file.is_file():
+            return
+        try:
+            with safe_open(file, "pt") as states:
+                plain = states.metadata()
+                if plain["place"] == self.platform.place:
+                    tensors = {name: states.get_tensor(name) for name in states.keys()}  # noqa: SIM118
+                    restore_random_states(tensors, plain, self.platform.device)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "random").mkdir(parents=True)
+
+
+def _write_tensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    save_file(tensors, file, metadata)
+    # safetensors writes for the owner alone; a checkpoint is as readable as its folder.
+    file.chmod(file.parent.stat().st_mode & 0o666)

@@ -1,0 +1,189 @@
+"""Writes sharded state dicts as torch_dist checkpoints, by a process beside this one.
+
+Megatron-Core plans on all ranks together which of them writes what; what several hold is spread
+over them. A fork of each rank then writes its files, and their checksums, from the memory as it was
+when it began, while the rank may go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import queue
+from collections.abc import Iterable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megashear.checkpoint.agreement import on_each_process, on_first_process
+from megashear.checkpoint.checksums import Checksum, checksum
+from megashear.errors import CheckpointError
+from megashear.platform.checkpoints import BUILT_IN_WRITER, errors_put_off
+from megashear.platform.parallel import data_and_context_group
+
+_FORK = multiprocessing.get_context("fork")
+_FILES = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+def save(state: Mapping[str, Any], directory: Path) -> None:
+    """Write a sharded state dict and wait until it is there; a collective.
+
+    Raises:
+        CheckpointError: it cannot be written, on this rank or another (a full disk).
+    """
+    Writing({directory: state}).finish()
+
+
+class Writing:
+    """Checkpoints on their way to the disk. Making one and finishing it are collectives.
+
+    Args:
+        parts: directories that are made here, and the sharded state dict for each.
+
+    Raises:
+        CheckpointError: a rank cannot begin.
+    """
+
+    def __init__(self, parts: Mapping[Path, Mapping[str, Any]]) -> None:
+        self._process: Any = None
+        self._receiver, self._sender = _FORK.Pipe(duplex=False)
+        self._written: list[Any] = []
+        on_first_process(lambda: _make(parts))
+        _results()
+        with errors_put_off() as errors:
+            self._requests = [_request(state, directory) for directory, state in parts.items()]
+        try:
+            on_each_process(lambda: self._start(errors))
+        except Exception:
+            self.wait()
+            raise
+
+    def _start(self, errors: list[Exception]) -> None:
+        _raise(errors)
+        jobs = []
+        for request in self._requests:
+            arguments = list(request.async_fn_args)
+            if request.preload_fn is not None:
+                arguments[1] = request.preload_fn()  # from a GPU to this machine's memory
+            if request.async_fn is not None:
+                jobs.append((request.async_fn, arguments))
+        process = _FORK.Process(target=_write, args=(jobs, self._sender, self._receiver))
+        process.start()
+        self._process = process
+        self._sender.close()  # else the end of the process would not end the connection
+
+    def done(self) -> bool:
+        """Whether this rank has written its files, or failed to."""
+        return bool(self._receiver.poll())
+
+    def wait(self) -> None:
+        """Until nothing is written by this rank any more, whatever came of it."""
+        if self._process is not None:
+            self._process.join()
+
+    def finish(self) -> dict[Path, Checksum]:
+        """Wait for all ranks, then complete the checkpoints.
+
+        Returns:
+            Checksums of all files with tensors.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        shares = on_each_process(self._receive)
+        requests = [request for request in self._requests if request.async_fn is not None]
+        for result in self._written:
+            _results().put(result)
+        assert len(requests) == len(self._written)
+        with errors_put_off() as errors:
+            for request in self._requests:
+                for finalize in request.finalize_fns:
+                    finalize()
+        on_each_process(lambda: _raise(errors))
+        return {file: value for share in shares for file, value in share.items()}
+
+    def _receive(self) -> dict[Path, Checksum]:
+        try:
+            self._written, share, failure = self._receiver.recv()
+        except EOFError:
+            self.wait()
+            failure = f"the process that wrote it ended with status {self._process.exitcode}"
+        self.wait()
+        if failure:
+            raise CheckpointError(f"cannot be written: {failure}")
+        return share
+
+
+def _make(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        directory.mkdir(parents=True)
+
+
+def _raise(errors: list[Exception]) -> None:
+    if errors:
+        raise errors[0]
+
+
+def _request(state: Mapping[str, Any], directory: Path) -> Any:
+    """Megatron-Core's plan of what this rank writes, and of what completes it."""
+    strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
+    if (group := data_and_context_group()) is not None:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+    options: Any = BUILT_IN_WRITER
+    return dist_checkpointing.save(
+        dict(state), str(directory), strategy, async_sharded_save=True, **options
+    )
+
+
+def _write(jobs: list[Any], sender: Connection, receiver: Connection) -> None:
+    """What the process beside this one does: write, and tell what was written or why not."""
+    receiver.close()  # else this process would not notice that the other has gone
+    told = _Told()
+    log = logging.getLogger(_FILES)
+    log.addHandler(told)
+    log.propagate = False
+    try:
+        written = []
+        for function, arguments in jobs:
+            function(*arguments)
+            written.append(_results().get_nowait())
+            if isinstance(written[-1], Exception):
+                raise written[-1]
+        files = [Path(file) for _, arguments in jobs for file, *_ in arguments[1]]
+        sender.send((written, {file: checksum(file) for file in files}, ""))
+    except Exception as error:
+        # Of megatron-core 0.19's error nothing is left but its type; it is told in the log.
+        sender.send(([], {}, told.text or f"{type(error).__name__}: {error}"))
+
+
+class _Told(logging.Handler):
+    """Keeps the first error that Megatron-Core's writer logs.
+
+    Attributes:
+        text: of it.
+    """
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            self.text = self.text or record.getMessage()
+
+
+def _results() -> Any:
+    """Megatron's queue for what was written: a plain one instead of one behind a spawned server.
+
+    That one would start an interpreter that imports the main script again (6.3 s instead of 0.3 s,
+    and a hang where that script lacks a __main__ guard), and outlive a run that is killed.
+    """
+    files: Any = importlib.import_module(_FILES)
+    if files._results_queue is None:
+        files._results_queue = queue.Queue()
+    return files._results_queue
