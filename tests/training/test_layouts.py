@@ -33,7 +33,7 @@ from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.reference_llama import random_weights
-from tests.runs import GQA, MHA, TARGETS, run_config, write_domains
+from tests.runs import GQA_QUERY_HEAD, MHA, QWEN, prune_options, run_config, write_domains
 
 DISTRIBUTED = {"distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -72,8 +72,22 @@ LAYOUTS = {
 }
 SHAPES = {
     "mha": replace(MHA, num_layers=4),
-    "gqa-tied": replace(GQA, num_layers=4, tied_embeddings=True),
+    "qwen-tied": replace(QWEN, num_layers=4, tied_embeddings=True),
+    "query-head": replace(GQA_QUERY_HEAD, num_layers=4),
 }
+BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
+BY_QUERY_HEAD = ("tp2", "tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")
+ROWS = [
+    *((name, precision, stage, shape)
+      for precision, names in (("fp32", LAYOUTS), ("bf16", BF16))
+      for name in names
+      for stage in ("prune", "continue")
+      for shape in ("mha", "qwen-tied")),
+    *((name, "fp32", "prune", "query-head") for name in BY_QUERY_HEAD),
+]  # fmt: skip
+# Of losses; of gradients at step 1; of weights after three steps; of masks and multipliers then.
+# bf16 has 8 bits, and Adam makes whole steps of a gradient whose sign is rounding's.
+TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5, 1e-5), "bf16": (1e-2, 0.25, 0.02, math.inf)}
 
 
 def three_steps(config: RunConfig) -> dict[str, Any]:
@@ -204,16 +218,15 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
     """A prune or continue run from random weights, the same for every layout."""
     run_distributed(write_source, 1, directory / "source", shape)  # not here: this process forks
+    options = prune_options(shape) if stage == "prune" else {"stage": stage}
+    pruning = options.get("pruning", PruningConfig())
+    options["pruning"] = replace(pruning, mask_lr=0.1, multiplier_lr=0.1)
     return run_config(
         directory,
         write_domains(directory),
-        stage=stage,
         evaluation=EvaluationConfig(interval=2, batches_per_domain=1),
-        pruning=PruningConfig(sparsity_warmup_steps=3, mask_lr=0.1, multiplier_lr=0.1),
         init_from=str(directory / "source"),
-        target=TARGETS[replace(shape, tied_embeddings=False, num_layers=3)]
-        if stage == "prune"
-        else None,
+        **options,
     )
 
 
@@ -223,16 +236,7 @@ def write_source(directory: Path, shape: ModelShape) -> None:
     write_model(directory, info, random_weights(shape, seed=0).items())
 
 
-BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
-# Of losses; of gradients at step 1; of weights after three steps; of masks and multipliers then.
-# bf16 has 8 bits, and Adam makes whole steps of a gradient whose sign is rounding's.
-TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5, 1e-5), "bf16": (1e-2, 0.25, 0.02, math.inf)}
-ROWS = [(name, "fp32") for name in LAYOUTS] + [(name, "bf16") for name in BF16]
-
-
-@pytest.mark.parametrize("shape_name", SHAPES)
-@pytest.mark.parametrize("stage", ["prune", "continue"])
-@pytest.mark.parametrize(("layout", "precision"), ROWS)
+@pytest.mark.parametrize(("layout", "precision", "stage", "shape_name"), ROWS)
 def test_layout_computes_what_one_process_computes(
     layout: str, precision: str, stage: str, shape_name: str, oracle: Any
 ) -> None:
