@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,12 @@ from tqdm import tqdm
 
 from megashear.data.jsonl import Chunk, find_inputs, read_chunks, text_of
 from megashear.data.token_files import SUFFIXES, TokenFileWriter, publish
-from megashear.data.tokenizer import load_tokenizer
+from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError, PlatformError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
 MAX_PROBLEMS = 20
-PROGRESS_SECONDS = 5.0
+LINE_SECONDS = 5.0  # between lines of progress, where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def tokenize_files(
             writers = [TokenFileWriter(prefix, Path(name), vocabulary) for prefix in prefixes]
             for writer in writers:
                 stack.enter_context(writer)
-            shown = stack.enter_context(_Progress(size, progress))
+            shown = stack.enter_context(_progress(size, progress))
             started = time.monotonic()
             empty = _fill(writers, encoded, shown)
             publish(writers)
@@ -153,51 +154,37 @@ def _default_workers(size: int) -> int:
     return min(cpus, 1 + size // BYTES_PER_WORKER)
 
 
-class _Encoder:
-    """Turns chunks of lines into tokens."""
+def _encode(job: _Job, chunk: Chunk) -> _Encoded:
+    texts, problems = [], []
+    for number, line in enumerate(chunk.lines, chunk.first_line):
+        try:
+            if line.strip():  # an empty line is no record
+                texts.append(text_of(line, job.field))
+        except ValueError as error:
+            problems.append(f"{chunk.file}:{number}: {error}")
+    kept = [text for text in texts if text.strip()]
+    tokenizer = _tokenizer(job)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    documents = [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(kept)]
+    return _Encoded(
+        tokens=np.fromiter(chain.from_iterable(documents), dtype=np.int32),
+        lengths=[len(document) for document in documents],
+        valid=[_is_valid(text, job.valid_fraction) for text in kept],
+        empty=len(texts) - len(kept),
+        problems=problems,
+        read=chunk.read,
+    )
 
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.tokenizer = load_tokenizer(job.tokenizer)
 
-    def encode(self, chunk: Chunk) -> _Encoded:
-        texts, problems, empty = [], [], 0
-        for number, line in enumerate(chunk.lines, chunk.first_line):
-            if not line.strip():
-                continue  # an empty line is no record
-            try:
-                text = text_of(line, self.job.field)
-            except ValueError as error:
-                problems.append(f"{chunk.file}:{number}: {error}")
-                continue
-            if text.strip():
-                texts.append(text)
-            else:
-                empty += 1
-        tokens: list[int] = []
-        lengths = []
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        for ids in self.tokenizer.encode(texts) if not problems else ():
-            tokens += [*bos, *ids, self.tokenizer.eos_id]
-            lengths.append(len(bos) + len(ids) + 1)
-        valid = [_is_valid(text, self.job.valid_fraction) for text in texts]
-        array = np.array(tokens, dtype=np.int32)
-        return _Encoded(array, lengths, valid, empty, problems, chunk.read)
+@lru_cache(maxsize=1)
+def _tokenizer(job: _Job) -> Tokenizer:
+    return load_tokenizer(job.tokenizer)
 
 
 def _is_valid(text: str, fraction: float) -> bool:
     """Whether a document is validation text: the same for every copy of it, everywhere."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-@lru_cache(maxsize=1)
-def _encoder(job: _Job) -> _Encoder:
-    return _Encoder(job)
-
-
-def _encode(job: _Job, chunk: Chunk) -> _Encoded:
-    return _encoder(job).encode(chunk)
 
 
 def _encode_all(
@@ -241,7 +228,7 @@ def _start_worker() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: _Progress) -> int:
+def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: tqdm) -> int:
     """Write all documents; the number of empty ones. Problems are gathered and raised together."""
     problems: list[str] = []
     empty = 0
@@ -251,10 +238,12 @@ def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: _P
             break
         empty += chunk.empty
         ends = np.cumsum(chunk.lengths, dtype=np.int64)
-        for end, length, valid in zip(ends, chunk.lengths, chunk.valid, strict=False):
+        for end, length, valid in zip(ends, chunk.lengths, chunk.valid, strict=True):
             # Without a split the only output is both the first and the last.
             writers[-1 if valid else 0].add(chunk.tokens[end - length : end])
-        shown.add(chunk.read, len(chunk.tokens))
+        tokens = sum(writer.tokens for writer in writers)
+        shown.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+        shown.update(chunk.read)
     if problems:
         found = problems[:MAX_PROBLEMS]
         lines = "line" if len(found) == 1 else "lines"
@@ -272,35 +261,10 @@ def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: _P
     return empty
 
 
-class _Progress:
+def _progress(size: int, shown: bool) -> tqdm:
     """Bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, size: int, shown: bool) -> None:
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=size, unit="B", unit_scale=True, disable=not (shown and terminal))
-        self._lines = shown and not terminal
-        self._size, self._read, self._tokens = size, 0, 0
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def add(self, read: int, tokens: int) -> None:
-        self._read += read
-        self._tokens += tokens
-        self._bar.update(read)
-        self._bar.set_postfix_str(f"{self._tokens:,} tokens", refresh=False)
-        now = time.monotonic()
-        if self._lines and now - self._said >= PROGRESS_SECONDS:
-            self._said = now
-            rate = self._tokens / (now - self._started)
-            left = (now - self._started) * max(self._size - self._read, 0) / max(self._read, 1)
-            print(
-                f"  {self._read / 1e6:,.1f} of {self._size / 1e6:,.1f} MB  "
-                f"{self._tokens:,} tokens  {rate:,.0f} tok/s  {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+    plain = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": "{l_bar}{r_bar}\n"}
+    style = {} if sys.stderr.isatty() else plain
+    return tqdm(
+        total=size, unit="B", unit_scale=True, leave=False, miniters=1, disable=not shown, **style
+    )

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -74,13 +72,14 @@ class TokenFileWriter:
     """
 
     def __init__(self, prefix: str, partial: Path, tokenizer: Tokenizer) -> None:
-        indexed = _indexed_dataset()
+        from megatron.core.datasets import indexed_dataset  # brings torch and takes seconds
+
         self.prefix = prefix
         self.documents = self.tokens = 0
         self._partial = str(partial / Path(prefix).name)
         self._tokenizer = tokenizer
-        dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder = indexed.IndexedDatasetBuilder(self._partial + ".bin", dtype=dtype)
+        dtype = indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size)
+        self._builder = indexed_dataset.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -96,17 +95,12 @@ class TokenFileWriter:
 
     def finish(self) -> None:
         """Write the index and the fingerprint."""
-        self._builder.finalize(self._partial + ".idx")
+        self._builder.finalize(f"{self._partial}.idx")
         known = self._tokenizer
         fingerprint = Fingerprint(
-            tokenizer_sha256=known.sha256,
-            vocab_size=known.vocab_size,
-            bos_id=known.bos_id,
-            eos_id=known.eos_id,
-            documents=self.documents,
-            tokens=self.tokens,
+            known.sha256, known.vocab_size, known.bos_id, known.eos_id, self.documents, self.tokens
         )
-        Path(self._partial + ".json").write_text(json.dumps(asdict(fingerprint), indent=2) + "\n")
+        Path(f"{self._partial}.json").write_text(json.dumps(asdict(fingerprint), indent=2) + "\n")
 
     def move(self, suffix: str) -> None:
         """Put one finished file in its place."""
@@ -127,11 +121,3 @@ def publish(writers: Sequence[TokenFileWriter]) -> None:
     for writer in writers:
         for suffix in (".idx", ".bin", ".json"):
             writer.move(suffix)
-
-
-def _indexed_dataset() -> Any:
-    """Megatron's module, imported here because it brings torch and takes seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset

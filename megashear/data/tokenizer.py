@@ -168,9 +168,11 @@ def save_for_transformers(model: Path, folder: Path) -> None:
 def _twin(processor: Any, special: dict[str, str]) -> Any:
     """A `tokenizers.Tokenizer` that does what a LLaMA-like sentencepiece model does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers.convert_slow_tokenizer import generate_merges
 
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-    merges = _merges(processor, vocabulary)
+    scores = {piece: processor.get_score(i) for piece, i in vocabulary.items()}
+    merges = generate_merges(vocabulary, scores)
     unknown, bos = special["unk_token"], special["bos_token"]
     twin = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -187,22 +189,3 @@ def _twin(processor: Any, special: dict[str, str]) -> Any:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
     )
     return twin
-
-
-def _merges(processor: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece out of two, best piece first: sentencepiece's order of merging."""
-    merges = []
-    for piece, number in vocabulary.items():
-        if (
-            processor.is_control(number)
-            or processor.is_byte(number)
-            or number == processor.unk_id()
-        ):
-            continue
-        parts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        score = processor.get_score(number)
-        merges += [
-            (-score, left, right) for left, right in parts if {left, right} <= vocabulary.keys()
-        ]
-    merges.sort(key=lambda merge: merge[0])
-    return [(left, right) for _, left, right in merges]
