@@ -7,10 +7,11 @@ Imports the standard library, yaml and `errors`; never torch, Megatron or `check
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -20,7 +21,7 @@ import yaml
 
 from megashear.config.schema import Domain, ModelShape, RunConfig
 from megashear.config.validate import problems
-from megashear.config.values import Faulty, Problem, Unreadable, show
+from megashear.config.values import Faulty, Problem, Unreadable, options, show
 from megashear.errors import ConfigError, ShearError
 
 DOMAINS_FILE = "domains.yaml"
@@ -83,12 +84,8 @@ def domains_to_yaml(domains: Sequence[Domain]) -> str:
 
 
 def _dump(tree: Any) -> str:
-    def plain(value: Any) -> Any:  # YAML knows lists, not tuples
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return yaml.safe_dump(plain(tree), sort_keys=False, width=100)
+    plain = json.loads(json.dumps(tree))  # YAML knows lists, not tuples
+    return yaml.safe_dump(plain, sort_keys=False, width=100)
 
 
 def _read_yaml(file: Path, path: str, found: list[Problem]) -> Any:
@@ -136,33 +133,33 @@ def _override(tree: Any, override: str, found: list[Problem]) -> Any:
     names = [name for name in re.split(r"[.\[\]]+", key.strip()) if name]
     try:
         if not equals or not names:
-            raise _NoOverride("is not of the form key.sub=value")
+            raise ValueError("is not of the form key.sub=value")
         return _put(tree, names, yaml.safe_load(text), "")
-    except _NoOverride as error:
-        found.append((override, str(error)))
     except yaml.YAMLError as error:
         found.append((override, f"its value is not YAML: {_one_line(error)}"))
+    except ValueError as error:
+        found.append((override, str(error)))
     return tree
 
 
-class _NoOverride(Exception):
-    """An override that fits nowhere; its text says why."""
-
-
 def _put(tree: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    """A copy of the tree with `value` at `names`; aliases of what is changed stay as they were."""
+    """A copy of the tree with `value` at `names`; aliases of what is changed stay as they were.
+
+    Raises:
+        ValueError: there is no such place in the tree.
+    """
     if not names:
         return value
     name, *rest = names
     if isinstance(tree, list):
         if not name.isdecimal() or int(name) >= len(tree):
             count = f"{len(tree)} item{'s' if len(tree) != 1 else ''}"
-            raise _NoOverride(f"{path} has {count}, and none is number {show(name)} (0 is first)")
+            raise ValueError(f"{path} has {count}, and none is number {show(name)} (0 is first)")
         index = int(name)
         inner = _put(tree[index], rest, value, f"{path}[{name}]")
         return [*tree[:index], inner, *tree[index + 1 :]]
     if tree is not None and not isinstance(tree, dict):
-        raise _NoOverride(f"{path} = {show(tree)} has no options of its own")
+        raise ValueError(f"{path} = {show(tree)} has no options of its own")
     tree = tree or {}
     return {**tree, name: _put(tree.get(name), rest, value, _join(path, name))}
 
@@ -201,13 +198,13 @@ def _read_section(cls: Any, raw: Any, path: str, found: list[Problem]) -> Any:
     if not isinstance(raw, dict):
         return _wrong("a mapping of options", raw, path, found)
     hints = get_type_hints(cls)
-    given = _options(cls, raw, path, found)
+    given = _known(cls, raw, path, found)
     values = {}
     for field in fields(cls):
         where = _join(path, field.name)
         if field.name in given:
             values[field.name] = _read(hints[field.name], given[field.name], where, found)
-        elif _required(field):
+        elif field.default is MISSING and field.default_factory is MISSING:
             found.append((where, f"is missing: expected {_EXPECTED[hints[field.name]]}"))
             values[field.name] = _FAULTY
     try:
@@ -216,41 +213,25 @@ def _read_section(cls: Any, raw: Any, path: str, found: list[Problem]) -> Any:
         return _FAULTY
 
 
-def _required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _options(cls: Any, raw: dict[Any, Any], path: str, found: list[Problem]) -> dict[str, Any]:
+def _known(cls: Any, raw: dict[Any, Any], path: str, found: list[Problem]) -> dict[str, Any]:
     """The known options of a mapping; a misspelt one is reported, and read as what was meant.
 
     So the checks that follow look at what the user wrote, and `wieght` makes one problem, not two.
     """
     names = [field.name for field in fields(cls)]
     given = {name: raw[name] for name in names if name in raw}
-    for key, value in raw.items():
-        if key in names:
-            continue
+    for key in [key for key in raw if key not in names]:
         close = get_close_matches(str(key), names, n=1)
-        elsewhere = [place for place in _places(RunConfig) if place.split(".")[-1] == key]
+        elsewhere = [place for place, _ in options(RunConfig) if place.split(".")[-1] == key]
         if close:
             hint = f"Did you mean {close[0]!r}?"
-            given.setdefault(close[0], value)
+            given.setdefault(close[0], raw[key])
         elif elsewhere:
             hint = f"Did you mean {elsewhere[0]!r}?"
         else:
             hint = f"Known here: {', '.join(names)}"
         found.append((_join(path, str(key)), f"unknown option. {hint}"))
     return given
-
-
-def _places(cls: Any) -> Iterator[str]:
-    """Dotted paths of all options below a dataclass, those of lists left out."""
-    for name, hint in get_type_hints(cls).items():
-        inner = next((arg for arg in (hint, *get_args(hint)) if is_dataclass(arg)), None)
-        if inner is None:
-            yield name
-        elif get_origin(hint) is not tuple:
-            yield from (f"{name}.{place}" for place in _places(inner))
 
 
 def _with_domains_from(config: RunConfig, found: list[Problem], check_files: bool) -> RunConfig:

@@ -27,6 +27,7 @@ from megashear.config.values import (
     either,
     field,
     given,
+    options,
     show,
 )
 
@@ -44,25 +45,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
-    ">= 1": (
-        *(f"model.{size}" for size in SIZES),
-        "model.vocab_size",
-        "model.max_position_embeddings",
-        *(f"target.{size}" for size in SIZES),
-        "data.seq_length",
-        "evaluation.interval",
-        "evaluation.batches_per_domain",
-        "trainer.steps",
-        "trainer.global_batch_size",
-        "trainer.micro_batch_size",
-        "trainer.log_interval",
-        "trainer.save_interval",
-        "trainer.keep_checkpoints",
-        "parallel.tensor",
-        "parallel.pipeline",
-        "parallel.virtual_pipeline",
-        "parallel.context",
-    ),
     ">= 0": (
         "model.num_query_groups",  # 0 stands for the default
         "model.kv_channels",
@@ -78,21 +60,12 @@ _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
         "optimizer.weight_decay",
         "trainer.seed",
     ),
-    "> 0": (
-        "model.rotary_base",
-        "model.layernorm_epsilon",
-        "target_sparsity",
-        "pruning.mask_lr",
-        "pruning.multiplier_lr",
-        "pruning.clip_grad",
-        "optimizer.lr",
-        "optimizer.adam_eps",
-        "optimizer.clip_grad",
-        "platform.timeout_minutes",
-    ),
     "<= 1": ("data.smoothing", "optimizer.min_lr_ratio"),
     "< 1": ("target_sparsity", "optimizer.adam_beta1", "optimizer.adam_beta2"),
 }
+_NUMBERS = {int: ">= 1", float: "> 0"}
+"""What holds for every number but those that may be 0."""
+
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -124,15 +97,19 @@ def problems(
 
 def _choices(run: Run) -> Iterator[Problem]:
     for path, value in given(run.config, CHOICES):
-        options = CHOICES[path]
-        if value not in options:
-            close = get_close_matches(value, options, n=1)
+        choices = CHOICES[path]
+        if value not in choices:
+            close = get_close_matches(value, choices, n=1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
-            yield path, f"= {show(value)} is no choice. {hint}Use {either(options)}"
+            yield path, f"= {show(value)} is no choice. {hint}Use {either(choices)}"
 
 
 def _bounds(run: Run) -> Iterator[Problem]:
-    for rule, paths in _BOUNDS.items():
+    bounded = {rule: list(paths) for rule, paths in _BOUNDS.items()}
+    for path, kind in options(RunConfig):
+        if kind in _NUMBERS and path not in _BOUNDS[">= 0"]:
+            bounded.setdefault(_NUMBERS[kind], []).append(path)
+    for rule, paths in bounded.items():
         sign, bound = rule.split()
         for path, value in given(run.config, paths):
             if not _COMPARE[sign](value, int(bound)):

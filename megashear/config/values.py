@@ -6,8 +6,8 @@ Imports the standard library and `schema` only; never torch or Megatron.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megashear.config.schema import ModelShape, RunConfig
 
@@ -63,6 +63,16 @@ def either(options: Sequence[object]) -> str:
     """`1, 2 or 4`."""
     *most, last = map(str, options)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def options(cls: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, type) of every option below a dataclass, those of lists left out."""
+    for name, hint in get_type_hints(cls).items():
+        kind = hint if get_origin(hint) is None else get_args(hint)[0]  # X | None
+        if not is_dataclass(kind):
+            yield above + name, kind
+        elif get_origin(hint) is not tuple:
+            yield from options(kind, f"{above}{name}.")
 
 
 def field(config: RunConfig, path: str) -> Any:
