@@ -7,6 +7,8 @@ waits for ever in a collective. The clocks of different machines are never compa
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
 import signal
@@ -64,6 +66,7 @@ def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Ite
     Raises:
         RankError: the connection to another rank is lost.
     """
+    _take_children_along()
     watchdog = _Watchdog(progress, 60 * timeout_minutes, speaks)
     try:
         yield
@@ -76,6 +79,17 @@ def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Ite
         raise
     finally:
         watchdog.close()
+
+
+@functools.cache
+def _take_children_along() -> None:
+    """What this process forks (readers of data, writers of checkpoints) ends with it.
+
+    They have its connections open too: as long as one lives, the other ranks do not see it end.
+    """
+    if sys.platform == "linux":
+        prctl, pdeathsig = ctypes.CDLL(None).prctl, 1
+        os.register_at_fork(after_in_child=lambda: prctl(pdeathsig, signal.SIGKILL))
 
 
 class _Watchdog:

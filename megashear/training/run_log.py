@@ -6,12 +6,13 @@ Every line of metrics.jsonl is a JSON object with `kind` (step or evaluation) an
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.manager import write_durably
+from megashear.checkpoint.whole import flush
 from megashear.console import table
 from megashear.errors import PlatformError
 
@@ -43,16 +44,23 @@ class RunLog:
         if not self.file.exists():
             return
         kept = []
-        for line in self.file.read_text().splitlines():
+        for line in self.file.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue  # a line cut by a crash belongs to a step that is done again
             if step is not None and record["step"] <= step:
                 kept.append(line + "\n")
-        partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.file)
+        write_durably(self.file, "".join(kept))
+
+    def flush(self) -> None:
+        """Make the records survive a crash of the machine, before a checkpoint does.
+
+        A run that is resumed from it makes those of later steps alone.
+        """
+        if self.writes:
+            flush(self.file)
+            flush(self.file.parent)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self.file.open("a") as stream:

@@ -329,8 +329,10 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether any rank got a signal: they come between different steps on different ranks."""
-        self._signal = self.platform.largest(self._signal)
-        return self._signal != 0
+        agreed = self.platform.largest(self._signal)
+        if agreed:  # else one that came meanwhile counts the next time
+            self._signal = agreed
+        return agreed != 0
 
 
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
