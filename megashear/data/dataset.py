@@ -11,9 +11,8 @@ import logging
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,19 +37,6 @@ VALIDATION_SEED = 0
 logging.getLogger(gpt_dataset.__name__).addFilter(
     lambda record: "path_to_cache is None" not in record.getMessage()
 )
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text."""
-
-    vocab_size: int
-    eod: int | None = None
-    pad: int = -1
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size}
 
 
 class DomainDataset(Dataset[dict[str, Tensor]]):
@@ -119,13 +105,17 @@ class DomainDataset(Dataset[dict[str, Tensor]]):
 
     def _build_epoch(self, epoch: int) -> GPTDataset:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
+        # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
+        tokenizer = SimpleNamespace(
+            vocab_size=self.vocab_size, eod=None, pad=-1, unique_identifiers={}
+        )
         config = GPTDatasetConfig(
             random_seed=int.from_bytes(key[:4], "little"),
             sequence_length=self.seq_length,
             blend=([self.prefix], None),
             split="1",
             path_to_cache="",  # none: Megatron's is not safe when many ranks build at once
-            tokenizer=_Vocabulary(self.vocab_size),
+            tokenizer=tokenizer,
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
@@ -154,7 +144,7 @@ class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
         self.members, self.mixture = list(members), mixture
         self._segments: tuple[Segment, ...] = ()  # the ones that _cursors was made for
         self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
-        self._blend: _Blend | None = None  # of the segment asked for last
+        self._blend = _Blend(())  # of the segment asked for last
         self._epochs: dict[int, int] = {}
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
@@ -190,7 +180,7 @@ class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
         self._segments = segments
 
     def _blend_of(self, segment: Segment) -> _Blend:
-        if self._blend is None or self._blend.weights != segment.weights:
+        if self._blend.weights != segment.weights:
             self._blend = _Blend(segment.weights)
         return self._blend
 
@@ -245,8 +235,9 @@ def build_train_dataset(
             training files were not all made by one tokenizer.
     """
     check_one_tokenizer([file for d in config.domains for file in (d.train, d.valid)])
-    prefixes = [domain.train for domain in config.domains]
-    return DynamicBlendedDataset(_open_all(config, prefixes, vocab_size, config.seed), mixture)
+    prefixes = {domain.name: domain.train for domain in config.domains}
+    members = _open_all(prefixes, config.seq_length, vocab_size, config.seed)
+    return DynamicBlendedDataset(members, mixture)
 
 
 def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, DomainDataset]:
@@ -255,26 +246,20 @@ def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, Domai
     Raises:
         DataError: names every file that is missing, damaged or too short.
     """
-    prefixes = [domain.valid for domain in config.domains]
-    members = _open_all(config, prefixes, vocab_size, VALIDATION_SEED)
+    prefixes = {domain.name: domain.valid for domain in config.domains}
+    members = _open_all(prefixes, config.seq_length, vocab_size, VALIDATION_SEED)
     return {member.name: member for member in members}
 
 
 def _open_all(
-    config: DataConfig, prefixes: Sequence[str], vocab_size: int, seed: int
+    prefixes: Mapping[str, str], seq_length: int, vocab_size: int, seed: int
 ) -> list[DomainDataset]:
+    """Every domain, by the file that its name stands for, numbered in their order."""
+    shared = {"seq_length": seq_length, "vocab_size": vocab_size, "seed": seed}
     members, problems = [], []
-    for number, (domain, prefix) in enumerate(zip(config.domains, prefixes, strict=True)):
+    for number, (name, prefix) in enumerate(prefixes.items()):
         try:
-            member = DomainDataset(
-                domain.name,
-                prefix,
-                seq_length=config.seq_length,
-                vocab_size=vocab_size,
-                seed=seed,
-                dataset_id=number,
-            )
-            members.append(member)
+            members.append(DomainDataset(name, prefix, **shared, dataset_id=number))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -300,10 +285,11 @@ def _open_tokens(prefix: str) -> IndexedDataset:
     if sequences == 0 or os.path.getsize(f"{prefix}.bin") == 0:
         raise DataError(f"{prefix}.bin holds no tokens: its domain needs text.")
     text = IndexedDataset(prefix)
+    found = os.path.getsize(f"{prefix}.bin")
     expected = int(text.sequence_lengths.sum(dtype=np.int64)) * np.dtype(text.index.dtype).itemsize
-    if os.path.getsize(f"{prefix}.bin") != expected:
+    if found != expected:
         raise DataError(
-            f"{prefix}.bin is {os.path.getsize(f'{prefix}.bin')} bytes long, but {prefix}.idx "
-            f"describes {expected}: the two are not of one run; tokenize again."
+            f"{prefix}.bin is {found} bytes long, but {prefix}.idx describes {expected}: the two "
+            "are not of one run; tokenize again."
         )
     return text
