@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
-from megashear.data.sampler import microbatch_samples
 from megashear.errors import DataError
 
 MicroBatch = dict[str, Tensor]
@@ -35,10 +34,9 @@ class TrainLoader:
         dataset: the blend.
         global_batch_size: sequences of a step over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
-        dp_rank: this rank's place among the data-parallel ranks.
-        dp_size: number of data-parallel ranks.
+        dp_rank: this rank, among `dp_size` data-parallel ones.
         num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
-        consumed_samples: where to begin: global samples that the run has taken before.
+        consumed_samples: global samples that the run has taken before.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class TrainLoader:
         self._step_batches = global_batch_size // (micro_batch_size * dp_size)
         self._consumed = self._limit = consumed_samples
         self._segments = dataset.mixture.segments
-        self._order = _Order(dataset, global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self._order = _Order(dataset, (global_batch_size, micro_batch_size, dp_rank, dp_size))
         self._order.steps = range(consumed_samples, consumed_samples, global_batch_size)
         self._loader: DataLoader[Any] | None = DataLoader(
             _Reader(dataset.members),
@@ -82,15 +80,13 @@ class TrainLoader:
         """
         self._limit = sample
 
-    def next_step(self, limit_samples: int | None = None) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step; `limit_samples` as in `fetch_until`.
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step.
 
         Raises:
             DataError: a token file does not fit the vocabulary.
         """
         assert self._loader is not None, "the loader is closed"
-        if limit_samples is not None:
-            self.fetch_until(limit_samples)
         if self._consumed == self._order.steps.stop:
             self._allow_steps(self._loader)
         assert self._mixture.segments is self._segments, (
@@ -134,17 +130,27 @@ def valid_microbatches(
     count = min(sequences, dataset.samples_per_epoch)
     across = micro_batch_size * dp_size * rounds
     filled = -(-count // across) * across
+    filling = {**dataset[0], "loss_mask": torch.zeros_like(dataset[0]["loss_mask"])}
     return [
-        default_collate([_sequence_or_filling(dataset, sample, count) for sample in samples])
+        default_collate([dataset[sample] if sample < count else filling for sample in samples])
         for samples in microbatch_samples(0, filled, micro_batch_size, dp_rank, dp_size)
     ]
 
 
-def _sequence_or_filling(dataset: DomainDataset, sample: int, count: int) -> dict[str, Tensor]:
-    if sample < count:
-        return dataset[sample]
-    filling = dataset[0]
-    return {**filling, "loss_mask": torch.zeros_like(filling["loss_mask"])}
+def microbatch_samples(
+    first_sample: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[list[int]]:
+    """Sample numbers of a rank's micro-batches in the step that begins at `first_sample`.
+
+    Micro-batch i of rank r takes `micro_batch_size` consecutive samples from
+    `first_sample + (i * dp_size + r) * micro_batch_size` on, so the ranks together take exactly the
+    global batch, whatever their number.
+    """
+    across = micro_batch_size * dp_size
+    assert global_batch_size % across == 0, "global batch is not a whole number of micro-batches"
+    mine = first_sample + dp_rank * micro_batch_size
+    starts = range(mine, first_sample + global_batch_size, across)
+    return [list(range(start, start + micro_batch_size)) for start in starts]
 
 
 class _Order:
@@ -154,16 +160,8 @@ class _Order:
         steps: the first global sample of each step.
     """
 
-    def __init__(
-        self,
-        dataset: DynamicBlendedDataset,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-    ) -> None:
-        self._dataset = dataset
-        self._sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
+    def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
+        self._dataset, self._sizes = dataset, sizes
         self.steps = range(0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

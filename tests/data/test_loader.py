@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
-from megashear.data.loader import TrainLoader, valid_microbatches
+from megashear.data.loader import TrainLoader, microbatch_samples, valid_microbatches
 from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.distributed import run_distributed
@@ -92,7 +92,9 @@ def read_stream(
             for blend in blends:
                 blend.mixture.update(position, LOSSES[position // INTERVAL % 2])
         evaluation = (position // INTERVAL + 1) * INTERVAL
-        steps = [loader.next_step(evaluation) for loader in loaders]
+        for loader in loaders:
+            loader.fetch_until(evaluation)
+        steps = [loader.next_step() for loader in loaders]
         assert {loader.consumed_samples for loader in loaders} == {position + batch}
         for round_of_ranks in zip(*steps, strict=True):
             for micro_batch in round_of_ranks:
@@ -123,6 +125,21 @@ def test_a_resume_goes_on_exactly_on_another_layout(
 ) -> None:
     read = read_stream(prefixes, start, 240, micro=micro, ranks=ranks, workers=workers)
     assert read == expected_stream(prefixes, 240)[start:]
+
+
+@pytest.mark.parametrize(
+    ("micro", "ranks"), [(1, 1), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1), (8, 3), (24, 1)]
+)
+def test_the_ranks_take_each_sample_of_the_global_batch_once(micro: int, ranks: int) -> None:
+    taken = [microbatch_samples(96, 24, micro, rank, ranks) for rank in range(ranks)]
+    assert sorted(n for rank in taken for batch in rank for n in batch) == list(range(96, 120))
+    assert {len(batch) for rank in taken for batch in rank} == {micro}
+    assert {len(rank) for rank in taken} == {24 // (micro * ranks)}
+
+
+def test_micro_batch_i_of_all_ranks_comes_before_micro_batch_i_plus_1() -> None:
+    assert microbatch_samples(100, 8, 2, 0, 2) == [[100, 101], [104, 105]]
+    assert microbatch_samples(100, 8, 2, 1, 2) == [[102, 103], [106, 107]]
 
 
 def make_loader(blend: DynamicBlendedDataset, workers: int, start: int = 0) -> TrainLoader:
@@ -199,7 +216,8 @@ def test_the_random_state_of_the_run_is_left_alone(prefixes: list[str], workers:
 
 def test_closing_ends_the_workers(prefixes: list[str]) -> None:
     loader = make_loader(make_blend(prefixes), workers=2)
-    loader.next_step(400)
+    loader.fetch_until(400)
+    loader.next_step()
     assert len(multiprocessing.active_children()) == 2
     loader.close()
     loader.close()
@@ -213,7 +231,8 @@ def test_signals_to_the_whole_job_do_not_end_workers_but_their_parent_can(
 ) -> None:
     blend = make_blend(prefixes)
     loader = make_loader(blend, workers=1)
-    stream = samples_of(loader.next_step(400)[0])
+    loader.fetch_until(400)
+    stream = samples_of(loader.next_step()[0])
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     for number in ("INT", "TERM", "USR1"):  # from another process, as a scheduler does
@@ -239,9 +258,10 @@ def beside_gloo(prefixes: list[str]) -> list[list[int]]:
         dp_size=2,
         num_workers=2,
     )
+    loader.fetch_until(48)
     steps = []
     for _ in range(6):
-        batches = loader.next_step(48)
+        batches = loader.next_step()
         gathered = [torch.empty_like(batches[0]["tokens"]) for _ in range(2)]
         for batch in batches:
             dist.all_gather(gathered, batch["tokens"])
