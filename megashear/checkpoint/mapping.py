@@ -8,7 +8,6 @@ What config.json says is the matter of `hf_config`. Imports neither Megatron nor
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,30 +22,21 @@ _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class Weights(ABC):
-    """One parameter and the Hugging Face tensors it consists of; `*` stands for the layer."""
+class Weights:
+    """One parameter and the Hugging Face tensors it consists of; `*` stands for the layer.
+
+    Here it is the same tensor on both sides.
+    """
 
     name: str
     hf_names: tuple[str, ...]
 
-    @abstractmethod
     def join(self, shape: ModelShape, parts: Sequence[Tensor]) -> Tensor:
         """The parameter made of its tensors."""
-
-    @abstractmethod
-    def split(self, shape: ModelShape, whole: Tensor) -> Sequence[Tensor]:
-        """The tensors that the parameter is made of."""
-
-
-class Direct(Weights):
-    """The same tensor on both sides."""
-
-    def join(self, shape: ModelShape, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor."""
         return parts[0]
 
     def split(self, shape: ModelShape, whole: Tensor) -> Sequence[Tensor]:
-        """The tensor."""
+        """The tensors that the parameter is made of."""
         return (whole,)
 
 
@@ -85,21 +75,15 @@ def _layer(weights: type[Weights], name: str, *hf_names: str) -> Weights:
 
 
 LLAMA_WEIGHTS: tuple[Weights, ...] = (
-    Direct("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    _layer(Direct, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm"),
-    _layer(
-        QKV,
-        "self_attention.linear_qkv.weight",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-    ),
-    _layer(Direct, "self_attention.linear_proj.weight", "self_attn.o_proj"),
-    _layer(Direct, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
+    Weights("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    _layer(Weights, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm"),
+    _layer(QKV, "self_attention.linear_qkv.weight", *(f"self_attn.{n}_proj" for n in "qkv")),
+    _layer(Weights, "self_attention.linear_proj.weight", "self_attn.o_proj"),
+    _layer(Weights, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
     _layer(GatedMLP, "mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj"),
-    _layer(Direct, "mlp.linear_fc2.weight", "mlp.down_proj"),
-    Direct("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Direct("output_layer.weight", ("lm_head.weight",)),
+    _layer(Weights, "mlp.linear_fc2.weight", "mlp.down_proj"),
+    Weights("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Weights("output_layer.weight", ("lm_head.weight",)),
 )
 
 
@@ -136,10 +120,10 @@ FAMILIES = {family.architecture: family for family in (LLAMA,)}
 
 def _find(name: str, family: Family) -> tuple[Weights, list[str]]:
     """The mapping of a parameter, and its Hugging Face names with the layer written out."""
-    layers = _LAYER_NUMBER.findall(name)
+    layer = "".join(_LAYER_NUMBER.findall(name))
     pattern = _LAYER_NUMBER.sub("*", name)
     weights = next(weights for weights in family.weights if weights.name == pattern)
-    return weights, [hf.replace("*", "".join(layers)) for hf in weights.hf_names]
+    return weights, [hf_name.replace("*", layer) for hf_name in weights.hf_names]
 
 
 def to_megatron(
@@ -160,10 +144,8 @@ def to_hf(
 
 def hf_tensors(shape: ModelShape, family: Family = LLAMA) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face model."""
-    return {
-        hf_name: tuple(part.shape)
-        for row in table(shape)
-        for hf_name, part in to_hf(
-            shape, row.name, torch.empty(row.shape(), dtype=torch.uint8, device="meta"), family
-        )
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in table(shape):
+        whole = torch.empty(row.shape(), device="meta")
+        shapes |= {name: tuple(p.shape) for name, p in to_hf(shape, row.name, whole, family)}
+    return shapes

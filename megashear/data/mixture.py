@@ -16,9 +16,6 @@ import numpy as np
 from megashear.config.schema import DataConfig
 from megashear.errors import CheckpointError, DataError
 
-CONSTANT = "constant"
-"""The rule that never moves a weight, and so needs neither losses nor references."""
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -41,13 +38,11 @@ def updated_weights(
 
     The gap is `max(loss - reference, 0)` under rule `paper` (algorithm 1), and `loss - reference`
     under `reference_code`; losses and references are in nats per token. Smoothing moves the share
-    `smoothing` of the whole evenly to all domains. Rule `constant` returns the weights.
+    `smoothing` of the whole evenly to all domains.
 
     Raises:
         DataError: losses or references are missing or not finite; every such domain is named.
     """
-    if rule == CONSTANT:
-        return tuple(weights)
     problems = [
         f"  {name}: {what} is {values.get(name, 'missing')}"
         for what, values in (("validation loss", losses), ("reference loss", references))
@@ -99,14 +94,8 @@ class Mixture:
         """The mixture at the start of a run; domains without a reference loss have none here."""
         domains = config.domains
         references = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
-        return cls(
-            names=[domain.name for domain in domains],
-            weights=[domain.weight for domain in domains],
-            references=references,
-            rule=config.rule,
-            eta=config.eta,
-            smoothing=config.smoothing,
-        )
+        names, weights = [d.name for d in domains], [d.weight for d in domains]
+        return cls(names, weights, references, config.rule, config.eta, config.smoothing)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -119,8 +108,8 @@ class Mixture:
         Raises:
             DataError: as `updated_weights`; no segment is added.
         """
-        if self.rule == CONSTANT:
-            return
+        if self.rule == "constant":
+            return  # and so it needs neither losses nor references
         last = self.segments[-1]
         assert first_sample >= last.first_sample, "weights cannot be changed for samples drawn"
         weights = updated_weights(
