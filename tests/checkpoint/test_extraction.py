@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megashear.checkpoint import sharded, stream, writing
+from megashear.checkpoint import checksums, sharded, stream, writing
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.checkpoint.sharded import WeightsReader
@@ -138,6 +138,7 @@ def save_big(directory: Path) -> None:
     platform.barrier()
     state = sharded.without_extra_state(chunks[0].sharded_state_dict())
     writing.save(state, directory / "run" / "model")
+    checksums.seal(directory / "run", {})
     parallel.stop()
 
 
