@@ -48,6 +48,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 VOCABULARIES = {"tokenizer.model", "tokenizer.json", "vocab.json"}
+NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError)
 """What the libraries raise for files that are missing, truncated, or not what they say."""
@@ -236,8 +237,6 @@ def write_huggingface(
     *,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
     card: str | None = None,
     max_shard_bytes: int = 2**30,
     overwrite: bool = False,
@@ -250,8 +249,6 @@ def write_huggingface(
         weights: every tensor of `table(shape)`, under its name; one at a time is held.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
         tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
-        bos_token_id: of the tokenizer; by default what its directory tells.
-        eos_token_id: the same.
         card: text of README.md.
         max_shard_bytes: size that no file exceeds unless one tensor does.
         overwrite: whether a model that is there is replaced.
@@ -262,11 +259,7 @@ def write_huggingface(
     """
     config = hf_config(shape)
     with whole_directory(directory, marker="config.json", overwrite=overwrite) as partial:
-        told = _copy_tokenizer(Path(tokenizer), partial) if tokenizer is not None else (None, None)
-        ids = {
-            "bos_token_id": told[0] if bos_token_id is None else bos_token_id,
-            "eos_token_id": told[1] if eos_token_id is None else eos_token_id,
-        }
+        ids = NO_IDS if tokenizer is None else _copy_tokenizer(Path(tokenizer), partial)
         kept = None if dtype is None else getattr(torch, dtype)
         tensors = _hf_tensors_of(shape, weights, kept)
         config["torch_dtype"] = _write_shards(partial, tensors, max_shard_bytes)
@@ -279,7 +272,7 @@ def write_huggingface(
     return Path(directory)
 
 
-def _copy_tokenizer(tokenizer: Path, directory: Path) -> tuple[Any, ...]:
+def _copy_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
     """Copy a tokenizer's files; returns its bos and eos ids as far as they are told there."""
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
@@ -293,15 +286,16 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> tuple[Any, ...]:
         shutil.copyfile(file, directory / name)
     if (source / "config.json").is_file():
         config = read_json(source / "config.json")
-        return config.get("bos_token_id"), config.get("eos_token_id")
+        return {key: config.get(key) for key in NO_IDS}
     if "tokenizer.model" not in files:
-        return None, None
+        return NO_IDS
     try:
         processor = SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
     except (OSError, RuntimeError) as error:
         text = f"{files['tokenizer.model']}: not a sentencepiece model: {error}"
         raise CheckpointError(text) from None
-    return tuple(i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
+    return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
 def _hf_tensors_of(
@@ -326,37 +320,35 @@ def _write_shards(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> str:
     """Write tensors as files of bounded size, with an index if need be; returns their type."""
-    shards: list[list[str]] = []
-    waiting: dict[str, Tensor] = {}
+    home: dict[str, int] = {}
     dtypes: set[torch.dtype] = set()
-    size = total = 0
-
-    def write() -> None:
-        save_file(waiting, directory / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(waiting))
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if waiting and size + tensor.nbytes > max_shard_bytes:
-            write()
-            size = 0
-        waiting[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-        dtypes.add(tensor.dtype)
-    write()
-    _name_shards(directory, shards, total)
+    total = count = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        save_file(shard, directory / f"{count}.part", metadata={"format": "pt"})
+        home |= dict.fromkeys(shard, count)
+        dtypes |= {tensor.dtype for tensor in shard.values()}
+        total += sum(tensor.nbytes for tensor in shard.values())
+        count += 1
+        shard.clear()  # before the next one is gathered
+    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    files = files if count > 1 else [SINGLE[0]]
+    for number, file in enumerate(files):
+        (directory / f"{number}.part").rename(directory / file)
+    if count > 1:
+        weight_map = {name: files[number] for name, number in home.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDICES[0], index)
     return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
-def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (directory / "0.part").rename(directory / SINGLE[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.part").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / INDICES[0], index)
+def _shards(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors in groups of at most so many bytes, but for one that is larger alone."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

@@ -126,16 +126,20 @@ def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.jso
     Raises:
         CheckpointError: listing everything in it that is missing, impossible or not understood.
     """
-    family = family_of(config, source)
+    defaults = family_of(config, source).defaults
+    config = {key: value for key, value in config.items() if value is not None}
+    settings = {**defaults, **config}
     problems: list[str] = []
     shape = ModelShape(
-        **_sizes(config, family, problems),
-        rotary_base=_rotary_base(config, family, problems),
-        layernorm_epsilon=_positive(_value(config, NORM, family), NORM, problems),
-        tied_embeddings=_flag(_value(config, TIED, family), TIED, problems),
+        **_sizes(settings, problems),
+        rotary_base=_rotary_base(config, defaults[THETA], problems),
+        layernorm_epsilon=_positive(settings[NORM], NORM, problems),
+        tied_embeddings=settings[TIED],
         qkv_bias=False,  # the keys that would say so are refused
         qk_norm=False,
     )
+    if not isinstance(shape.tied_embeddings, bool):
+        problems.append(f"{TIED} = {shape.tied_embeddings!r} must be true or false")
     problems += _not_understood(config)
     if not problems:
         problems += _impossible(shape)
@@ -162,11 +166,11 @@ def family_of(config: Mapping[str, Any], source: object = "config.json") -> Fami
     refuse(source, [f"{text}; supported: {', '.join(FAMILIES)}"])
 
 
-def _sizes(config: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, int]:
+def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, int]:
     """The fields of the shape that are sizes; a wrong one stands as 1 and is in `problems`."""
-    sizes = {}
+    sizes = dict.fromkeys(SIZES, 1)
     for field, key in SIZES.items():
-        value = _value(config, key, family)
+        value = settings.get(key)
         largest = 2**31 if key == "max_position_embeddings" else LARGEST
         if value is None and key in DERIVED:
             sizes[field] = 0  # the shape derives it
@@ -176,13 +180,7 @@ def _sizes(config: Mapping[str, Any], family: Family, problems: list[str]) -> di
             problems.append(f"{key} = {value!r} must be a whole number from 1 to {largest}")
         else:
             sizes[field] = value
-    return {field: sizes.get(field, 1) for field in SIZES}
-
-
-def _value(config: Mapping[str, Any], key: str, family: Family) -> Any:
-    """The value of a key; for one that is left out or null, what transformers takes."""
-    value = config.get(key)
-    return family.defaults.get(key) if value is None else value
+    return sizes
 
 
 def _positive(value: Any, path: str, problems: list[str]) -> float:
@@ -192,15 +190,9 @@ def _positive(value: Any, path: str, problems: list[str]) -> float:
     return float(value)
 
 
-def _flag(value: Any, path: str, problems: list[str]) -> bool:
-    if not isinstance(value, bool):
-        problems.append(f"{path} = {value!r} must be true or false")
-    return value is True
-
-
-def _rotary_base(config: Mapping[str, Any], family: Family, problems: list[str]) -> float:
+def _rotary_base(config: Mapping[str, Any], default: float, problems: list[str]) -> float:
     """The base of plain rotary embeddings, from the form of transformers 5 or the older one."""
-    places: dict[str, Any] = {THETA: config.get(THETA)}
+    places = {THETA: config.get(THETA)}
     for key in NESTED:
         settings = config.get(key) or {}
         if not isinstance(settings, dict):
@@ -220,7 +212,7 @@ def _rotary_base(config: Mapping[str, Any], family: Family, problems: list[str])
     if len(set(bases.values())) > 1 or all(config.get(key) for key in NESTED):
         given = ", ".join(f"{path} = {base:g}" for path, base in bases.items())
         problems.append(f"the rotary embedding is given more than once: {given}; keep one")
-    return next(iter(bases.values()), float(family.defaults[THETA]))
+    return next(iter(bases.values()), default)
 
 
 def _not_understood(config: Mapping[str, Any]) -> list[str]:
@@ -275,6 +267,4 @@ def hf_config(shape: ModelShape, family: Family = LLAMA) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
     }

@@ -349,14 +349,13 @@ def weights(**changes: Tensor | None) -> Iterator[tuple[str, Tensor]]:
 
 def test_result_is_an_ordinary_directory(tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
-    write_huggingface(out, SHAPE, weights(), card="# mine\n", bos_token_id=1, eos_token_id=2)
+    write_huggingface(out, SHAPE, weights(), card="# mine\n")
     assert {path.name for path in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md"
     }  # fmt: skip
     assert (out / "README.md").read_text() == "# mine\n"
-    model = load(out)
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
-    assert model.generation_config.eos_token_id == 2
+    config = load(out).config
+    assert config.bos_token_id is config.eos_token_id is None  # and not LLaMA's
     (tmp_path / "ordinary").touch()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (*out.iterdir(), tmp_path / "ordinary")}
     assert len(modes) == 1  # others may read it where they may read what this user writes
@@ -506,6 +505,9 @@ def test_special_tokens_of_the_source_model_are_kept(model: Path, tmp_path: Path
     (model / "tokenizer.json").write_text("{}")
     change_config(model, bos_token_id=5, eos_token_id=[6, 7])
     write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
+    loaded = load(tmp_path / "out")
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (5, [6, 7])
+    assert loaded.generation_config.eos_token_id == [6, 7]
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (5, [6, 7])
 
