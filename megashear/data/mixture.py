@@ -68,11 +68,8 @@ def updated_weights(
 class Mixture:
     """The blend of domains over the run: a rule, and the segments that it has led to so far.
 
-    Every rank keeps its own copy and must be given the same losses, bit for bit.
-
-    Attributes:
-        names: domains in the order of the configuration; a domain's `dataset_id` is its position.
-        segments: weights by first sample, ascending; replaced as a whole when it changes.
+    Every rank keeps its own copy and must be given the same losses, bit for bit. A domain's
+    `dataset_id` is its position in `names`. `segments` ascend, and are replaced as a whole.
     """
 
     def __init__(
