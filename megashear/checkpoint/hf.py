@@ -58,12 +58,7 @@ Found = dict[str, tuple[Path, tuple[int, ...], str]]
 
 
 class HuggingFaceReader:
-    """Reads the weights of a Hugging Face directory, in the table's names and layouts.
-
-    Attributes:
-        directory: where the model lies.
-        config: its config.json.
-        shape: of the model.
+    """Reads a Hugging Face directory: `shape` and weights, in the table's names and layouts.
 
     Raises:
         CheckpointError: config.json or the index of the weights is missing, damaged or refused.
@@ -72,9 +67,9 @@ class HuggingFaceReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         file = self.directory / "config.json"
-        self.config = read_json(file)
-        self.family = family_of(self.config, file)
-        self.shape = shape_from_hf_config(self.config, file)
+        config = read_json(file)
+        self.family = family_of(config, file)
+        self.shape = shape_from_hf_config(config, file)
         self._index = _read_index(self.directory)
 
     def check(self) -> None:
@@ -140,17 +135,17 @@ class HuggingFaceReader:
         return tensor
 
 
-def _read_index(directory: Path) -> dict[str, str | None]:
-    """File name of each tensor; where one file holds all, that file under the name ''."""
+def _read_index(directory: Path) -> dict[str, str] | str:
+    """The file of each tensor, or the one that holds all."""
     for single, index in zip(SINGLE, INDICES, strict=True):  # the order in which transformers looks
         if (directory / single).is_file():
-            return {"": single}
+            return single
         if (directory / index).is_file():
             return _checked_index(directory / index)
     raise CheckpointError(f"{directory}: no weights (none of {', '.join(SINGLE + INDICES)})")
 
 
-def _checked_index(file: Path) -> dict[str, str | None]:
+def _checked_index(file: Path) -> dict[str, str]:
     """The index, all of whose files lie beside it and are of its own kind."""
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -166,11 +161,11 @@ def _checked_index(file: Path) -> dict[str, str | None]:
     return names
 
 
-def _scan(directory: Path, index: Mapping[str, str | None]) -> tuple[Found, list[str]]:
+def _scan(directory: Path, index: Mapping[str, str] | str) -> tuple[Found, list[str]]:
     """What the files hold, and where that is not what the index says."""
     found: Found = {}
     problems = []
-    for name in sorted({str(name) for name in index.values()}):
+    for name in [index] if isinstance(index, str) else sorted(set(index.values())):
         file = directory / name
         try:
             held = _describe(file)
@@ -182,9 +177,9 @@ def _scan(directory: Path, index: Mapping[str, str | None]) -> tuple[Found, list
             if tensor.endswith("rotary_emb.inv_freq"):
                 continue  # follows from rope_theta; old releases of transformers wrote it
             found[tensor] = (file, shape, dtype)
-            if "" not in index and index.get(tensor) != name:
+            if not isinstance(index, str) and index.get(tensor) != name:
                 problems.append(f"{tensor} is in {name}, but the index does not say so")
-        if "" not in index:
+        if not isinstance(index, str):
             lost = [tensor for tensor, home in index.items() if home == name and tensor not in held]
             problems += [f"{tensor} is not in {name}, where the index has it" for tensor in lost]
     return found, problems
@@ -241,17 +236,17 @@ def write_huggingface(
     max_shard_bytes: int = 2**30,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model as transformers loads it.
+    """Write a model as transformers loads it; what is there is replaced only with `overwrite`.
 
     Args:
         directory: where it is to lie.
         shape: of the model.
-        weights: every tensor of `table(shape)`, under its name; one at a time is held.
+        weights: every tensor of `table(shape)`, under its name; one file's worth is held.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
         tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
         card: text of README.md.
         max_shard_bytes: size that no file exceeds unless one tensor does.
-        overwrite: whether a model that is there is replaced.
+        overwrite: as for `whole_directory`.
 
     Raises:
         CheckpointError: the weights do not fit the shape or are not finite, transformers cannot

@@ -89,19 +89,12 @@ LLAMA_WEIGHTS: tuple[Weights, ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share an architecture's code in transformers.
+    """Models that share an architecture's code in transformers."""
 
-    Attributes:
-        architecture: the class in transformers.
-        model_type: its name in `model_type`.
-        defaults: what transformers takes for a key that config.json leaves out.
-        weights: the mapping of every parameter.
-    """
-
-    architecture: str
+    architecture: str  # the class in transformers
     model_type: str
-    defaults: Mapping[str, Any]
-    weights: tuple[Weights, ...]
+    defaults: Mapping[str, Any]  # what transformers takes for a key that config.json leaves out
+    weights: tuple[Weights, ...]  # of every parameter
 
 
 LLAMA = Family(

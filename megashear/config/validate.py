@@ -76,13 +76,10 @@ def problems(
     *,
     check_files: bool = True,
 ) -> list[Problem]:
-    """Every rule that the configuration breaks, in the order of the checks.
+    """Every rule that the configuration breaks, in the order of the checks; arguments as in `Run`.
 
-    Args:
-        config: the run; fields that could not be read hold a `Faulty`.
-        source: shape of the model at `init_from`; what needs it is left out where it is None.
-        world_size: processes of the run; what needs it is left out where it is None.
-        check_files: whether data files and checkpoints have to be there.
+    Fields that could not be read hold a `Faulty`. What needs `source` or `world_size` is left out
+    where that is None.
     """
     run = Run(config, source, world_size, check_files)
     found: list[Problem] = []

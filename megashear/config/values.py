@@ -44,7 +44,7 @@ class Run:
     config: RunConfig
     source: ModelShape | None  # the shape at init_from, where it is known
     world_size: int | None  # processes of the run, where they are known
-    check_files: bool
+    check_files: bool  # whether data files and checkpoints have to be there
 
 
 Check = Callable[[Run], Iterator[Problem]]

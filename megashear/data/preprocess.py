@@ -28,22 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from megashear.data.jsonl import Chunk, find_inputs, read_chunks, text_of
-from megashear.data.token_files import SUFFIXES, TokenFileWriter, publish
+from megashear.data.token_files import SUFFIXES, TokenFile, publish
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError, PlatformError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
 MAX_PROBLEMS = 20
 LINE_SECONDS = 5.0  # between lines of progress, where there is no terminal for a bar
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """One pair of files that was written: PREFIX.bin and PREFIX.idx."""
-
-    prefix: str
-    documents: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,8 @@ def tokenize_files(
             of the text decides, so copies of a document are never on both sides. None: only PREFIX.
         field: name of the text in each record.
         workers: processes; None takes as many as the CPUs and the size of the input warrant.
-        overwrite: replace existing files.
-        progress: show it on stderr.
+        overwrite: whether existing files are replaced.
+        progress: whether it is shown on stderr.
 
     Raises:
         DataError: a problem of the input, the tokenizer or the output; nothing is written then.
@@ -119,7 +110,7 @@ def tokenize_files(
         with ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder))
             encoded = stack.enter_context(closing(_encode_all(chunks, job, workers)))
-            writers = [TokenFileWriter(prefix, Path(name), vocabulary) for prefix in prefixes]
+            writers = [TokenFile(prefix, Path(name), vocabulary) for prefix in prefixes]
             for writer in writers:
                 stack.enter_context(writer)
             shown = stack.enter_context(_progress(size, progress))
@@ -129,8 +120,7 @@ def tokenize_files(
             seconds = time.monotonic() - started
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror or error}") from error
-    written = tuple(TokenFile(w.prefix, w.documents, w.tokens) for w in writers)
-    return TokenizeReport(written, empty, seconds)
+    return TokenizeReport(tuple(writers), empty, seconds)
 
 
 def _check_output(output: str, valid_fraction: float | None, overwrite: bool) -> list[str]:
@@ -228,7 +218,7 @@ def _start_worker() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _fill(writers: list[TokenFileWriter], encoded: Iterable[_Encoded], shown: tqdm) -> int:
+def _fill(writers: list[TokenFile], encoded: Iterable[_Encoded], shown: tqdm) -> int:
     """Write all documents; the number of empty ones. Problems are gathered and raised together."""
     problems: list[str] = []
     empty = 0

@@ -65,10 +65,15 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
         )
 
 
-class TokenFileWriter:
-    """Writes one set of token files in a folder beside their place, until `publish` moves them.
+class TokenFile:
+    """One set of token files, written in a folder beside their place until `publish` moves them.
 
     As a context manager it closes its file; what was not published is the caller's to delete.
+
+    Attributes:
+        prefix: of their place.
+        documents: written so far.
+        tokens: in these.
     """
 
     def __init__(self, prefix: str, partial: Path, tokenizer: Tokenizer) -> None:
@@ -81,7 +86,7 @@ class TokenFileWriter:
         dtype = indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size)
         self._builder = indexed_dataset.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
 
-    def __enter__(self) -> TokenFileWriter:
+    def __enter__(self) -> TokenFile:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -107,17 +112,17 @@ class TokenFileWriter:
         os.replace(self._partial + suffix, self.prefix + suffix)
 
 
-def publish(writers: Sequence[TokenFileWriter]) -> None:
+def publish(files: Sequence[TokenFile]) -> None:
     """Finish all files, then move them to their places.
 
     Killed at any point, this leaves no .bin without .idx, no .idx beside another run's .bin, and
     PREFIX.json only where all of PREFIX is in place.
     """
-    for writer in writers:
-        writer.finish()
-    for writer in writers:
+    for file in files:
+        file.finish()
+    for file in files:
         for suffix in (".json", ".bin"):
-            Path(writer.prefix + suffix).unlink(missing_ok=True)
-    for writer in writers:
+            Path(file.prefix + suffix).unlink(missing_ok=True)
+    for file in files:
         for suffix in (".idx", ".bin", ".json"):
-            writer.move(suffix)
+            file.move(suffix)

@@ -13,14 +13,9 @@ from megashear.training.step import run_microbatches
 
 
 class Evaluator:
-    """Measures a model on a bounded part of every domain's validation text.
+    """Measures a model on the first `sequences` of every domain's validation text.
 
-    Args:
-        datasets: validation data by domain.
-        sequences: sequences of each to use, at most.
-        micro_batch_size: sequences of one forward pass on one rank.
-        platform: where to compute.
-        rounds: micro-batches of a rank come in multiples of this (interleaved pipeline stages).
+    Micro-batches of a rank come in multiples of `rounds` (interleaved pipeline stages).
     """
 
     def __init__(
