@@ -1,12 +1,16 @@
-"""Small random LLaMA models made and saved by transformers itself."""
+"""Small random LLaMA models made, saved and loaded by transformers itself, and changed on disk."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -50,3 +54,33 @@ def tokens_of(model: LlamaForCausalLM, batch: int = 2, length: int = 17) -> torc
     """int64 [batch, length]: random tokens of its vocabulary."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+def load_llama(directory: Path) -> LlamaForCausalLM:
+    """The model in transformers, which must find every weight and no other."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    assert isinstance(model, LlamaForCausalLM)
+    return model.eval()
+
+
+def assert_same_tensors(model: LlamaForCausalLM, other: LlamaForCausalLM) -> None:
+    """Both have the same tensors, bit for bit, in the same order."""
+    expected, found = model.state_dict(), other.state_dict()
+    assert list(expected) == list(found)
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Rewrite model.safetensors after a change of its tensors."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Rewrite config.json with other settings."""
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
