@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megashear.config.schema import ParallelConfig, PlatformConfig
-from megashear.errors import PlatformError
+from megashear.errors import PlatformError, RankError
 from megashear.platform import cuda
 from megashear.platform.kernels import choose_kernels
 from megashear.platform.random_states import seed_all
-from megashear.platform.watchdog import GRACE_MINUTES, Progress, watching
+from megashear.platform.watchdog import GRACE_MINUTES, Progress, is_lost_connection, watching
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
 
     Raises:
         PlatformError: what the configuration asks for is not here.
+        RankError: other processes do not come, until a minute after the time-out.
     """
     device = choose_device(config)
     layers = choose_layers(config, device)
@@ -207,18 +208,24 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
     from megatron.core import parallel_state
 
     timeout_minutes = config.timeout_minutes + GRACE_MINUTES
-    if not dist.is_initialized():
-        _join(device, datetime.timedelta(minutes=timeout_minutes))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        ),
-        context_parallel_size=parallel.context,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_minutes,
-    )
+    try:
+        if not dist.is_initialized():
+            _join(device, datetime.timedelta(minutes=timeout_minutes))
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    except Exception as error:
+        if is_lost_connection(error):
+            what = f"rank {launched_rank()}: the {world_size()} processes did not come together"
+            raise RankError(f"{what}: {str(error).splitlines()[0]}") from error
+        raise
     seed_all(seed, dist.get_rank())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers, kernels)

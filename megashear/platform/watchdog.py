@@ -54,6 +54,11 @@ class Progress:
             self.changed.set()
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error is what torch says of another rank that is not there (any more)."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 @contextmanager
 def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Iterator[None]:
     """Name the rank that is behind and end the process, if the block makes no progress for so long.
@@ -71,7 +76,7 @@ def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Ite
     try:
         yield
     except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        if is_lost_connection(error):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher: the message comes first
             watchdog.left = ""
             raise RankError(watchdog.judge("a process of the run is lost")) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 
 from megashear.config.schema import (
@@ -28,6 +29,7 @@ from megashear.config.schema import (
     TrainerConfig,
 )
 from megashear.console import FAILED, run
+from megashear.errors import RankError
 from megashear.platform import parallel
 from megashear.training import trainer as trainer_module
 from megashear.training.trainer import Trainer
@@ -257,6 +259,22 @@ def test_error_of_one_rank_is_named_by_the_others(runs: dict[str, Ranks]) -> Non
     assert "ended at step 3 in micro-batches: MemoryError: no memory is left" in runs["fails"].said(
         0
     )
+
+
+def come_alone() -> str:
+    """Rank 0 of 2, without the other."""
+    parallel.GRACE_MINUTES = 0.0
+    with pytest.raises(RankError) as error:
+        parallel.start(PlatformConfig(device="cpu", timeout_minutes=0.02), ParallelConfig(), seed=0)
+    return str(error.value)
+
+
+def test_rank_that_never_comes_is_an_error(tmp_path: Path) -> None:
+    arguments = (come_alone, 2, _free_port(), str(tmp_path), ())
+    mp.start_processes(_on_rank, args=arguments, nprocs=1, start_method="fork")
+    message = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert message.startswith("rank 0: the 2 processes did not come together: Timed out")
+    assert "1/2 clients joined" in message
 
 
 @pytest.mark.parametrize("name", ["slow", "suspended"])
