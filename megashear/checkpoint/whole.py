@@ -23,13 +23,8 @@ def whole_directory(
     """Give a directory to write into; when the block ends well, it takes the name `directory`.
 
     It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C too)
-    removes it and leaves what was there before.
-
-    Args:
-        directory: where the result is to lie; an empty directory may be there.
-        marker: file by which a former result is known; nothing else is ever overwritten.
-        overwrite: whether a former result is replaced.
-        parts: directories that a result has; one with others in it is not overwritten.
+    removes it and leaves what was there before. An empty directory may be there; with `overwrite`,
+    a former result, which is known by a file `marker` and holds no directories but `parts`.
 
     Raises:
         CheckpointError: something is there that may not be replaced, or writing failed.

@@ -39,15 +39,10 @@ def load_config(
     world_size: int | None = None,
     check_files: bool = True,
 ) -> RunConfig:
-    """The run that a YAML file describes, checked as a whole.
+    """The run that a YAML file describes, checked as a whole; see `problems`.
 
-    Args:
-        path: the YAML file.
-        overrides: `key.sub=value`, the value in YAML; `data.domains.0.weight=0.5` for a list.
-        source_shape: reads the shape of the model at `init_from`; without it, nothing that
-            compares with the source model is checked.
-        world_size: processes of the run; without it, nothing that depends on it is checked.
-        check_files: whether data files and checkpoints have to be there.
+    Overrides are `key.sub=value`, the value in YAML; `data.domains.0.weight=0.5` for a list.
+    `source_shape` reads the shape of the model at `init_from`.
 
     Raises:
         ConfigError: with every problem that the file and the overrides have.
@@ -96,7 +91,7 @@ def _read_yaml(file: Path, path: str, found: list[Problem]) -> Any:
         return yaml.safe_load(text)
     except FileNotFoundError:
         problem = "does not exist"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a date that there is not is a ValueError
         problem = f"cannot be read: {error}"
     except yaml.YAMLError as error:
         problem = f"is not YAML: {_one_line(error)}"

@@ -65,7 +65,7 @@ class DomainDataset(Dataset[dict[str, Tensor]]):
         seq_length: int,
         vocab_size: int,
         seed: int,
-        dataset_id: int = 0,
+        dataset_id: int,
     ) -> None:
         self.name, self.prefix, self.dataset_id = name, prefix, dataset_id
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed

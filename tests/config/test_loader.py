@@ -132,6 +132,7 @@ def test_one_wrong_value_makes_one_problem(override: str, path: str, words: list
         ("data.domains.cc.weight=0.5", ["data.domains has 2 items", "'cc'"]),
         ("data.seq_length.x=5", ["data.seq_length = 128 has no options"]),
         ("trainer.steps=[1", ["not YAML"]),
+        ("trainer.steps=2024-13-01", ["month must be in 1..12"]),
     ],
 )
 def test_an_override_that_fits_nowhere(override: str, words: list[str]) -> None:
@@ -211,6 +212,7 @@ def test_a_key_given_twice() -> None:
         (b"stage: [", "is not YAML"),
         (b"stage: \xff\xfe", "cannot be read"),
         (b"a: 1\n\x00", "is not YAML"),
+        (b"a: 2024-13-01", "cannot be read: month must be in"),
         (b"!!python/object/apply:os.getcwd []", "is not YAML"),
         (b"- a\n- b", "expected a mapping"),
         (b"just text", "expected a mapping"),
