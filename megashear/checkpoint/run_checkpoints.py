@@ -116,8 +116,11 @@ class CheckpointManager:
         if self._saving is None:
             return None
         saving, self._saving = self._saving, None
+        mark = self.platform.progress.mark
         with self._removed_on_failure(saving.partial):
+            mark("writing of a checkpoint")
             sums = saving.writing.finish()
+            mark("sealing of a checkpoint")
             known = {str(file.relative_to(saving.partial)): sum for file, sum in sums.items()}
             checksums.seal(saving.partial, known)
             on_first_process(lambda: self._publish(saving.partial, saving.final))

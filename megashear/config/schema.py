@@ -159,7 +159,7 @@ class PlatformConfig:
     layers: str = "auto"  # auto | torch | transformer_engine
     kernels: str = "auto"  # auto | torch | apex
     precision: str = "auto"  # auto (bf16 on cuda, fp32 on cpu) | fp32 | bf16
-    timeout_minutes: float = 10.0  # after which a collective that does not end is an error
+    timeout_minutes: float = 10.0  # without progress: more than a load or a save takes
 
 
 @dataclass(frozen=True)
