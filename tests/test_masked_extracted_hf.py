@@ -16,7 +16,8 @@ from torch import Tensor
 from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.hf import write_huggingface
-from megashear.checkpoint.manager import CheckpointInfo, load_weights, write_model
+from megashear.checkpoint.load import load_weights
+from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ModelShape, ParallelConfig
 from megashear.errors import CheckpointError

@@ -116,7 +116,7 @@ def write_weights(
 
 
 def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> list[Iterable[T]]:
-    """What each process writes between agreements, equally often: a file, or in the end the rest."""
+    """What a process writes between agreements, equally often on all: a file, at last the rest."""
     rounds = ceil(len(set(home.values())) / dist.get_world_size())
     counts = list(Counter(home[name] for name in mine).values())[: rounds - 1]
     stream = iter(weights)

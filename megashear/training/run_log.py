@@ -58,7 +58,7 @@ class RunLog:
 
         A run that is resumed from it makes those of later steps alone.
         """
-        if self.writes:
+        if self.writes and self.file.exists():  # not before the first record
             flush(self.file)
             flush(self.file.parent)
 
