@@ -25,7 +25,7 @@ Checksum = dict[str, Any]
 def checksum(file: Path) -> Checksum:
     """Size and hash of a file."""
     digest, size = hashlib.sha256(), 0
-    block = memoryview(bytearray(2**20))
+    block = memoryview(bytearray(2**18))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):
             digest.update(block[:count])

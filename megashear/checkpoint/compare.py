@@ -15,8 +15,7 @@ from torch import Tensor
 from megashear.checkpoint.extraction import read_pruned
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.load import fill_from_reader
-from megashear.checkpoint.manager import is_huggingface, read_info
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.manager import is_huggingface, open_weights, read_info
 from megashear.config.schema import ParallelConfig
 from megashear.errors import CheckpointError
 from megashear.model.build import build_model
@@ -132,8 +131,7 @@ def megatron_logits(path: Path, tokens: Tensor) -> Tensor:
     with single_process() as platform:
         chunks = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1])
         model = chunks[0].eval()
-        reader = WeightsReader(info.model_directory, info.shape)
-        fill_from_reader(chunks, reader.read, platform)
+        fill_from_reader(chunks, open_weights(info).read, platform)
         masked: AbstractContextManager[None] = nullcontext()
         if info.stage == "prune":
             pruned = read_pruned(info.directory)

@@ -9,8 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megashear.checkpoint.hf import VOCABULARIES, HuggingFaceReader, write_huggingface
-from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.manager import CheckpointInfo, open_weights, write_model
 from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
@@ -81,7 +80,7 @@ def export_huggingface(
             "for, and other architectures cannot be written yet. Use it as a Megatron checkpoint"
         )
     with single_process():
-        reader = WeightsReader(info.model_directory, info.shape)
+        reader = open_weights(info)
         return write_huggingface(
             out,
             info.shape,

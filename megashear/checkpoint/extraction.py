@@ -10,9 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megashear.checkpoint.checksums import verify
 from megashear.checkpoint.convert import shown
-from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.manager import (
+    INFO,
+    MASKS,
+    CheckpointInfo,
+    open_weights,
+    read_info,
+    write_model,
+)
 from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import QUERY_GROUP
 from megashear.console import table as text_table
@@ -57,11 +64,12 @@ def read_pruned(path: Path) -> PrunedRun:
         CheckpointError: there is none, or it is not of a pruning run, or it is damaged.
     """
     info = read_info(path)
-    file = info.directory / "masks.safetensors"
+    file = info.directory / MASKS
     if info.stage != "prune":
         raise CheckpointError(
             f"{info.directory} is of stage {info.stage}: there are no masks in it"
         )
+    verify(info.directory, INFO, MASKS)
     config = yaml.safe_load(info.config or "{}")
     head_unit = config.get("pruning", {}).get("head_unit", QUERY_GROUP)
     masks = Masks(info.shape, info.target, head_unit)
@@ -113,7 +121,6 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
     info, z = pruned.info, pruned.z
     head_unit = pruned.masks.head_unit
     shape = uniform_shape(info.shape, z, head_unit)
-    reader = WeightsReader(info.model_directory, info.shape)
     dense = CheckpointInfo(
         shape=shape,
         stage="extracted",
@@ -125,7 +132,7 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
     )
     with processes():
         names = share(shape)
-        weights = extract(info.shape, z, reader.read, head_unit, names)
+        weights = extract(info.shape, z, open_weights(info).read, head_unit, names)
         return write_model(
             out, dense, shown(weights, "extracting", len(names)), overwrite=overwrite
         )

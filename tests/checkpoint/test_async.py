@@ -1,0 +1,233 @@
+"""Saving beside training: the same files as when the run waits, and nothing half-written counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megashear.checkpoint import writing
+from megashear.checkpoint.checksums import damage
+from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.config.schema import ParallelConfig, RunConfig
+from megashear.errors import CheckpointError
+from megashear.platform import parallel
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.reference_llama import random_weights
+from tests.runs import GQA, TARGETS, run_config, write_domains
+
+
+def write_source(directory: Path) -> None:
+    info = CheckpointInfo(shape=GQA, stage="imported")
+    write_model(directory / "source", info, random_weights(GQA, seed=0).items())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """Six steps of pruning on two ranks, saved every second step, beside training."""
+    run_distributed(write_source, 1, tmp_path)
+    config = run_config(
+        tmp_path,
+        write_domains(tmp_path),
+        stage="prune",
+        init_from=str(tmp_path / "source"),
+        target=TARGETS[GQA],
+        parallel=ParallelConfig(distributed_optimizer=True),
+    )
+    trainer = replace(config.trainer, save_interval=2, keep_checkpoints=3, async_save=True)
+    return replace(config, trainer=trainer)
+
+
+def train(config: RunConfig) -> list[str]:
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    told: list[str] = []
+    trainer.log.say = told.append  # type: ignore[method-assign]
+    trainer.run()
+    parallel.stop()
+    return told
+
+
+def checkpoint(config: RunConfig, step: int) -> Path:
+    return Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def test_the_files_are_those_of_a_save_that_is_waited_for(config: RunConfig) -> None:
+    waited = replace(config.trainer, async_save=False)
+    waiting = replace(config, run_dir=config.run_dir + "-waiting", trainer=waited)
+    for each in (config, waiting):
+        told = run_distributed(train, 2, each)[0]
+        saved = [text for text in told if text.startswith("saved ")]
+        assert saved == [f"saved {checkpoint(each, step)}" for step in (2, 4, 6)]
+        assert read_info(each.run_dir).step == 6
+    for step in (2, 4, 6):
+        ours, theirs = (
+            json.loads((checkpoint(each, step) / "checksums.json").read_text())
+            for each in (config, waiting)
+        )
+        assert damage(checkpoint(config, step)) == []
+        assert ours.keys() == theirs.keys()
+        tensors = [name for name in ours if name.endswith((".distcp", ".safetensors"))]
+        assert len([name for name in tensors if name.startswith("optimizer/__1_")]) > 0
+        for name in tensors:
+            assert ours[name] == theirs[name], name
+
+
+def gated(config: RunConfig, directory: Path) -> list[tuple[int, list[str]]]:
+    """A run whose first save cannot be written before step 4 has been trained.
+
+    Returns what checkpoints there are after each step.
+    """
+    gate, write = directory / "gate", writing._write
+
+    def write_behind_the_gate(*arguments: Any) -> None:
+        deadline = time.monotonic() + 60
+        while not gate.exists():
+            assert time.monotonic() < deadline, "the run waited for the save"
+            time.sleep(0.01)
+        write(*arguments)
+
+    writing._write = write_behind_the_gate
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    step, found = trainer.train_step, []
+
+    def step_and_look() -> None:
+        step()
+        names = sorted(path.name for path in trainer.checkpoints.directory.glob("*"))
+        found.append((trainer.step, names))
+        if trainer.step == 4 and platform.rank == 0:
+            gate.touch()
+
+    trainer.train_step = step_and_look  # type: ignore[method-assign]
+    trainer.run()
+    parallel.stop()
+    return found
+
+
+def test_training_goes_on_while_it_writes_and_nothing_has_its_name_before(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    config = replace(config, trainer=replace(config.trainer, save_interval=3))
+    config = replace(config, trainer=replace(config.trainer, steps=8))
+    for found in run_distributed(gated, 2, config, tmp_path):
+        seen = dict(found)
+        assert seen[4] == [".step-00000003.partial"]  # and training was at step 4
+    assert [damage(checkpoint(config, step)) for step in (3, 6, 8)] == [[], [], []]
+    info = read_info(checkpoint(config, 3))
+    assert info.step == 3
+    again = replace(config, trainer=replace(config.trainer, async_save=False))
+    again = replace(again, run_dir=config.run_dir + "-waiting")
+    run_distributed(train, 2, again)
+    for name in ("model/__0_0.distcp", "optimizer/__1_0.distcp", "masks.safetensors"):
+        ours, theirs = (
+            json.loads((checkpoint(each, 3) / "checksums.json").read_text())[name]
+            for each in (config, again)
+        )
+        assert ours == theirs, name  # the state of step 3, though written after step 4
+
+
+def failing(config: RunConfig, how: str) -> tuple[str, int]:
+    """What a run says whose rank 1 cannot write its tensors at step 2; and the step it got to."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    write = writing._write
+
+    def write_in_vain(*arguments: Any) -> None:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        write(*arguments)
+
+    if platform.rank == 1:
+        writing._write = write_in_vain
+    try:
+        trainer.run()
+    except CheckpointError as error:
+        return str(error), trainer.step
+    finally:
+        trainer.loader.close()
+        parallel.stop()
+    return "", trainer.step
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("full", "File too large"), ("killed", "ended with status -9")]
+)
+def test_a_write_that_fails_is_an_error_of_the_run_on_all_ranks(
+    how: str, said: str, config: RunConfig
+) -> None:
+    for message, step in run_distributed(failing, 2, config, how):
+        assert ".step-00000002.partial: cannot be written: " in message
+        assert said in message
+        assert 2 <= step <= 4
+    assert list((Path(config.run_dir) / "checkpoints").iterdir()) == []
+
+
+def stop_by_signal(config: RunConfig) -> tuple[int, list[str]]:
+    """A run that gets a signal in step 2, at whose end it saves."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    step = trainer.train_step
+
+    def step_with_signal() -> None:
+        step()
+        if trainer.step == 2 and platform.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = step_with_signal  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.run()
+    parallel.stop()
+    return trainer.step, sorted(path.name for path in trainer.checkpoints.directory.iterdir())
+
+
+def test_a_run_that_is_ended_by_a_signal_waits_for_its_save(config: RunConfig) -> None:
+    for found in run_distributed(stop_by_signal, 2, config):
+        assert found == (2, ["latest", "step-00000002"])
+
+
+def draws(config: RunConfig, until: int) -> list[Any]:
+    """What each random generator of a rank gives next after a step, where it saves."""
+    from megatron.core import tensor_parallel
+
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    while trainer.step < until:
+        trainer.train_step()
+        random.random(), np.random.normal(), torch.rand(platform.rank + 1)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            torch.rand(1)
+    if until > 0:
+        trainer.save()
+        trainer.checkpoints.finish()
+    trainer.loader.close()
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    found = [random.random(), np.random.normal(), torch.rand(1).item(), tracked]
+    parallel.stop()
+    return found
+
+
+def test_random_states_go_on_in_the_same_layout_and_are_seeded_in_another(
+    config: RunConfig,
+) -> None:
+    saved = run_distributed(draws, 2, config, 2)
+    resumed = run_distributed(draws, 2, config, 0)
+    assert resumed == saved
+    assert saved[0][:2] != saved[1][:2]  # Python's and numpy's differ between ranks
+    other = replace(config, parallel=ParallelConfig(tensor=2))
+    reseeded = run_distributed(draws, 2, other, 0)
+    assert reseeded == run_distributed(draws, 2, other, 0)
+    assert all(ours != theirs for ours, theirs in zip(reseeded, saved, strict=True))

@@ -1,0 +1,215 @@
+"""Damaged checkpoints: each file that is cut, lost or changed is named.
+
+The run goes on from the newest whole checkpoint; with none it does not begin again unasked.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megashear.checkpoint.checksums import damage
+from megashear.checkpoint.convert import export_huggingface
+from megashear.checkpoint.extraction import read_pruned
+from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.config.schema import ParallelConfig, RunConfig
+from megashear.errors import CheckpointError, ShearError
+from megashear.platform import parallel
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.reference_llama import random_weights
+from tests.runs import GQA, TARGETS, run_config, write_domains
+
+
+def write_source(directory: Path) -> None:
+    info = CheckpointInfo(shape=GQA, stage="imported")
+    write_model(directory / "source", info, random_weights(GQA, seed=0).items())
+
+
+def train(config: RunConfig, steps: int | None) -> dict[str, Any]:
+    """Where a run began, or why it did not; it trains to the end, or some steps without saving."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    try:
+        trainer = Trainer(config, platform)
+        began = trainer.step
+        if steps is None:
+            trainer.run()
+        else:
+            for _ in range(steps):
+                trainer.train_step()
+        trainer.loader.close()
+        return {"began": began, **trainer.objective.state()}
+    except ShearError as error:
+        return {"error": str(error)}
+    finally:
+        parallel.stop()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    """A run of six steps with checkpoints at 2, 4 and 6, and its end; two ranks wrote it."""
+    directory = tmp_path_factory.mktemp("finished")
+    run_distributed(write_source, 1, directory)
+    config = run_config(
+        directory,
+        write_domains(directory),
+        stage="prune",
+        init_from=str(directory / "source"),
+        target=TARGETS[GQA],
+        parallel=ParallelConfig(tensor=2),
+    )
+    trainer = replace(config.trainer, save_interval=2, keep_checkpoints=3)
+    config = replace(config, trainer=trainer)
+    return config, run_distributed(train, 2, config, None)[0]
+
+
+@pytest.fixture
+def run(finished: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> RunConfig:
+    """A copy of that run, to be damaged."""
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    return replace(config, run_dir=str(tmp_path / "run"))
+
+
+def checkpoint(config: RunConfig, step: int) -> Path:
+    return Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def steps_recorded(config: RunConfig) -> list[int]:
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    """One bit, anywhere."""
+    content = bytearray(file.read_bytes())
+    content[random.Random(file.name).randrange(len(content))] ^= 8
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (cut, "bytes instead of"),
+    "gone": (Path.unlink, "missing"),
+    "flipped": (flip, "its content has changed"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_to_any_file_is_named(run: RunConfig, what: str) -> None:
+    """All at once: by the number of damaged files none is overlooked."""
+    directory = checkpoint(run, 6)
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    names = {str(file.relative_to(directory)) for file in files} - {"checksums.json"}
+    assert {"checkpoint.json", "masks.safetensors", "model/.metadata"} < names
+    assert {"random/rank-00000.safetensors", "random/rank-00001.safetensors"} < names
+    assert damage(directory) == []
+    make, said = DAMAGE[what]
+    for name in names:
+        make(directory / name)
+    lines = dict(line.split(": ", 1) for line in damage(directory))
+    assert lines.keys() == names
+    assert all(said in line for line in lines.values())
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("model/__1_0.distcp", "flipped"),
+        ("optimizer/.metadata", "cut"),
+        ("masks.safetensors", "gone"),
+        ("checkpoint.json", "flipped"),
+        ("checksums.json", "gone"),
+        ("checksums.json", "cut"),
+    ],
+)
+def test_the_run_goes_on_from_the_newest_whole_one_and_says_so(
+    file: str,
+    what: str,
+    run: RunConfig,
+    finished: tuple[RunConfig, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    DAMAGE[what][0](checkpoint(run, 6) / file)
+    found = run_distributed(train, 2, run, 1)
+    assert [rank["began"] for rank in found] == [4, 4]
+    told = capfd.readouterr().err
+    assert f"{checkpoint(run, 6)}: damaged:\n  {file}: " in told
+    assert f"Going on from the newest whole checkpoint, {checkpoint(run, 4)}" in told
+    assert steps_recorded(run) == [1, 2, 3, 4, 5]
+    assert checkpoint(run, 6).is_dir()  # left, to be looked at
+    found = run_distributed(train, 2, run, None)
+    assert [rank["began"] for rank in found] == [4, 4]
+    assert steps_recorded(run) == [1, 2, 3, 4, 5, 6]
+    assert damage(checkpoint(run, 6)) == []  # replaced
+    for name, value in finished[1].items():
+        assert name == "began" or torch.equal(found[0][name], value), name
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"\xff\xfe\x00"])
+def test_without_a_good_latest_the_run_goes_on_from_the_newest_whole_one(
+    content: bytes | None, run: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    latest = checkpoint(run, 6).with_name("latest")
+    latest.unlink()
+    if content is not None:
+        latest.write_bytes(content)
+    cut(checkpoint(run, 6) / "model" / ".metadata")
+    assert run_distributed(train, 2, run, 0)[0]["began"] == 4
+    told = capfd.readouterr().err
+    assert f"{latest}: " in told
+    assert "model/.metadata: " in told
+
+
+def test_with_no_whole_checkpoint_a_run_does_not_begin_again(run: RunConfig) -> None:
+    for step in (2, 4, 6):
+        flip(checkpoint(run, step) / "model" / "__0_0.distcp")
+    before = (Path(run.run_dir) / "metrics.jsonl").read_bytes()
+    for found in run_distributed(train, 2, run, 0):
+        for step in (2, 4, 6):
+            assert f"{checkpoint(run, step)}: damaged:\n  model/__0_0.distcp" in found["error"]
+        assert "No checkpoint in" in found["error"]
+        assert "remove that directory to begin the run again" in found["error"]
+    shutil.rmtree(checkpoint(run, 6).parent)
+    checkpoint(run, 6).parent.mkdir()
+    checkpoint(run, 6).with_name("latest").write_text("step-00000006\n")
+    for found in run_distributed(train, 2, run, 0):
+        assert "names step-00000006, which is not there" in found["error"]
+    assert (Path(run.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_damage_before_the_directory_took_its_name_is_no_matter(run: RunConfig) -> None:
+    """Killed while it saved step 8, and between the rename of step 6 and `latest`."""
+    checkpoint(run, 6).with_name("latest").write_text("step-00000004\n")
+    checkpoint(run, 8).with_name(".step-00000008.partial").mkdir()
+    assert run_distributed(train, 2, run, 0)[0]["began"] == 4
+
+
+def test_tools_and_later_stages_name_the_damage(run: RunConfig, tmp_path: Path) -> None:
+    flip(checkpoint(run, 6) / "masks.safetensors")
+    with pytest.raises(CheckpointError, match=r"damaged:\n  masks.safetensors: its content"):
+        read_pruned(Path(run.run_dir))
+    run_distributed(write_source, 1, tmp_path)
+    flip(tmp_path / "source" / "model" / "__0_1.distcp")
+    for message in run_distributed(refusals, 2, tmp_path / "source", run, tmp_path):
+        assert message.count("source: damaged:\n  model/__0_1.distcp: its content") == 1, message
+    with pytest.raises(CheckpointError, match=r"model/__0_1.distcp: its content"):
+        export_huggingface(read_info(tmp_path / "source"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def refusals(source: Path, config: RunConfig, directory: Path) -> str:
+    """Why a run from a damaged source does not begin."""
+    config = replace(config, init_from=str(source), run_dir=str(directory / "new"))
+    return str(train(config, 0)["error"])
