@@ -50,16 +50,12 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Plain text in aligned columns, two spaces apart; a column of numbers stands to the right."""
     body = [[str(cell) for cell in row] for row in rows]
     lines = ([list(header)] if header else []) + body
-    columns = [
-        _aligned(list(column), right=bool(body) and all(map(_is_number, column[-len(body) :])))
-        for column in zip(*lines, strict=True)
-    ]
+    columns = []
+    for column in zip(*lines, strict=True):
+        numbers = bool(body) and all(map(_is_number, column[-len(body) :]))
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def _aligned(column: list[str], right: bool) -> list[str]:
-    width = max(map(len, column))
-    return [cell.rjust(width) if right else cell.ljust(width) for cell in column]
 
 
 def _is_number(cell: str) -> bool:

@@ -36,7 +36,7 @@ class TrainLoader:
         micro_batch_size: sequences of one forward pass on one rank.
         dp_rank: this rank, among `dp_size` data-parallel ones.
         num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
-        consumed_samples: global samples that the run has taken before.
+        consumed_samples: global samples that the run has taken before; then also by its steps.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TrainLoader:
         self._mixture = dataset.mixture
         self._step_samples = global_batch_size
         self._step_batches = global_batch_size // (micro_batch_size * dp_size)
-        self._consumed = self._limit = consumed_samples
+        self.consumed_samples = self._limit = consumed_samples
         self._segments = dataset.mixture.segments
         self._order = _Order(dataset, (global_batch_size, micro_batch_size, dp_rank, dp_size))
         self._order.steps = range(consumed_samples, consumed_samples, global_batch_size)
@@ -67,11 +67,6 @@ class TrainLoader:
             generator=torch.Generator(),  # else it would draw from the run's random state
         )
         self._batches: Iterator[Any] = iter(())
-
-    @property
-    def consumed_samples(self) -> int:
-        """Global samples taken by the steps so far, over all ranks."""
-        return self._consumed
 
     def fetch_until(self, sample: int) -> None:
         """Allow fetching ahead of steps that end at or before `sample`: the next evaluation.
@@ -87,17 +82,17 @@ class TrainLoader:
             DataError: a token file does not fit the vocabulary.
         """
         assert self._loader is not None, "the loader is closed"
-        if self._consumed == self._order.steps.stop:
+        if self.consumed_samples == self._order.steps.stop:
             self._allow_steps(self._loader)
         assert self._mixture.segments is self._segments, (
-            f"weights changed at sample {self._consumed} of the steps {self._order.steps} that "
-            "fetch_until allowed"
+            f"weights changed at sample {self.consumed_samples} of the steps {self._order.steps} "
+            "that fetch_until allowed"
         )
         batches = [next(self._batches) for _ in range(self._step_batches)]
         for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-        self._consumed += self._step_samples
+        self.consumed_samples += self._step_samples
         return batches
 
     def close(self) -> None:
@@ -106,9 +101,9 @@ class TrainLoader:
 
     def _allow_steps(self, loader: DataLoader[Any]) -> None:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
-        steps = max(1, (self._limit - self._consumed) // self._step_samples)
-        stop = self._consumed + steps * self._step_samples
-        self._order.steps = range(self._consumed, stop, self._step_samples)
+        steps = max(1, (self._limit - self.consumed_samples) // self._step_samples)
+        stop = self.consumed_samples + steps * self._step_samples
+        self._order.steps = range(self.consumed_samples, stop, self._step_samples)
         self._segments = self._mixture.segments
         self._batches = iter(loader)
 

@@ -110,9 +110,8 @@ def tokenize_files(
         with ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder))
             encoded = stack.enter_context(closing(_encode_all(chunks, job, workers)))
-            writers = [TokenFile(prefix, Path(name), vocabulary) for prefix in prefixes]
-            for writer in writers:
-                stack.enter_context(writer)
+            partial = [TokenFile(prefix, Path(name), vocabulary) for prefix in prefixes]
+            writers = [stack.enter_context(closing(file)) for file in partial]
             shown = stack.enter_context(_progress(size, progress))
             started = time.monotonic()
             empty = _fill(writers, encoded, shown)

@@ -68,7 +68,7 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
 class TokenFile:
     """One set of token files, written in a folder beside their place until `publish` moves them.
 
-    As a context manager it closes its file; what was not published is the caller's to delete.
+    What was not published is the caller's to delete, after `close`.
 
     Attributes:
         prefix: of their place.
@@ -86,17 +86,15 @@ class TokenFile:
         dtype = indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size)
         self._builder = indexed_dataset.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
 
-    def __enter__(self) -> TokenFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._builder.data_file.close()
-
     def add(self, tokens: np.ndarray) -> None:
         """Append one document."""
         self._builder.add_document(tokens, [len(tokens)])
         self.documents += 1
         self.tokens += len(tokens)
+
+    def close(self) -> None:
+        """Close what is open; harmless when repeated."""
+        self._builder.data_file.close()
 
     def finish(self) -> None:
         """Write the index and the fingerprint."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megashear.data.dataset import DomainDataset
-from megashear.data.loader import MicroBatch, valid_microbatches
+from megashear.data.loader import valid_microbatches
 from megashear.errors import DataError
 from megashear.platform.parallel import Platform
 from megashear.training.step import run_microbatches
@@ -28,7 +28,7 @@ class Evaluator:
     ) -> None:
         self.platform = platform
         place = (platform.data_rank, platform.data_size, rounds)
-        self._batches: dict[str, list[MicroBatch]] = {
+        self._batches = {
             name: valid_microbatches(dataset, sequences, micro_batch_size, *place)
             for name, dataset in datasets.items()
         }
