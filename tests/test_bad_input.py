@@ -46,7 +46,7 @@ EXPECTED = {
     "target.num_attention_heads": "= 2 is not divisible by parallel.tensor = 5",
     "init_from": "is a model whose num_attention_heads = 4 is not divisible by parallel.tensor = 5",
     "data.rule": "= 'papers'",
-    "data.seq_length": "= 17 is not divisible by parallel.tensor = 5",
+    "data.seq_length": "= 17 is not divisible by 5, which parallel.tensor = 5 with sequence needs",
     "data.domains": "weights sum to 0.98; they must sum to 1",
     "data.domains[0].valid": "= 'nowhere': no file nowhere.bin or nowhere.idx",
     "data.domains[1].train": "Leave the suffix away",

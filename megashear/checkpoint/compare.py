@@ -27,20 +27,15 @@ from megashear.platform.parallel import single_process
 class LogitsDifference:
     """How far the logits of one model are from another's, over the same tokens.
 
-    Attributes:
-        max_abs: largest difference.
-        mean_abs: mean of the absolute differences.
-        scale: standard deviation of the first model's logits within a token, which unlike their
-            size does not change when a constant is added that no probability depends on.
-        kl_per_token: Kullback-Leibler divergence of the second from the first, nats per token.
-        top1_agreement: share of tokens after which both find the same token likeliest.
+    `scale` is the standard deviation of the first model's logits within a token, which unlike their
+    size does not change when a constant is added that no probability depends on.
     """
 
     max_abs: float
     mean_abs: float
     scale: float
-    kl_per_token: float
-    top1_agreement: float
+    kl_per_token: float  # Kullback-Leibler divergence of the second from the first, nats
+    top1_agreement: float  # share of tokens after which both find the same token likeliest
 
     @property
     def relative(self) -> float:
@@ -83,9 +78,7 @@ def logits_difference(a: Tensor, b: Tensor) -> LogitsDifference:
 def logits(path: str | Path, tokens: Tensor) -> Tensor:
     """Logits [b, s, vocab] of int64 tokens [b, s], in fp32 on the CPU, of the model at a path.
 
-    Args:
-        path: Hugging Face directory, checkpoint or run.
-        tokens: of its vocabulary.
+    The path is of a Hugging Face directory, a checkpoint or a run.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -104,18 +97,16 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
     import transformers
 
     HuggingFaceReader(directory).check()
-    key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         str(directory),
         output_loading_info=True,
         local_files_only=True,
         trust_remote_code=False,
-        **{key: torch.float32},
     )
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in info.items() if names]
     if wrong:
         raise CheckpointError(f"{directory}: transformers reports {'; '.join(wrong)}")
-    model.eval()
+    model.float().eval()
     return torch.cat([model(row[None]).logits for row in tokens])
 
 
