@@ -31,6 +31,7 @@ import megashear
 from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.whole import flush
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 
@@ -182,10 +183,19 @@ def open_weights(info: CheckpointInfo) -> sharded.WeightsReader:
 
 
 def write_durably(file: Path, text: str) -> None:
-    """Write a small file so that after a crash it is there whole or as it was before."""
+    """Write a small file so that after a crash it is there whole or as it was before.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk).
+    """
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    try:
+        with partial.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+        flush(file.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be written: {error}") from error

@@ -87,13 +87,13 @@ class CheckpointManager:
     def _write_small_files(
         self, partial: Path, info: CheckpointInfo, tensors: Mapping[str, Tensor]
     ) -> None:
-        """This rank's random states; on the first rank also what is equal on all."""
-        states, plain = random_states(self.platform.device)
-        _write_tensors(self._random_file(partial), states, {**plain, "place": self.platform.place})
+        """On the first rank what is equal on all; this rank's random states."""
         if self.platform.rank == 0:
             (partial / INFO).write_text(info.to_json())
             if tensors:
                 _write_tensors(partial / MASKS, dict(tensors))
+        states, plain = random_states(self.platform.device)
+        _write_tensors(self._random_file(partial), states, {**plain, "place": self.platform.place})
 
     def _random_file(self, directory: Path) -> Path:
         return directory / "random" / f"rank-{self.platform.rank:05d}.safetensors"
@@ -234,6 +234,9 @@ def _make_empty(directory: Path) -> None:
 def _write_tensors(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    save_file(tensors, file, metadata)
+    try:
+        save_file(tensors, file, metadata)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file.name}: {error}") from error
     # safetensors writes for the owner alone; a checkpoint is as readable as its folder.
     file.chmod(file.parent.stat().st_mode & 0o666)

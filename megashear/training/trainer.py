@@ -290,11 +290,11 @@ class Trainer:
             tokenizer=self._tokenizer,
         )
         self._say_saved(self.checkpoints.finish())  # the one before, if it takes so long
+        on_first_process(self._write_run_files)
         self.optimizer.gather(wait=True)
         self.checkpoints.save(
             info, self.optimizer.chunks, self.optimizer.megatron, self.objective.state()
         )
-        on_first_process(self._write_run_files)
         if not config.trainer.async_save:
             self._say_saved(self.checkpoints.finish())
 

@@ -167,16 +167,22 @@ def save_with(config: RunConfig, ranks: list[int], limit: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("rank", "limit"), [(0, 1_000), (0, 7_000), (1, 20_000)])
+@pytest.mark.parametrize(
+    ("rank", "limit", "file"),
+    [
+        (0, 3_500, "masks.safetensors: "),
+        (1, 7_000, "rank-00001.safetensors: "),
+        (1, 40_000, ""),  # its tensors: Megatron-Core's writer does not name them
+    ],
+)
 def test_what_one_rank_cannot_write_is_one_error_on_all(
-    rank: int, limit: int, tmp_path: Path, source: Path
+    rank: int, limit: int, file: str, tmp_path: Path, source: Path
 ) -> None:
-    """Rank 0 fails at its random states or at masks.safetensors, rank 1 at its tensors."""
     config = replace(pruning(tmp_path, source), parallel=ParallelConfig(tensor=2))
     run_distributed(state, 2, config, 2)
     messages = run_distributed(save_with, 2, config, [rank], limit)
     assert all(".step-00000003.partial: cannot be written: " in message for message in messages)
-    assert all("File too large" in message for message in messages)
+    assert all(file in message and "File too large" in message for message in messages)
     assert f"process {rank} of 2 failed: " in messages[1 - rank]
     assert names(tmp_path / "run") == ["latest", "step-00000002"]
     assert run_distributed(state, 2, config, 1)[0]["step"] == 3
@@ -232,11 +238,11 @@ def test_a_full_disk_at_any_moment_costs_no_checkpoint(
     for messages in zip(*([message for message, _ in found] for found in ranks), strict=True):
         assert len({bool(message) for message in messages}) == 1, messages
     outcomes = ranks[0]
-    assert [bool(message) for message, _ in outcomes].count(True) >= len(free) - 2
+    assert [bool(message) for message, _ in outcomes].count(True) >= len(free) - 2, outcomes
     for message, there in outcomes:
         assert "No space left on device" in message or not message
         assert "step-00000002" in there
-        assert not any(name.endswith(".partial") for name in there)
+        assert not any(name.endswith(".partial") for name in there), (message, there)
     assert run_distributed(state, 2, config, 0)[0]["step"] in (2, 3)
 
 
