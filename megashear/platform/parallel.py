@@ -44,8 +44,9 @@ class Platform:
 
     def __str__(self) -> str:
         """What a run says it stands on."""
-        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        stands_on = f"{self.device.type} {precision}, {self.layers} layers, {self.kernels} kernels"
+        stands_on = (
+            f"{self.device.type} {self.precision}, {self.layers} layers, {self.kernels} kernels"
+        )
         sizes = {
             "tensor": self.tensor_size,
             "pipeline": self.pipeline_size,
@@ -53,6 +54,11 @@ class Platform:
         }
         layout = [f"{name} {size}" for name, size in sizes.items() if size > 1]
         return f"{stands_on}, {' x '.join([*layout, f'data {self.data_size}'])} processes"
+
+    @property
+    def precision(self) -> str:
+        """What `platform.precision` came to."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @property
     def place(self) -> str:

@@ -65,6 +65,8 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, platform: Platform) -> None:
+        # On another device `auto` may come to another precision: the run keeps the one it has.
+        config = replace(config, platform=replace(config.platform, precision=platform.precision))
         self.config, self.platform = config, platform
         self.shape = source_shape(config)
         self.run_dir = Path(config.run_dir)

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
+from megashear.config.schema import (
+    QUERY_HEAD,
+    ModelShape,
+    ParallelConfig,
+    RunConfig,
+    TargetShape,
+)
 from megashear.errors import CheckpointError
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
@@ -117,19 +123,56 @@ def refused(config: RunConfig) -> str:
     return ""
 
 
+def with_option(config: RunConfig, path: str, value: Any) -> RunConfig:
+    section, _, name = path.rpartition(".")
+    if not section:
+        return replace(config, **{name: value})
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+MATTERS = {
+    "data.seed": 5,
+    "data.seq_length": 8,
+    "evaluation.interval": 2,
+    "optimizer.lr": 1.0,
+    "platform.precision": "bf16",
+    "pruning.head_unit": QUERY_HEAD,
+    "trainer.global_batch_size": 8,
+    "trainer.seed": 5,
+    "trainer.steps": 8,
+}
+FREE = {
+    "data.num_workers": 1,
+    "parallel": ParallelConfig(distributed_optimizer=True, recompute="full"),
+    "platform.precision": "auto",  # which is what it was on this machine
+    "platform.timeout_minutes": 3.0,
+    "trainer.async_save": True,
+    "trainer.keep_checkpoints": 5,
+    "trainer.log_interval": 1,
+    "trainer.micro_batch_size": 2,
+    "trainer.save_interval": 1,
+}
+
+
 def test_run_of_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
     run_distributed(write_source, 1, tmp_path, GQA)
     config = prune_run(tmp_path, parallel=ParallelConfig())
     run_distributed(train, 1, config, 4)
-    other = replace(
-        config,
-        trainer=replace(config.trainer, seed=5, log_interval=1),
-        pruning=replace(config.pruning, head_unit="query_head"),
-    )
+    other = with_option(config, "target", TargetShape(num_layers=1))
+    first = replace(config.data.domains[0], weight=0.6)
+    data = replace(config.data, domains=(first, *config.data.domains[1:]))
+    other = replace(other, data=data)
+    for path, value in {**FREE, **MATTERS}.items():
+        other = with_option(other, path, value)
     message = run_distributed(refused, 1, other)[0]
-    assert "trainer.seed: 1234 in the run, 5 now" in message
-    assert "pruning.head_unit: 'query_group' in the run, 'query_head' now" in message
-    assert "log_interval" not in message
+    named = {line.strip().split(": ")[0] for line in message.splitlines()[1:-1]}
+    targets = {f"target.{size}" for size in ("hidden_size", "num_attention_heads", "num_layers")}
+    targets.add("target.ffn_hidden_size")
+    assert named == {*MATTERS, *targets, "data.domains.0.weight"}
+    assert "  trainer.seed: 1234 in the run, 5 now" in message
+    for path, value in FREE.items():
+        config = with_option(config, path, value)
+    assert run_distributed(refused, 1, config) == [""]
 
 
 def stop_by_signal(config: RunConfig, number: int) -> dict[str, Any]:
