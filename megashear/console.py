@@ -28,6 +28,8 @@ def run(main: Callable[[], int | None]) -> None:
     # How Megatron's checkpoints call torch (a deprecated class, in 0.19 an old order of arguments,
     # and one process reading for all): nothing a user can change.
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    # Collectives that Megatron calls by names which torch has renamed.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a login node (torch with CUDA, a compiler, no GPU) Megatron's imports make it warn.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

@@ -6,3 +6,5 @@ import logging
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 # Megatron-Core 0.19 announces on every rank and for every model that GPTModel will be frozen.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+# And that its own writing beside training gives way to another package's.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
