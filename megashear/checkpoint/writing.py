@@ -12,7 +12,9 @@ import logging
 import multiprocessing
 import queue
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ class Writing:
     def __init__(self, parts: Mapping[Path, Mapping[str, Any]]) -> None:
         self._process: Any = None
         self._receiver, self._sender = _FORK.Pipe(duplex=False)
+        # The writer must not wait for a reader that has gone, nor this process for the writer.
+        self._hang_up = Finalize(self, self._receiver.close, exitpriority=0)
         self._written: list[Any] = []
         on_first_process(lambda: _make(parts))
         _results()
@@ -85,6 +89,7 @@ class Writing:
 
     def wait(self) -> None:
         """Until nothing is written by this rank any more, whatever came of it."""
+        self._hang_up()
         if self._process is not None:
             self._process.join()
 
@@ -149,18 +154,20 @@ def _write(jobs: list[Any], sender: Connection, receiver: Connection) -> None:
     log = logging.getLogger(_FILES)
     log.addHandler(told)
     log.propagate = False
+    written, failure = [], ""
+    files: dict[Path, Checksum] = {}
     try:
-        written = []
         for function, arguments in jobs:
             function(*arguments)
             written.append(_results().get_nowait())
             if isinstance(written[-1], Exception):
                 raise written[-1]
-        files = [Path(file) for _, arguments in jobs for file, *_ in arguments[1]]
-        sender.send((written, {file: checksum(file) for file in files}, ""))
+            files |= {Path(file): checksum(Path(file)) for file, *_ in arguments[1]}
     except Exception as error:
         # Of megatron-core 0.19's error nothing is left but its type; it is told in the log.
-        sender.send(([], {}, told.text or f"{type(error).__name__}: {error}"))
+        failure = told.text or f"{type(error).__name__}: {error}"
+    with suppress(BrokenPipeError):  # the run has ended
+        sender.send((written if not failure else [], files, failure))
 
 
 class _Told(logging.Handler):
