@@ -71,7 +71,9 @@ def _damage(directory: Path, parts: tuple[str, ...], rank: int, size: int) -> li
     try:
         sums: dict[str, Checksum] = json.loads((directory / FILE).read_text())
         names = [name for name in sums if not parts or name.split("/")[0] in parts]
-        names.sort(key=lambda name: sums[name]["bytes"])
+        names.sort(key=lambda name: int(sums[name]["bytes"]))
+        if not names:
+            raise ValueError("it names no file")
     except FileNotFoundError:
         return [f"{FILE}: missing"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -84,7 +86,7 @@ def _difference(file: Path, expected: Checksum) -> str:
     try:
         size = file.stat().st_size
         if size != expected["bytes"]:
-            return f"{size:,} bytes instead of {expected['bytes']:,}"
+            return f"{size:,} bytes instead of {int(expected['bytes']):,}"
         return "" if checksum(file) == expected else "its content has changed since it was written"
     except FileNotFoundError:
         return "missing"

@@ -46,10 +46,10 @@ class RunLog:
         kept = []
         for line in self.file.read_text(errors="replace").splitlines():
             try:
-                record = json.loads(line)
-            except ValueError:
+                keep = step is not None and json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
                 continue  # a line cut by a crash belongs to a step that is done again
-            if step is not None and record["step"] <= step:
+            if keep:
                 kept.append(line + "\n")
         write_durably(self.file, "".join(kept))
 
@@ -63,8 +63,11 @@ class RunLog:
             flush(self.file.parent)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        try:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise PlatformError(f"{self.file} cannot be written: {error}") from error
 
     def say(self, text: str) -> None:
         """Print a message once."""

@@ -21,8 +21,9 @@ from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import read_pruned
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.config.schema import ParallelConfig, RunConfig
-from megashear.errors import CheckpointError, ShearError
+from megashear.errors import CheckpointError, PlatformError, ShearError
 from megashear.platform import parallel
+from megashear.training.run_log import RunLog
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.reference_llama import random_weights
@@ -155,6 +156,29 @@ def test_the_run_goes_on_from_the_newest_whole_one_and_says_so(
     assert damage(checkpoint(run, 6)) == []  # replaced
     for name, value in finished[1].items():
         assert name == "began" or torch.equal(found[0][name], value), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "1", '["masks.safetensors"]', '{"masks.safetensors": {"bytes": "x"}}'],
+)
+def test_checksums_of_another_shape_are_damage(content: str, run: RunConfig) -> None:
+    (checkpoint(run, 6) / "checksums.json").write_text(content)
+    (line,) = damage(checkpoint(run, 6))
+    assert line.startswith("checksums.json: damaged: ")
+
+
+def test_records_of_another_shape_are_dropped_and_a_full_disk_is_named(tmp_path: Path) -> None:
+    good = ['{"kind": "step", "step": 1}', '{"kind": "step", "step": 2}']
+    bad = ["[1]", "1", '{"stfp": 1}', '{"step": "1"}', '{"step": 3}', '{"step": ']
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join([good[0], *bad[:3], good[1], *bad[3:]]))
+    log = RunLog(tmp_path, 4, True, 2)
+    assert file.read_text().splitlines() == good
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(PlatformError, match=r"metrics.jsonl cannot be written: .*No space left"):
+        log.step({"step": 3}, show=False)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"\xff\xfe\x00"])
