@@ -11,6 +11,7 @@ import importlib
 import logging
 import multiprocessing
 import queue
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -59,6 +60,7 @@ class Writing:
         # The writer must not wait for a reader that has gone, nor this process for the writer.
         self._hang_up = Finalize(self, self._receiver.close, exitpriority=0)
         self._written: list[Any] = []
+        self._directory = next(iter(parts))
         on_first_process(lambda: _make(parts))
         _results()
         with errors_put_off() as errors:
@@ -122,7 +124,9 @@ class Writing:
             failure = f"the process that wrote it ended with status {self._process.exitcode}"
         self.wait()
         if failure:
-            raise CheckpointError(f"cannot be written: {failure}")
+            # Of a full disk torch may say no more than "unexpected pos".
+            free = shutil.disk_usage(self._directory).free
+            raise CheckpointError(f"cannot be written ({free:,} bytes free there): {failure}")
         return share
 
 
