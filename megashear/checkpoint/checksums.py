@@ -105,4 +105,9 @@ def verify(directory: Path, *parts: str) -> None:
         CheckpointError: files are missing or damaged; all are named.
     """
     if lines := damage(directory, *parts):
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: not there any more: a run that goes on has replaced it. "
+                "Start again, or raise trainer.keep_checkpoints"
+            )
         raise CheckpointError(f"{directory}: damaged:\n  " + "\n  ".join(lines))

@@ -29,6 +29,7 @@ from megashear.checkpoint.manager import (
 from megashear.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from megashear.checkpoint.whole import flush, flush_tree
 from megashear.checkpoint.writing import Writing
+from megashear.config.loader import DOMAINS_FILE
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import Platform
 from megashear.platform.random_states import random_states, restore_random_states
@@ -179,11 +180,20 @@ class CheckpointManager:
             wrong.append(f"{directory}: damaged:\n  " + "\n  ".join(lines))
         if not wrong:
             return None, ""
-        wrong.append(f"No checkpoint in {self.directory} is whole. Restore one, or remove")
-        raise CheckpointError("\n".join(wrong) + " that directory to begin the run again")
+        wrong.append(
+            f"No checkpoint in {self.directory} is whole. Restore one, or remove "
+            f"{self.directory.parent} to begin the run again"
+        )
+        raise CheckpointError("\n".join(wrong))
 
     def _candidates(self) -> tuple[str, list[str]]:
         """What `latest` says, and all checkpoints: the named one first, then the newest."""
+        run_dir = self.directory.parent
+        if (run_dir / DOMAINS_FILE).is_file() and not self.directory.is_dir():
+            raise CheckpointError(
+                f"{self.directory} is gone, and the run has saved there. Restore it, or remove "
+                f"{run_dir} to begin the run again"
+            )
         latest = self.directory / LATEST
         named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
         saved = sorted((path.name for path in self.directory.glob("step-*")), reverse=True)

@@ -309,6 +309,7 @@ class Trainer:
         weights = zip(self.config.data.domains, self.mixture.weights, strict=True)
         domains = [replace(domain, weight=weight) for domain, weight in weights]
         self.log.flush()
+        self.checkpoints.directory.mkdir(exist_ok=True)  # before DOMAINS_FILE, which tells of it
         manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
         manager.write_durably(self.run_dir / "config.yaml", to_yaml(self.config))
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megashear.checkpoint.checksums import damage
+from megashear.checkpoint.checksums import damage, verify
 from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import read_pruned
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
@@ -204,13 +204,29 @@ def test_with_no_whole_checkpoint_a_run_does_not_begin_again(run: RunConfig) -> 
         for step in (2, 4, 6):
             assert f"{checkpoint(run, step)}: damaged:\n  model/__0_0.distcp" in found["error"]
         assert "No checkpoint in" in found["error"]
-        assert "remove that directory to begin the run again" in found["error"]
+        assert f"remove {run.run_dir} to begin the run again" in found["error"]
     shutil.rmtree(checkpoint(run, 6).parent)
     checkpoint(run, 6).parent.mkdir()
     checkpoint(run, 6).with_name("latest").write_text("step-00000006\n")
     for found in run_distributed(train, 2, run, 0):
         assert "names step-00000006, which is not there" in found["error"]
     assert (Path(run.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_with_its_checkpoints_gone_a_run_does_not_begin_again(run: RunConfig) -> None:
+    """A disk that is not mounted, say; its records stay as they were."""
+    shutil.rmtree(Path(run.run_dir) / "checkpoints")
+    before = steps_recorded(run)
+    for found in run_distributed(train, 2, run, None):
+        assert "checkpoints is gone, and the run has saved there" in found["error"]
+    assert steps_recorded(run) == before
+
+
+def test_a_checkpoint_that_a_run_replaced_while_it_was_read_is_not_called_damaged(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(CheckpointError, match=r"gone: not there any more.*keep_checkpoints"):
+        verify(tmp_path / "gone")
 
 
 def test_damage_before_the_directory_took_its_name_is_no_matter(run: RunConfig) -> None:
