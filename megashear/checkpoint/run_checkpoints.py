@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,11 +143,15 @@ class CheckpointManager:
         os.replace(partial, final)
         flush(self.directory)
         write_durably(self.directory / LATEST, final.name + "\n")
+        self._remove_old(final)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Keep the newest; remove what saves that were killed have left."""
         # A later one, which `latest` did not get to name, would else be kept in place of this one.
-        saved = sorted(path for path in self.directory.glob("step-*") if path.name <= final.name)
+        saved = sorted(path for path in self.directory.glob("step-*") if path.name <= newest.name)
         for old in saved[: -self.keep]:
             os.replace(old, old.with_name(f".{old.name}.partial"))  # no half of it under its name
-        for left in self.directory.glob(".step-*.partial"):  # of saves that were killed, too
+        for left in self.directory.glob(".step-*.partial"):
             shutil.rmtree(left)
 
     def latest(self) -> CheckpointInfo | None:
@@ -176,6 +181,8 @@ class CheckpointManager:
             if not lines:
                 if wrong:
                     wrong.append(f"Going on from the newest whole checkpoint, {directory}")
+                else:  # the last save of a run has none after it that would
+                    on_first_process(functools.partial(self._remove_old, directory))
                 return read_info(directory), "\n".join(wrong)
             wrong.append(f"{directory}: damaged:\n  " + "\n  ".join(lines))
         if not wrong:

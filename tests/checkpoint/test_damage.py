@@ -236,6 +236,17 @@ def test_damage_before_the_directory_took_its_name_is_no_matter(run: RunConfig) 
     assert run_distributed(train, 2, run, 0)[0]["began"] == 4
 
 
+def test_what_is_left_of_the_last_save_is_removed_when_the_run_is_started_again(
+    run: RunConfig,
+) -> None:
+    """Killed after `latest` was moved, before the checkpoint that is not kept was removed."""
+    shutil.copytree(checkpoint(run, 2), checkpoint(run, 1))
+    checkpoint(run, 0).with_name(".step-00000000.partial").mkdir()
+    assert run_distributed(train, 2, run, None)[0]["began"] == 6
+    names = sorted(path.name for path in checkpoint(run, 6).parent.iterdir())
+    assert names == ["latest", "step-00000002", "step-00000004", "step-00000006"]
+
+
 def test_tools_and_later_stages_name_the_damage(run: RunConfig, tmp_path: Path) -> None:
     flip(checkpoint(run, 6) / "masks.safetensors")
     with pytest.raises(CheckpointError, match=r"damaged:\n  masks.safetensors: its content"):
