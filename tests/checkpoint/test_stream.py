@@ -256,5 +256,5 @@ def test_a_model_is_written_and_read_with_memory_for_a_few_tensors(tmp_path: Pat
     model = 4 * sum(torch.Size(row.shape()).numel() for row in table(BIG))
     writing, reading, holding = run_distributed(peaks, 1, tmp_path / "model")[0]
     assert holding > 0.8 * model > 20 * tensor  # it can be measured
-    assert writing < 2 * tensor
-    assert reading < 3 * tensor  # the tensor, and a piece of it as it is stored
+    assert writing < 4 * tensor  # one is held; the heap gives some back late
+    assert reading < 6 * tensor  # the tensor, and a piece of it as it is stored

@@ -226,7 +226,7 @@ def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> Non
     expected = run_once(config, None, tmp_path / "out")
     assert expected is not None
     faults = draw_faults(expected[0]["passed"], list(RUNS).index(name))
-    number = 0
+    number, missed = 0, []
     while faults:  # a run that comes to its end leaves the rest of them to another
         number += 1
         disturbed = replace(config, run_dir=str(tmp_path / f"disturbed-{number}"))
@@ -239,9 +239,12 @@ def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> Non
         # Started once more, it has what its last checkpoint holds.
         found = run_once(disturbed, None, tmp_path / f"out-{number}-after")
         print(f"run {number}:", *struck, sep="\n  ")  # shown if what follows fails
-        assert struck and found is not None
+        assert found is not None
+        if not struck:
+            missed.append(faults.pop(0))  # its time came after the end of the run
         assert_same_state(found, expected)
         assert_same_files(Path(disturbed.run_dir), Path(config.run_dir))
+    assert len(missed) < 3, missed
 
 
 def assert_same_state(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
