@@ -21,7 +21,6 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.utils",
-    "megatron.core.dist_checkpointing.exchange_utils",
 )
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like", "zeros_like", "full", "arange")
 
@@ -91,15 +90,4 @@ def redirect_cuda() -> None:
             vars(importlib.import_module(name))["torch"] = proxy
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _load_sharded_tensors_to_cpu()
     _redirected = True
-
-
-def _load_sharded_tensors_to_cpu() -> None:
-    mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")
-    init_data = mapping.ShardedTensor.init_data
-
-    def init_data_on_cpu(self: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
-        return init_data(self, "cpu", *args, **kwargs)
-
-    mapping.ShardedTensor.init_data = init_data_on_cpu

@@ -136,10 +136,6 @@ class Platform:
         """A block that ends with a message where a rank hangs or dies; see `watching`."""
         return watching(self.progress, timeout_minutes, speaks=is_first_on_machine())
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.largest(0)
-
 
 def _state():  # type: ignore[no-untyped-def]
     from megatron.core import parallel_state

@@ -135,7 +135,7 @@ def save_big(directory: Path) -> None:
         save_file(Masks(BIG, target).state_dict(), directory / "run" / "masks.safetensors")
         info = CheckpointInfo(BIG, "prune", target=target)
         (directory / "run" / "checkpoint.json").write_text(info.to_json())
-    platform.barrier()
+    platform.largest(0)
     state = sharded.without_extra_state(chunks[0].sharded_state_dict())
     writing.save(state, directory / "run" / "model")
     checksums.seal(directory / "run", {})

@@ -210,7 +210,7 @@ def fill_and_save(config: RunConfig, disk: Path, free: list[int]) -> list[tuple[
         if trainer.platform.rank == 0:
             available = shutil.disk_usage(disk).free
             filler.write_bytes(bytes(max(0, available - left)))
-        trainer.platform.barrier()
+        trainer.platform.largest(0)
         message = ""
         try:
             trainer.save()
@@ -219,7 +219,7 @@ def fill_and_save(config: RunConfig, disk: Path, free: list[int]) -> list[tuple[
         if trainer.platform.rank == 0:
             filler.unlink()
         found.append((message, names(disk)))
-        trainer.platform.barrier()
+        trainer.platform.largest(0)
     parallel.stop()
     return found
 
