@@ -26,7 +26,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# On its own first: whatever build of torch the index offers for the pinned version is kept.
 	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,dali]'
 	@touch $@
 
 demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machine

@@ -42,6 +42,7 @@ setup(
         "torch>=2.6",
         "tqdm",
         "transformers>=4.45",
+        "zstandard>=0.22",
     ],
     extras_require={
         # Apex is optional too, but is built from NVIDIA's sources: the package index has another
@@ -50,9 +51,11 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.50"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "tensorboard": ["tensorboard>=2.14"],
+        "plots": ["matplotlib>=3.8"],
         "dev": [
             "codespell>=2.3",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2.3",

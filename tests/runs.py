@@ -88,7 +88,7 @@ def run_config(directory: Path, domains: tuple[Domain, ...], **changes: Any) -> 
         "stage": "pretrain",
         "run_dir": str(directory / "run"),
         "data": DataConfig(seq_length=16, domains=domains),
-        "evaluation": EvaluationConfig(interval=3, batches_per_domain=1),
+        "evaluation": EvaluationConfig(interval=3, sequences_per_domain=4),
         "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2, adam_eps=1e-6),
         "trainer": TrainerConfig(
             steps=6, global_batch_size=4, micro_batch_size=1, log_interval=2, save_interval=3

@@ -66,7 +66,7 @@ def small(**changes: Any) -> dict[str, Any]:
         "stage": "continue",
         "init_from": "model",
         "data": {"seq_length": 16, "rule": "constant", "domains": [domain]},
-        "evaluation": {"batches_per_domain": 1},
+        "evaluation": {"sequences_per_domain": 2},
         "optimizer": {"warmup_steps": 1},
         "trainer": {"steps": 2, "global_batch_size": 2, "micro_batch_size": 2},
         "platform": {"device": "cpu"},

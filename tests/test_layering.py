@@ -27,12 +27,13 @@ DIRECTION: dict[str, set[str]] = {
         *("errors", "config", "console"),
         *("checkpoint", "data", "model", "pruning", "platform"),
     },
+    "reference": {"errors", "config"},
     "report": {"errors", "config"},
 }
 """Part of megashear -> the parts that it may import. The command line may import all of them."""
 
-EVERYTHING = {"cli", "__main__"}
-LIGHT = {"errors", "config", "console", "report"}
+EVERYTHING = {"cli", "commands", "__main__"}
+LIGHT = {"errors", "config", "console", "reference", "report"}
 """Parts that answer at once: they import neither torch nor Megatron."""
 
 HOMES = {

@@ -77,6 +77,8 @@ class Domain:
     valid: str
     weight: float
     reference_loss: float | None = None  # nats per token; needed by every rule but `constant`
+    min_weight: float = 0.0  # bounds that an update of the weights keeps to
+    max_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class DataConfig:
     smoothing: float = 1e-4
     seed: int = 1234
     num_workers: int = 0  # loader processes per rank
+    index_cache: str | None = None  # directory of epoch indices; default: beside the token files
+    reset_position_ids: bool = False  # positions begin at 0 with each document of a sample
+    reset_attention_mask: bool = False  # no token attends to an earlier document of its sample
     domains: tuple[Domain, ...] = ()
     domains_from: str | None = None  # a run whose domains, references and final weights to take
     tokenizer: str | None = None  # directory or file copied into exports
@@ -99,7 +104,7 @@ class EvaluationConfig:
     """Per-domain validation."""
 
     interval: int = 50  # steps
-    batches_per_domain: int = 16  # global batches of validation text at each evaluation
+    sequences_per_domain: int = 500  # of validation text, at most, at each evaluation
     masks: str = "current"  # current | target: which deterministic masks, in stage prune
 
 
@@ -159,6 +164,7 @@ class PlatformConfig:
     layers: str = "auto"  # auto | torch | transformer_engine
     kernels: str = "auto"  # auto | torch | apex
     precision: str = "auto"  # auto (bf16 on cuda, fp32 on cpu) | fp32 | bf16
+    loader: str = "torch"  # torch | dali: what fetches training batches ahead
     timeout_minutes: float = 10.0  # without progress: more than a load or a save takes
 
 

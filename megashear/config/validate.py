@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "platform.layers": ("auto", "torch", "transformer_engine"),
     "platform.kernels": ("auto", "torch", "apex"),
     "platform.precision": ("auto", "fp32", "bf16"),
+    "platform.loader": ("torch", "dali"),
 }
 
 _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,71 @@ from megashear.errors import DataError
 
 MicroBatch = dict[str, Tensor]
 """tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]."""
+
+
+class Order:
+    """The sampler of a loader: a rank's micro-batches over `steps`, each located as handed out.
+
+    Attributes:
+        steps: the first global sample of each step.
+    """
+
+    def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
+        self._dataset, self._sizes = dataset, sizes
+        self.steps = range(0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first_sample in self.steps:
+            for samples in microbatch_samples(first_sample, *self._sizes):
+                yield [self._dataset.locate(sample) for sample in samples]
+
+
+class Reader(Dataset[Any]):
+    """What a worker does: read the samples of one micro-batch and stack them."""
+
+    def __init__(self, members: Sequence[DomainDataset]) -> None:
+        self._members = members
+
+    def __getitem__(self, located: list[tuple[int, int]]) -> MicroBatch | DataError:
+        try:
+            batch: MicroBatch = default_collate([self._members[d][k] for d, k in located])
+        except DataError as error:  # as a value: torch would wrap a worker's traceback around it
+            return error
+        return batch
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C or a scheduler's signal reaches a whole job; the parent saves, then ends its workers.
+
+    A worker that died of it would end the parent first, with an error and nothing saved.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def torch_fetcher(reader: Reader, order: Order, num_workers: int) -> Iterable[Any]:
+    """Torch's DataLoader; each `iter` of it fetches the steps that `order` then has."""
+    return DataLoader(
+        reader,
+        batch_size=None,  # an index is a whole micro-batch
+        sampler=order,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # else it would draw from the run's random state
+    )
+
+
+Fetcher = Callable[[Reader, Order, int], Iterable[Any]]
+"""(reader, order, workers) -> micro-batches, or the DataError that reading one met."""
 
 
 class TrainLoader:
@@ -36,6 +101,7 @@ class TrainLoader:
         micro_batch_size: sequences of one forward pass on one rank.
         dp_rank: this rank, among `dp_size` data-parallel ones.
         num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
+        fetcher: what fetches: `torch_fetcher`, or another of its kind.
         consumed_samples: global samples that the run has taken before; then also by its steps.
     """
 
@@ -49,22 +115,17 @@ class TrainLoader:
         dp_size: int,
         num_workers: int = 0,
         consumed_samples: int = 0,
+        fetcher: Fetcher = torch_fetcher,
     ) -> None:
         self._mixture = dataset.mixture
         self._step_samples = global_batch_size
         self._step_batches = global_batch_size // (micro_batch_size * dp_size)
         self.consumed_samples = self._limit = consumed_samples
         self._segments = dataset.mixture.segments
-        self._order = _Order(dataset, (global_batch_size, micro_batch_size, dp_rank, dp_size))
+        self._order = Order(dataset, (global_batch_size, micro_batch_size, dp_rank, dp_size))
         self._order.steps = range(consumed_samples, consumed_samples, global_batch_size)
-        self._loader: DataLoader[Any] | None = DataLoader(
-            _Reader(dataset.members),
-            batch_size=None,  # an index is a whole micro-batch
-            sampler=self._order,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_signals_to_parent,
-            generator=torch.Generator(),  # else it would draw from the run's random state
+        self._loader: Iterable[Any] | None = fetcher(
+            Reader(dataset.members), self._order, num_workers
         )
         self._batches: Iterator[Any] = iter(())
 
@@ -99,7 +160,7 @@ class TrainLoader:
         """End the workers; harmless when repeated."""
         self._batches, self._loader = iter(()), None  # with the last reference torch ends them
 
-    def _allow_steps(self, loader: DataLoader[Any]) -> None:
+    def _allow_steps(self, loader: Iterable[Any]) -> None:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
         steps = max(1, (self._limit - self.consumed_samples) // self._step_samples)
         stop = self.consumed_samples + steps * self._step_samples
@@ -146,51 +207,3 @@ def microbatch_samples(
     mine = first_sample + dp_rank * micro_batch_size
     starts = range(mine, first_sample + global_batch_size, across)
     return [list(range(start, start + micro_batch_size)) for start in starts]
-
-
-class _Order:
-    """DataLoader's sampler: a rank's micro-batches over `steps`, each located as it is handed out.
-
-    Attributes:
-        steps: the first global sample of each step.
-    """
-
-    def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
-        self._dataset, self._sizes = dataset, sizes
-        self.steps = range(0)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for first_sample in self.steps:
-            for samples in microbatch_samples(first_sample, *self._sizes):
-                yield [self._dataset.locate(sample) for sample in samples]
-
-
-class _Reader(Dataset[Any]):
-    """What a worker does: read the samples of one micro-batch and stack them."""
-
-    def __init__(self, members: Sequence[DomainDataset]) -> None:
-        self._members = members
-
-    def __getitem__(self, located: list[tuple[int, int]]) -> MicroBatch | DataError:
-        try:
-            batch: MicroBatch = default_collate([self._members[d][k] for d, k in located])
-        except DataError as error:  # as a value: torch would wrap a worker's traceback around it
-            return error
-        return batch
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C or a scheduler's signal reaches a whole job; the parent saves, then ends its workers.
-
-    A worker that died of it would end the parent first, with an error and nothing saved.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_parent_says, daemon=True).start()
-
-
-def _end_when_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

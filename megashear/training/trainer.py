@@ -41,8 +41,9 @@ from megashear.training.step import DomainLosses, run_microbatches
 
 # Options that may differ between a run and its continuation without changing what it computes.
 _FREE_OPTIONS = (
-    *("run_dir", "parallel", "data.num_workers", "data.tokenizer"),
-    *("platform.device", "platform.layers", "platform.kernels", "platform.timeout_minutes"),
+    *("run_dir", "parallel", "data.num_workers", "data.index_cache", "data.tokenizer"),
+    *("platform.device", "platform.layers", "platform.kernels", "platform.loader"),
+    "platform.timeout_minutes",
     *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
     *("trainer.async_save", "trainer.micro_batch_size"),
 )
@@ -86,7 +87,7 @@ class Trainer:
         dataset = build_train_dataset(data, self.shape.vocab_size, self.mixture)
         self.evaluator = Evaluator(
             build_valid_datasets(data, self.shape.vocab_size),
-            config.evaluation.batches_per_domain * trainer.global_batch_size,
+            config.evaluation.sequences_per_domain,
             trainer.micro_batch_size,
             platform,
             config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,

@@ -289,7 +289,7 @@ def test_choices(path: str) -> None:
         ("data.num_workers", [-1], [0]),
         ("data.seq_length", [0], [1]),
         ("evaluation.interval", [0], [1]),
-        ("evaluation.batches_per_domain", [0, -3], [1]),
+        ("evaluation.sequences_per_domain", [0, -3], [1]),
         ("optimizer.lr", [0.0], [1e-9]),
         ("optimizer.min_lr_ratio", [-0.1, 1.1], [0.0, 1.0]),
         ("optimizer.warmup_steps", [-1], [0]),

@@ -30,7 +30,7 @@ CONFIGS = {name: load_config(demo.DEMO / f"{name}.yaml", check_files=False) for 
 DOMAINS = [domain.name for domain in CONFIGS["source"].data.domains]
 STEPS = {"source": 4, "prune": 4, "continue": 4, "scratch": 8}
 SHORT = (
-    *("evaluation.interval=4", "evaluation.batches_per_domain=1", "optimizer.warmup_steps=2"),
+    *("evaluation.interval=4", "evaluation.sequences_per_domain=4", "optimizer.warmup_steps=2"),
     *("trainer.save_interval=4", "trainer.log_interval=2"),
 )
 
@@ -167,7 +167,7 @@ def test_sheared_model_and_the_one_from_scratch_are_compared_fairly() -> None:
         assert len(values) == 1, name
     for name in ("seq_length", "rule", "seed", "tokenizer"):
         assert len({getattr(config.data, name) for config in CONFIGS.values()}) == 1, name
-    assert len({config.evaluation.batches_per_domain for config in CONFIGS.values()}) == 1
+    assert len({config.evaluation.sequences_per_domain for config in CONFIGS.values()}) == 1
     assert resolve_target(CONFIGS["source"].model, prune.target) == scratch.model
 
 

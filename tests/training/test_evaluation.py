@@ -54,7 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         stage="prune",
         init_from=str(directory / "source"),
         target=TARGETS[GQA],
-        evaluation=EvaluationConfig(interval=3, batches_per_domain=2),
+        evaluation=EvaluationConfig(interval=3, sequences_per_domain=8),
     )
     return replace(config, trainer=replace(config.trainer, micro_batch_size=2))
 
@@ -143,12 +143,12 @@ def test_the_record_holds_what_was_measured(config: RunConfig, masked: Any) -> N
 
 
 def test_no_more_than_the_wanted_sequences_are_used(config: RunConfig) -> None:
-    """One global batch (4) of the 5 sequences: the same ones whatever the number of ranks."""
+    """Four of the 5 sequences: the same ones whatever the number of ranks."""
     few = replace(
         config,
         stage="continue",
         target=None,
-        evaluation=replace(config.evaluation, batches_per_domain=1),
+        evaluation=replace(config.evaluation, sequences_per_domain=4),
     )
     losses = [run_distributed(evaluate, ranks, few)[0]["losses"] for ranks in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

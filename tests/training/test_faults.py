@@ -215,7 +215,7 @@ def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> Non
         run_dir=str(tmp_path / "undisturbed"),
         init_from=str(tmp_path / "source"),
         parallel=layout,
-        evaluation=EvaluationConfig(interval=4, batches_per_domain=1),
+        evaluation=EvaluationConfig(interval=4, sequences_per_domain=4),
         trainer=TrainerConfig(
             steps=STEPS,
             global_batch_size=4,

@@ -160,7 +160,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ranks]]
             model=GQA,
             parallel=ParallelConfig(tensor=2 if size == 2 else 1),
             platform=PlatformConfig(device="cpu", timeout_minutes=TIMEOUT / 60),
-            evaluation=EvaluationConfig(interval=4, batches_per_domain=1),
+            evaluation=EvaluationConfig(interval=4, sequences_per_domain=6),
             trainer=TrainerConfig(
                 steps=4, global_batch_size=6, micro_batch_size=1, save_interval=4
             ),

@@ -224,7 +224,7 @@ def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
     return run_config(
         directory,
         write_domains(directory),
-        evaluation=EvaluationConfig(interval=2, batches_per_domain=1),
+        evaluation=EvaluationConfig(interval=2, sequences_per_domain=4),
         init_from=str(directory / "source"),
         **options,
     )

@@ -165,7 +165,7 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
         "data": {"seq_length": 16, "rule": "constant", "domains_from": str(run.directory)},
         "trainer": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 2},
         "optimizer": {"warmup_steps": 1},
-        "evaluation": {"batches_per_domain": 1},
+        "evaluation": {"sequences_per_domain": 8},
         "platform": {"device": "cpu"},
     }
     file.write_text(yaml.safe_dump(settings))

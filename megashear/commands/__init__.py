@@ -1,0 +1,1 @@
+"""The sub-commands of `megashear`: each adds its parser, and calls the library and prints."""

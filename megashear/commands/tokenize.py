@@ -1,0 +1,115 @@
+"""`megashear tokenize`: JSONL text to the token files that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from megashear import console
+from megashear.errors import DataError
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser(
+        "tokenize",
+        help="JSONL text to the token files that training reads",
+        description="Turn JSONL text (plain or gzip) into Megatron token files, one domain at a\n"
+        "time: PREFIX.bin, PREFIX.idx, and PREFIX.json that says which tokenizer made them.",
+        epilog="example: a domain with 5% of its documents held out for validation, as\n"
+        "data/prose_train and data/prose_valid\n\n"
+        "  megashear tokenize --input 'text/prose/*.jsonl.gz' --output data/prose \\\n"
+        "      --tokenizer llama/tokenizer.model --valid-fraction 0.05\n\n"
+        "every file of a folder as a domain\n\n"
+        "  megashear tokenize --input 'text/*.jsonl' --output 'data/{name}' \\\n"
+        "      --tokenizer llama/tokenizer.model --valid-fraction 0.05",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--input", nargs="+", required=True, metavar="FILE", help="files or quoted patterns")
+    option(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one of them",
+    )
+    option(
+        "--output",
+        required=True,
+        metavar="PREFIX",
+        help="files to write, without suffix; with {name} in it, every input file is a domain of "
+        "its own, which takes the place of {name} without its suffixes",
+    )
+    option(
+        "--valid-fraction",
+        type=float,
+        metavar="F",
+        help="write PREFIX_train and PREFIX_valid, the latter with this share of the documents; "
+        "copies of a document are never on both sides",
+    )
+    option("--field", default="text", help="field of a record that holds its text (default: text)")
+    option("--workers", type=int, metavar="N", help="processes (default: as many as CPUs)")
+    option("--overwrite", action="store_true", help="replace existing files")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tokenize every domain that the arguments name, and print what came of them."""
+    from megashear.data.preprocess import tokenize_files
+
+    # A batch system's SIGTERM then removes what is unfinished, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows, problems, empty = [], [], 0
+    for output, inputs in _domains(args.input, args.output).items():
+        try:
+            report = tokenize_files(
+                inputs,
+                args.tokenizer,
+                output,
+                valid_fraction=args.valid_fraction,
+                field=args.field,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                progress=True,
+            )
+        except DataError as error:  # the other domains are as good without this one
+            problems.append(str(error))
+            continue
+        empty += report.empty
+        rows += [
+            (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
+            for o in report.outputs
+        ]
+    if rows:
+        print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
+    if empty:
+        print(f"skipped {empty:,} empty documents")
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))
+
+
+def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
+    """Inputs by the prefix that they go to.
+
+    Raises:
+        DataError: two files would make one domain, or the output has another placeholder.
+    """
+    from megashear.data.jsonl import find_inputs
+
+    if "{name}" not in output:
+        if "{" in output:
+            raise DataError(f"--output {output}: the one placeholder is {{name}}")
+        return {output: list(inputs)}
+    files: dict[str, list[str]] = {}
+    for file in find_inputs(inputs):
+        name = re.sub(r"(\.jsonl?)?(\.gz)?$", "", file.name)
+        files.setdefault(output.replace("{name}", name), []).append(str(file))
+    if shared := [f"  {prefix}: {', '.join(f)}" for prefix, f in files.items() if len(f) > 1]:
+        raise DataError(
+            "files of one name would make one domain:\n" + "\n".join(shared) + "\nRename them, or "
+            "tokenize that domain with an --output of its own"
+        )
+    return files
