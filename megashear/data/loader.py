@@ -169,30 +169,6 @@ class TrainLoader:
         self._batches = iter(loader)
 
 
-def valid_microbatches(
-    dataset: DomainDataset,
-    sequences: int,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    rounds: int = 1,
-) -> list[MicroBatch]:
-    """This rank's micro-batches of the first `sequences` samples of one epoch, or of all it has.
-
-    Over the ranks each sequence counts once. All ranks get equally many micro-batches of the same
-    shape, in multiples of `rounds`, which Megatron's schedules need: what is lacking is filled with
-    loss_mask 0.
-    """
-    count = min(sequences, dataset.samples_per_epoch)
-    across = micro_batch_size * dp_size * rounds
-    filled = -(-count // across) * across
-    filling = {**dataset[0], "loss_mask": torch.zeros_like(dataset[0]["loss_mask"])}
-    return [
-        default_collate([dataset[sample] if sample < count else filling for sample in samples])
-        for samples in microbatch_samples(0, filled, micro_batch_size, dp_rank, dp_size)
-    ]
-
-
 def microbatch_samples(
     first_sample: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megashear.data.dataset import DomainDataset
-from megashear.data.loader import valid_microbatches
+from megashear.data.validation import valid_microbatches
 from megashear.errors import DataError
 from megashear.platform.parallel import Platform
 from megashear.training.step import run_microbatches

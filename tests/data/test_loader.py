@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
-from megashear.data.loader import TrainLoader, microbatch_samples, valid_microbatches
+from megashear.data.loader import TrainLoader, microbatch_samples
 from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.distributed import run_distributed
-from tests.make_data import counting_documents, random_documents, write_tokens
+from tests.make_data import random_documents, write_tokens
 
 VOCAB, SEQ = 300, 8
 NAMES, WEIGHTS = ("a", "b", "c"), (0.5, 0.3, 0.2)
@@ -275,30 +274,3 @@ def beside_gloo(prefixes: list[str]) -> list[list[int]]:
 def test_workers_beside_a_gloo_group(prefixes: list[str]) -> None:
     expected = [tokens for tokens, _ in expected_stream(prefixes, 48)]
     assert run_distributed(beside_gloo, 2, prefixes) == [expected, expected]
-
-
-@pytest.fixture(scope="module")
-def domain(tmp_path_factory: pytest.TempPathFactory) -> DomainDataset:
-    prefix = write_tokens(
-        Path(tmp_path_factory.mktemp("valid")) / "v", counting_documents(185), VOCAB
-    )  # 23 sequences of 8
-    return DomainDataset("v", prefix, seq_length=8, vocab_size=VOCAB, seed=0, dataset_id=2)
-
-
-@pytest.mark.parametrize("sequences", [1, 7, 16, 23, 500])
-@pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (4, 1), (4, 2), (2, 4), (24, 1), (8, 3)])
-def test_validation_counts_each_sequence_once_over_ranks(
-    domain: DomainDataset, sequences: int, micro: int, ranks: int
-) -> None:
-    taken = [valid_microbatches(domain, sequences, micro, rank, ranks) for rank in range(ranks)]
-    assert len({len(batches) for batches in taken}) == 1
-    rows: list[tuple[int, ...]] = []
-    for batch in (batch for batches in taken for batch in batches):
-        assert batch["tokens"].shape == batch["loss_mask"].shape == (micro, 8)
-        assert batch["dataset_id"].tolist() == [2] * micro
-        for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
-            assert mask.unique().numel() == 1
-            rows += [tuple(tokens.tolist())] * int(mask[0])
-    count = min(sequences, 23)
-    assert sorted(rows) == sorted(tuple(domain[k]["tokens"].tolist()) for k in range(count))
-    assert len(set(rows)) == count
