@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import (
     QUERY_GROUP,
     QUERY_HEAD,
@@ -23,6 +24,7 @@ from megashear.config.schema import (
 )
 from megashear.pruning.masks import Masks, resolve_target
 from tests.make_data import random_documents, write_tokens
+from tests.reference_llama import random_weights
 
 MHA = ModelShape(
     num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=64
@@ -65,6 +67,12 @@ def masks_of(shape: ModelShape) -> Masks:
     options = prune_options(shape)
     head_unit = options["pruning"].head_unit
     return Masks(shape, resolve_target(shape, options["target"], head_unit), head_unit)
+
+
+def write_source(directory: Path, shape: ModelShape = GQA) -> None:
+    """A checkpoint `source` with random weights; to be called in a process of its own."""
+    info = CheckpointInfo(shape=shape, stage="imported")
+    write_model(directory / "source", info, random_weights(shape, seed=0).items())
 
 
 def write_domains(directory: Path, vocab: int = 64) -> tuple[Domain, ...]:

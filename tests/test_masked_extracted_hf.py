@@ -17,7 +17,6 @@ from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.hf import write_huggingface
 from megashear.checkpoint.load import load_weights
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ModelShape, ParallelConfig
 from megashear.errors import CheckpointError
@@ -26,8 +25,16 @@ from megashear.platform import parallel
 from megashear.pruning.table import HIDDEN
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, GQA_QUERY_HEAD, MHA, QWEN, prune_options, run_config, write_domains
+from tests.runs import (
+    GQA,
+    GQA_QUERY_HEAD,
+    MHA,
+    QWEN,
+    prune_options,
+    run_config,
+    write_domains,
+    write_source,
+)
 
 SHAPES = {
     "mha": MHA,
@@ -39,11 +46,6 @@ SHAPES = {
 }
 TOKENS = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(16).expand(2, -1)
-
-
-def write_source(directory: Path, shape: ModelShape) -> None:
-    info = CheckpointInfo(shape=shape, stage="imported")
-    write_model(directory / "source", info, random_weights(shape, seed=0).items())
 
 
 def prune_and_save(directory: Path, shape: ModelShape) -> Tensor:

@@ -18,19 +18,13 @@ import torch
 
 from megashear.checkpoint import writing
 from megashear.checkpoint.checksums import damage
-from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.checkpoint.manager import read_info
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains
-
-
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=GQA, stage="imported")
-    write_model(directory / "source", info, random_weights(GQA, seed=0).items())
+from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megashear.checkpoint import checksums, sharded, stream, writing
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.checkpoint.manager import CheckpointInfo, read_info
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig, RunConfig
 from megashear.model.build import build_model
@@ -24,8 +24,7 @@ from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
 from tests.checkpoint.test_stream import BIG, peak_of
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, TARGETS, prune_options, run_config, write_domains
+from tests.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
 from tests.training.test_layouts import LAYOUTS
 
 SHAPE = replace(GQA, num_layers=4)
@@ -39,11 +38,6 @@ def pruning(directory: Path) -> RunConfig:
         **prune_options(SHAPE),
     )
     return replace(config, evaluation=replace(config.evaluation, interval=100))
-
-
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=SHAPE, stage="imported")
-    write_model(directory / "source", info, random_weights(SHAPE, seed=0).items())
 
 
 def save(config: RunConfig, steps: int) -> None:
@@ -69,7 +63,7 @@ def extract_to(run: Path, out: Path, file_numel: int) -> None:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, a step old, and what one process extracts from it."""
     directory = tmp_path_factory.mktemp("one")
-    run_distributed(write_source, 1, directory)
+    run_distributed(write_source, 1, directory, SHAPE)
     run_distributed(save, 1, pruning(directory), 1)
     run_distributed(extract_to, 1, directory / "run", directory / "extracted", 2048)
     return directory

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.manager import CheckpointInfo, find, read_info, read_shape, write_model
+from megashear.checkpoint.manager import find, read_info, read_shape
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
@@ -24,20 +24,14 @@ from megashear.platform import parallel
 from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains
-
-
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=GQA, stage="imported")
-    write_model(directory, info, random_weights(GQA, seed=0).items())
+from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("source") / "model"
+    directory = tmp_path_factory.mktemp("source")
     run_distributed(write_source, 1, directory)
-    return directory
+    return directory / "source"
 
 
 def pruning(directory: Path, source: Path, **trainer: Any) -> RunConfig:

@@ -16,15 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.optimizer_state import rectangles
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, MHA, prune_options, run_config, write_domains
+from tests.runs import GQA, MHA, prune_options, run_config, write_domains, write_source
 
 SHAPES = {
     "mha": replace(MHA, num_layers=4),
@@ -68,11 +66,6 @@ PAIRS = [
 SAME = ["dp2-distopt", "pp2-vpp2-dp2-distopt-overlap", "cp2-distopt", "tp2-pp2"]
 
 
-def write_source(directory: Path, shape: str) -> None:
-    info = CheckpointInfo(shape=SHAPES[shape], stage="imported")
-    write_model(directory / "source", info, random_weights(SHAPES[shape], seed=0).items())
-
-
 def steps(config: RunConfig, until: int) -> dict[str, Any]:
     """A rank's losses and samples up to a step, where it saves, and its state then."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
@@ -113,7 +106,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
         case = (stage, shape, precision)
         if case not in made:
             directory = tmp_path_factory.mktemp("-".join(case))
-            run_distributed(write_source, 1, directory, shape)
+            run_distributed(write_source, 1, directory, SHAPES[shape])
             config = run_config(
                 directory,
                 write_domains(directory),

@@ -23,13 +23,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import EvaluationConfig, ParallelConfig, RunConfig, TrainerConfig
 from megashear.platform import parallel, watchdog
 from megashear.training.trainer import Trainer
 from tests.distributed import _free_port, _on_rank, run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, prune_options, run_config, write_domains
+from tests.runs import GQA, prune_options, run_config, write_domains, write_source
 
 RUNS = {
     "tp2": (ParallelConfig(tensor=2), False),
@@ -193,11 +191,6 @@ def draw_faults(passed: dict[str, int], share: int) -> list[Fault]:
     return draw.sample(faults, len(faults))[share :: len(RUNS)]
 
 
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=GQA, stage="imported")
-    write_model(directory, info, random_weights(GQA, seed=0).items())
-
-
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
     timed = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
@@ -208,7 +201,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> None:
     layout, async_save = RUNS[name]
-    run_distributed(write_source, 1, tmp_path / "source")
+    run_distributed(write_source, 1, tmp_path)
     config = run_config(
         tmp_path,
         write_domains(tmp_path),

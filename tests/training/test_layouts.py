@@ -18,7 +18,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import (
     EvaluationConfig,
     ModelShape,
@@ -32,8 +31,15 @@ from megashear.pruning.table import table
 from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA_QUERY_HEAD, MHA, QWEN, prune_options, run_config, write_domains
+from tests.runs import (
+    GQA_QUERY_HEAD,
+    MHA,
+    QWEN,
+    prune_options,
+    run_config,
+    write_domains,
+    write_source,
+)
 
 DISTRIBUTED = {"distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -217,7 +223,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
     """A prune or continue run from random weights, the same for every layout."""
-    run_distributed(write_source, 1, directory / "source", shape)  # not here: this process forks
+    run_distributed(write_source, 1, directory, shape)  # not here: this process forks
     options = prune_options(shape) if stage == "prune" else {"stage": stage}
     pruning = options.get("pruning", PruningConfig())
     options["pruning"] = replace(pruning, mask_lr=0.1, multiplier_lr=0.1)
@@ -228,12 +234,6 @@ def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
         init_from=str(directory / "source"),
         **options,
     )
-
-
-def write_source(directory: Path, shape: ModelShape) -> None:
-    """Write a checkpoint with random weights."""
-    info = CheckpointInfo(shape=shape, stage="imported")
-    write_model(directory, info, random_weights(shape, seed=0).items())
 
 
 @pytest.mark.parametrize(("layout", "precision", "stage", "shape_name"), ROWS)

@@ -13,23 +13,17 @@ import torch
 import yaml
 
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import CheckpointInfo, read_shape, write_model
+from megashear.checkpoint.manager import read_shape
 from megashear.config.loader import load_config
 from megashear.config.schema import RunConfig
 from megashear.errors import ConfigError
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains
+from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 ETA, SMOOTHING, INTERVAL, BATCH = 4.0, 1e-4, 4, 8
 REFERENCES = {"first": 6.0, "second": 4.1}  # a random model's loss is above the second alone
-
-
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=GQA, stage="imported")
-    write_model(directory, info, random_weights(GQA, seed=0).items())
 
 
 def configuration(directory: Path, rule: str) -> RunConfig:
@@ -94,7 +88,7 @@ class Run:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mixing")
-    run_distributed(write_source, 1, directory / "source")
+    run_distributed(write_source, 1, directory)
     return directory
 
 

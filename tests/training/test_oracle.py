@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
@@ -33,6 +32,7 @@ from tests.runs import (
     prune_options,
     run_config,
     write_domains,
+    write_source,
 )
 
 STEPS, SEED = 3, 1234
@@ -42,11 +42,6 @@ SHAPES = {
     "query-head": GQA_QUERY_HEAD,
     "bias-norms": QWEN,
 }
-
-
-def write_source(directory: Path, shape: ModelShape) -> None:
-    info = CheckpointInfo(shape=shape, stage="imported")
-    write_model(directory / "source", info, random_weights(shape, seed=0).items())
 
 
 def run_steps(config: RunConfig) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import (
     QUERY_HEAD,
-    ModelShape,
     ParallelConfig,
     RunConfig,
     TargetShape,
@@ -26,13 +24,7 @@ from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains
-
-
-def write_source(directory: Path, shape: ModelShape) -> None:
-    info = CheckpointInfo(shape=shape, stage="imported")
-    write_model(directory / "source", info, random_weights(shape, seed=0).items())
+from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 
 def prune_run(directory: Path, **changes: Any) -> RunConfig:

@@ -19,7 +19,7 @@ from megashear.checkpoint.checksums import checksum
 from megashear.checkpoint.compare import logits, logits_difference
 from megashear.checkpoint.convert import import_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
+from megashear.checkpoint.manager import read_info
 from megashear.config.schema import ParallelConfig, PruningConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel
@@ -27,8 +27,7 @@ from megashear.pruning.counting import parameter_count
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf_models import save_llama
-from tests.reference_llama import random_weights
-from tests.runs import GQA, MHA, TARGETS, run_config, write_domains
+from tests.runs import GQA, MHA, TARGETS, run_config, write_domains, write_source
 
 TIMED = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
 MASKS = ("layer", "hidden", "head", "intermediate")
@@ -82,15 +81,10 @@ def test_a_hugging_face_directory_is_pruned_as_its_import_is(tensor: int, tmp_pa
     assert found[0] == found[1]  # bit for bit
 
 
-def write_source(directory: Path) -> None:
-    info = CheckpointInfo(shape=MHA, stage="imported")
-    write_model(directory, info, random_weights(MHA, seed=0).items())
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("stages")
-    run_distributed(write_source, 1, directory / "source")
+    run_distributed(write_source, 1, directory, MHA)
     return directory
 
 
