@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from megatron.core.datasets import gpt_dataset, helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from megashear.config.schema import DataConfig
@@ -39,7 +37,7 @@ logging.getLogger(gpt_dataset.__name__).addFilter(
 )
 
 
-class DomainDataset(Dataset[dict[str, Tensor]]):
+class DomainDataset(Dataset[np.ndarray]):
     """The endless sequence of samples of one domain: epoch after epoch, each in its own shuffle.
 
     Sample k is a function of the file, the seed and k: sample k % samples_per_epoch of a GPTDataset
@@ -80,21 +78,21 @@ class DomainDataset(Dataset[dict[str, Tensor]]):
             )
         self._epochs: dict[int, GPTDataset] = {}
 
-    def __getitem__(self, k: int) -> dict[str, Tensor]:
-        """Sample k: tokens, labels, loss_mask and position_ids [seq_length], and dataset_id [].
+    def __getitem__(self, k: int) -> np.ndarray:
+        """Text of sample k: token ids [seq_length + 1], int32.
 
         Raises:
             DataError: the file holds a token id that the vocabulary does not have.
         """
         epoch, number = divmod(k, self.samples_per_epoch)
-        sample: dict[str, Tensor] = self._epoch(epoch)[number]
-        highest = int(torch.maximum(sample["tokens"], sample["labels"]).max())
-        if highest >= self.vocab_size:
+        text: np.ndarray = self._epoch(epoch)._query_document_sample_shuffle_indices(number)[0]
+        outside = text[(text < 0) | (text >= self.vocab_size)]
+        if outside.size:
             raise DataError(
-                f"{self.prefix}.bin holds token id {highest}, but the vocabulary ends at "
+                f"{self.prefix}.bin holds token id {outside[0]}, but the vocabulary ends at "
                 f"{self.vocab_size - 1}: tokenize domain {self.name} with the model's tokenizer."
             )
-        return {**sample, "dataset_id": torch.tensor(self.dataset_id)}
+        return text.astype(np.int32)
 
     def _epoch(self, epoch: int) -> GPTDataset:
         """Index of an epoch; the one before it is kept too, for samples still on their way."""
@@ -127,7 +125,7 @@ class DomainDataset(Dataset[dict[str, Tensor]]):
         return index
 
 
-class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
+class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
     """Global sample number -> sample of a domain, by the weights of the mixture's segments.
 
     Stands where Megatron's BlendedDataset stands. Within a segment domains alternate by the same
@@ -147,10 +145,10 @@ class DynamicBlendedDataset(Dataset[dict[str, Tensor]]):
         self._blend = _Blend(())  # of the segment asked for last
         self._epochs: dict[int, int] = {}
 
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
-        """Global sample n, as its domain gives it."""
+    def __getitem__(self, n: int) -> tuple[int, np.ndarray]:
+        """(domain, text [seq_length + 1]) of global sample n."""
         domain, k = self.locate(n)
-        return self.members[domain][k]
+        return domain, self.members[domain][k]
 
     def locate(self, n: int) -> tuple[int, int]:
         """(domain, sample number within it) of global sample n, in constant time on average."""

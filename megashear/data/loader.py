@@ -12,15 +12,36 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
 from megashear.errors import DataError
 
+Texts = tuple[np.ndarray, np.ndarray]
+"""Text [b, s + 1] int32 and dataset_id [b] int64: all of a micro-batch that is not derived.
+
+Arrays, since torch would give each tensor of a worker a piece of shared memory and a socket, which
+takes longer than reading the text does.
+"""
+
 MicroBatch = dict[str, Tensor]
 """tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]."""
+
+
+def microbatch(text: np.ndarray | Tensor, dataset_id: np.ndarray | Tensor) -> MicroBatch:
+    """What a model takes of text [b, s + 1], as Megatron's GPTDataset derives it of each sample."""
+    ids = torch.as_tensor(text).long()
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": torch.ones_like(tokens, dtype=torch.float32),
+        "position_ids": torch.arange(tokens.shape[1], device=ids.device).repeat(len(ids), 1),
+        "dataset_id": torch.as_tensor(dataset_id),
+    }
 
 
 class Order:
@@ -41,17 +62,22 @@ class Order:
 
 
 class Reader(Dataset[Any]):
-    """What a worker does: read the samples of one micro-batch and stack them."""
+    """What a worker does: read the text of one micro-batch."""
 
     def __init__(self, members: Sequence[DomainDataset]) -> None:
         self._members = members
 
-    def __getitem__(self, located: list[tuple[int, int]]) -> MicroBatch | DataError:
+    def __getitem__(self, located: list[tuple[int, int]]) -> Texts | DataError:
         try:
-            batch: MicroBatch = default_collate([self._members[d][k] for d, k in located])
+            text = np.stack([self._members[domain][k] for domain, k in located])
         except DataError as error:  # as a value: torch would wrap a worker's traceback around it
             return error
-        return batch
+        return text, np.array([domain for domain, _ in located])
+
+
+def as_read(texts: Texts | DataError) -> Texts | DataError:
+    """Keep arrays arrays on their way out of a worker."""
+    return texts
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -76,6 +102,7 @@ def torch_fetcher(reader: Reader, order: Order, num_workers: int) -> Iterable[An
     return DataLoader(
         reader,
         batch_size=None,  # an index is a whole micro-batch
+        collate_fn=as_read,
         sampler=order,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -85,7 +112,7 @@ def torch_fetcher(reader: Reader, order: Order, num_workers: int) -> Iterable[An
 
 
 Fetcher = Callable[[Reader, Order, int], Iterable[Any]]
-"""(reader, order, workers) -> micro-batches, or the DataError that reading one met."""
+"""(reader, order, workers) -> Texts in the order's order, or the DataError that reading met."""
 
 
 class TrainLoader:
@@ -127,7 +154,7 @@ class TrainLoader:
         self._loader: Iterable[Any] | None = fetcher(
             Reader(dataset.members), self._order, num_workers
         )
-        self._batches: Iterator[Any] = iter(())
+        self._texts: Iterator[Any] = iter(())
 
     def fetch_until(self, sample: int) -> None:
         """Allow fetching ahead of steps that end at or before `sample`: the next evaluation.
@@ -149,16 +176,16 @@ class TrainLoader:
             f"weights changed at sample {self.consumed_samples} of the steps {self._order.steps} "
             "that fetch_until allowed"
         )
-        batches = [next(self._batches) for _ in range(self._step_batches)]
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
+        read = [next(self._texts) for _ in range(self._step_batches)]
+        for texts in read:
+            if isinstance(texts, DataError):
+                raise texts
         self.consumed_samples += self._step_samples
-        return batches
+        return [microbatch(*texts) for texts in read]
 
     def close(self) -> None:
         """End the workers; harmless when repeated."""
-        self._batches, self._loader = iter(()), None  # with the last reference torch ends them
+        self._texts, self._loader = iter(()), None  # with the last reference torch ends them
 
     def _allow_steps(self, loader: Iterable[Any]) -> None:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
@@ -166,7 +193,7 @@ class TrainLoader:
         stop = self.consumed_samples + steps * self._step_samples
         self._order.steps = range(self.consumed_samples, stop, self._step_samples)
         self._segments = self._mixture.segments
-        self._batches = iter(loader)
+        self._texts = iter(loader)
 
 
 def microbatch_samples(

@@ -5,11 +5,11 @@ Imports nothing of model or training.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from megashear.data.dataset import DomainDataset
-from megashear.data.loader import MicroBatch, microbatch_samples
+from megashear.data.loader import MicroBatch, microbatch, microbatch_samples
 
 
 def valid_microbatches(
@@ -29,8 +29,14 @@ def valid_microbatches(
     count = min(sequences, dataset.samples_per_epoch)
     across = micro_batch_size * dp_size * rounds
     filled = -(-count // across) * across
-    filling = {**dataset[0], "loss_mask": torch.zeros_like(dataset[0]["loss_mask"])}
     return [
-        default_collate([dataset[sample] if sample < count else filling for sample in samples])
+        _microbatch(dataset, samples, count)
         for samples in microbatch_samples(0, filled, micro_batch_size, dp_rank, dp_size)
     ]
+
+
+def _microbatch(dataset: DomainDataset, samples: list[int], count: int) -> MicroBatch:
+    text = np.stack([dataset[sample if sample < count else 0] for sample in samples])
+    batch = microbatch(text, np.full(len(samples), dataset.dataset_id))
+    batch["loss_mask"] *= torch.tensor([sample < count for sample in samples])[:, None]
+    return batch

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -79,8 +78,8 @@ class TestDomain:
         orders = []
         for epoch in range(3):
             first = epoch * domain.samples_per_epoch
-            samples = [domain[first + k] for k in range(domain.samples_per_epoch)]
-            tokens = torch.cat([sample["tokens"] for sample in samples]).tolist()
+            samples = [domain[first + k][:-1] for k in range(domain.samples_per_epoch)]
+            tokens = np.concatenate(samples).tolist()
             assert len(tokens) == len(set(tokens)) == 62 * 16  # 992 of 1001; the rest is dropped
             orders.append(tokens)
         assert len({tuple(order) for order in orders}) == 3
@@ -88,38 +87,27 @@ class TestDomain:
     def test_a_sample_is_consecutive_text_running_over_documents(self, tmp_path: Path) -> None:
         domain = open_domain(write_tokens(tmp_path / "cc", counting_documents(701), 701), 32, 701)
         for k in range(domain.samples_per_epoch):
-            sample = domain[k]
-            assert sample["labels"][:-1].tolist() == sample["tokens"][1:].tolist()
-            text = [*sample["tokens"].tolist(), int(sample["labels"][-1])]
+            text = domain[k].tolist()
+            assert len(text) == 33
             jumps = [(a, b) for a, b in itertools.pairwise(text) if b != a + 1]
             assert jumps  # 33 tokens cannot stand in documents of 7
             assert all((a + 1) % 7 == 0 or a == 700 for a, _ in jumps)
             assert all(b % 7 == 0 for _, b in jumps)
-            assert sample["loss_mask"].tolist() == [1.0] * 32
-            assert sample["position_ids"].tolist() == list(range(32))
-            assert sample["dataset_id"].dtype == torch.int64
-            keys = ["dataset_id", "labels", "loss_mask", "position_ids", "tokens"]
-            assert sorted(sample) == keys  # no attention_mask: [s, s] a sample
-
-    def test_token_zero_is_text_and_counts_in_the_loss(self, tmp_path: Path) -> None:
-        domain = open_domain(write_tokens(tmp_path / "cc", [[0] * 40], VOCAB), 8)
-        sample = domain[0]
-        assert sample["tokens"].tolist() == [0] * 8 and sample["loss_mask"].sum() == 8
 
     def test_samples_do_not_depend_on_what_was_read_before(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", random_documents(700, VOCAB), VOCAB)
         domain = open_domain(prefix)
-        expected = [domain[k]["tokens"].tolist() for k in range(200)]
+        expected = [domain[k].tolist() for k in range(200)]
         domain = open_domain(prefix)
         for k in np.random.default_rng(0).permutation(200).tolist():
-            assert domain[k]["tokens"].tolist() == expected[k]
+            assert domain[k].tolist() == expected[k]
 
     def test_seed_and_domain_choose_the_order(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", random_documents(3000, VOCAB), VOCAB)
 
         def order(**key: Any) -> list[list[int]]:
             domain = open_domain(prefix, **key)
-            return [domain[k]["tokens"].tolist() for k in range(20)]
+            return [domain[k].tolist() for k in range(20)]
 
         assert order() == order()
         assert order(seed=1235) != order() != order(name="wiki")
@@ -134,7 +122,7 @@ class TestDomain:
     def test_the_shortest_files(self, tmp_path: Path, tokens: int, samples: int) -> None:
         domain = open_domain(write_tokens(tmp_path / "cc", random_documents(tokens, VOCAB), VOCAB))
         assert domain.samples_per_epoch == samples
-        assert [domain[k]["tokens"].shape for k in range(3)] == [(16,)] * 3
+        assert [domain[k].shape for k in range(3)] == [(17,)] * 3
 
     def test_a_file_shorter_than_a_sample_is_refused(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", random_documents(16, VOCAB), VOCAB)
@@ -143,13 +131,16 @@ class TestDomain:
 
     def test_a_token_outside_the_vocabulary_names_the_file(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", [[1, 2, 3, 499] * 30], VOCAB)
-        assert open_domain(prefix)[0]["tokens"].max() == 499
+        assert open_domain(prefix)[0].max() == 499
         with pytest.raises(DataError, match=r"cc\.bin holds token id 499, .* ends at 498"):
             open_domain(prefix, vocab=499)[0]
+        negative = write_tokens(tmp_path / "n", [[1, 2, -1] * 30], 100_000)
+        with pytest.raises(DataError, match=r"n\.bin holds token id -1"):
+            open_domain(negative)[0]
 
     def test_ids_beyond_16_bits(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", [list(range(99_900, 100_000))], 100_000)
-        assert open_domain(prefix, vocab=100_000)[0]["tokens"].tolist()[0] >= 99_900
+        assert open_domain(prefix, vocab=100_000)[0].min() >= 99_900
 
     def test_damaged_files_are_refused(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "cc", random_documents(700, VOCAB), VOCAB)
@@ -191,7 +182,7 @@ def test_validation_reads_the_same_sequences_whatever_the_seed(tmp_path: Path) -
         config = DataConfig(seq_length=16, domains=domains, seed=seed)
         datasets = build_valid_datasets(config, VOCAB)
         assert [dataset.dataset_id for dataset in datasets.values()] == [0, 1]
-        return [datasets["b"][k]["tokens"].tolist() for k in range(10)]
+        return [datasets["b"][k].tolist() for k in range(10)]
 
     assert first_sequences(1) == first_sequences(2)
 
@@ -217,9 +208,9 @@ class TestBlend:
         assert [domain for domain, _ in located] == megatron.dataset_index.tolist()
         assert [k for _, k in located] == megatron.dataset_sample_index.tolist()
         for n in range(0, size, 613):
-            ours, theirs = blend[n], megatron[n]
-            assert int(ours["dataset_id"]) == int(theirs["dataset_id"])
-            assert torch.equal(ours["tokens"], theirs["tokens"])
+            (number, text), theirs = blend[n], megatron[n]
+            assert number == int(theirs["dataset_id"])
+            assert text[:-1].tolist() == theirs["tokens"].tolist()
 
     def test_every_segment_is_greedy_and_goes_on_where_the_domains_were(
         self, tmp_path: Path
@@ -287,7 +278,7 @@ class TestBlend:
             "domain d0 begins epoch 2 at sample 20, in a new order",
             "domain d0 begins epoch 3 at sample 40, in a new order",
         ]
-        assert blend[20]["dataset_id"] == 0 and blend[20]["tokens"].shape == (16,)
+        assert blend[20][0] == 0 and blend[20][1].shape == (17,)
 
     def test_a_repeated_domain_repeats_no_sample_within_an_epoch(self, tmp_path: Path) -> None:
         prefix = write_tokens(tmp_path / "small", counting_documents(323), VOCAB)
@@ -299,7 +290,7 @@ class TestBlend:
         blend = DynamicBlendedDataset(members, Mixture(["small", "large"], (0.4, 0.6), {}))
         set_segments(blend, (0, (0.4, 0.6)), (77, (0.8, 0.2)), (130, (0.3, 0.7)))
         drawn = [blend[n] for n in range(300)]
-        small = [sample["tokens"].tolist() for sample in drawn if sample["dataset_id"] == 0]
+        small = [text[:-1].tolist() for number, text in drawn if number == 0]
         for first in range(0, len(small) - 19, 20):
             epoch = [token for sample in small[first : first + 20] for token in sample]
             assert len(epoch) == len(set(epoch)) == 320

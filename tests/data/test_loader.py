@@ -5,14 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
-from megashear.data.loader import TrainLoader, microbatch_samples
+from megashear.data.loader import Reader, TrainLoader, microbatch, microbatch_samples
 from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.distributed import run_distributed
@@ -53,8 +55,8 @@ def expected_stream(prefixes: list[str], until: int) -> Stream:
     for n in range(until):
         if n and n % INTERVAL == 0:
             blend.mixture.update(n, LOSSES[n // INTERVAL % 2])
-        sample = blend[n]
-        stream.append((sample["tokens"].tolist(), int(sample["dataset_id"])))
+        domain, text = blend[n]
+        stream.append((text[:-1].tolist(), domain))
     return stream
 
 
@@ -139,6 +141,22 @@ def test_the_ranks_take_each_sample_of_the_global_batch_once(micro: int, ranks: 
 def test_micro_batch_i_of_all_ranks_comes_before_micro_batch_i_plus_1() -> None:
     assert microbatch_samples(100, 8, 2, 0, 2) == [[100, 101], [104, 105]]
     assert microbatch_samples(100, 8, 2, 1, 2) == [[102, 103], [106, 107]]
+
+
+@pytest.mark.parametrize("vocab", [300, 100_000])  # in files of 16 and of 32 bits
+def test_a_micro_batch_is_what_megatrons_dataset_gives(tmp_path: Path, vocab: int) -> None:
+    documents = [[0] * 40, *random_documents(2000, vocab)]  # no token is padding, 0 neither
+    prefix = write_tokens(tmp_path / "cc", documents, vocab)
+    domain = DomainDataset("a", prefix, seq_length=SEQ, vocab_size=vocab, seed=7, dataset_id=2)
+    samples = range(domain.samples_per_epoch)
+    batch = microbatch(*Reader([domain] * 3)[[(2, k) for k in samples]])
+    theirs = default_collate([domain._epoch(0)[k] for k in samples])
+    assert batch.pop("dataset_id").tolist() == [2] * len(samples)
+    assert batch.keys() == theirs.keys()  # no attention_mask: [s, s] a sample
+    for key, tensor in theirs.items():
+        assert batch[key].dtype == tensor.dtype and torch.equal(batch[key], tensor)
+        assert batch[key].is_contiguous()
+    assert (batch["tokens"] == 0).all(1).any() and batch["loss_mask"].all()
 
 
 def make_loader(blend: DynamicBlendedDataset, workers: int, start: int = 0) -> TrainLoader:
