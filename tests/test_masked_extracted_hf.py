@@ -16,7 +16,7 @@ from torch import Tensor
 from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.hf import write_huggingface
-from megashear.checkpoint.load import load_weights
+from megashear.checkpoint.load import load_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ModelShape, ParallelConfig
 from megashear.errors import CheckpointError
@@ -84,7 +84,7 @@ def extract_and_export(directory: Path) -> dict[str, Tensor]:
     dense = extract_checkpoint(pruned, directory / "extracted")
     with parallel.single_process() as platform:
         (model,) = chunks = build_model(dense.shape, platform, ParallelConfig(), seq_length=16)
-        load_weights(dense, chunks)
+        load_model(dense.directory, chunks, platform)
         with torch.no_grad():
             logits = {"extracted": model(TOKENS, POSITIONS, None)}
     if dense.shape.qkv_bias:

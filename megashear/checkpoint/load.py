@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megashear.checkpoint import checksums, sharded
-from megashear.checkpoint.manager import INFO, CheckpointInfo
+from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.manager import INFO, CheckpointInfo, is_huggingface, read_info
 from megashear.errors import CheckpointError
 from megashear.model.build import bound_rows
 from megashear.platform.parallel import Platform
@@ -39,18 +41,30 @@ def fill_from_reader(
         bound.parameter.copy_(shard)
 
 
-def load_weights(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
-    """Fill this rank's part of a model from a checkpoint of any parallel layout; a collective.
+def load_model(path: str | Path, chunks: Sequence[Any], platform: Platform) -> None:
+    """Fill this rank's part of a model from a checkpoint, a run or a Hugging Face directory.
+
+    A collective.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: there is none, or it is damaged, or of another model.
     """
-    checksums.verify(info.directory, INFO, "model")
-    fill_from_checkpoint(info, chunks)
+    if is_huggingface(path):
+        fill_from_reader(chunks, HuggingFaceReader(Path(path)).read, platform)
+    else:
+        info = read_info(path)
+        checksums.verify(info.directory, INFO, "model")
+        fill_from_checkpoint(info, chunks)
 
 
 def fill_from_checkpoint(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
-    """The same, of a checkpoint that is known to be whole."""
+    """Fill this rank's part of a model from a checkpoint of any layout that is known to be whole.
+
+    A collective.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     state = sharded_weights(chunks)
     loaded = sharded.load(state, info.model_directory)
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):

@@ -1,21 +1,37 @@
-"""Per-domain validation loss: an exact token-weighted mean over all ranks."""
+"""Per-domain validation loss: an exact token-weighted mean over all ranks; and what it costs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from megashear.config.schema import RunConfig
 from megashear.data.dataset import DomainDataset
-from megashear.data.validation import valid_microbatches
-from megashear.errors import DataError
+from megashear.data.validation import ValidBatches
+from megashear.errors import TrainingError
 from megashear.platform.parallel import Platform
 from megashear.training.step import run_microbatches
+
+MUCH = 0.1
+"""Computation of evaluations, as a share of training's, above which a run says how to have less."""
+
+
+class DomainLoss(NamedTuple):
+    """Mean loss over a domain's validation tokens (nats per token), and their number."""
+
+    loss: float
+    tokens: int
 
 
 class Evaluator:
     """Measures a model on the first `sequences` of every domain's validation text.
 
     Micro-batches of a rank come in multiples of `rounds` (interleaved pipeline stages).
+
+    Attributes:
+        batches: this rank's micro-batches by domain, read when their turn comes.
+        sequences: of one evaluation, over all domains and ranks, with what fills micro-batches.
     """
 
     def __init__(
@@ -28,28 +44,62 @@ class Evaluator:
     ) -> None:
         self.platform = platform
         place = (platform.data_rank, platform.data_size, rounds)
-        self._batches = {
-            name: valid_microbatches(dataset, sequences, micro_batch_size, *place)
+        self.batches = {
+            name: ValidBatches(dataset, sequences, micro_batch_size, *place)
             for name, dataset in datasets.items()
         }
+        batches_of_all = platform.data_size * sum(map(len, self.batches.values()))
+        self.sequences = micro_batch_size * batches_of_all
 
-    def losses(self, models: Sequence[Any]) -> dict[str, float]:
-        """Loss of each domain (nats per token), the same on every rank; a collective.
+    def measure(self, models: Sequence[Any]) -> dict[str, DomainLoss]:
+        """Loss of each domain, the same on every rank; a collective.
 
         Raises:
-            DataError: a domain has no validation tokens.
+            DataError: the validation text of a domain cannot be read.
+            TrainingError: losses are not finite; names their domains.
         """
         for model in models:
             model.eval()
-        losses = {}
-        for number, (name, batches) in enumerate(self._batches.items()):
+        measured = {}
+        for number, (name, batches) in enumerate(self.batches.items()):
             self.platform.progress.mark(f"evaluation of {name}")
             result = run_microbatches(
-                models, batches, self.platform, len(self._batches), forward_only=True
+                models, batches, self.platform, len(self.batches), forward_only=True
             )
-            if not result.tokens[number]:
-                raise DataError(f"domain {name} has no validation tokens. Check its `valid` file")
-            losses[name] = result.of_domains()[number]
+            measured[name] = DomainLoss(result.of_domains()[number], int(result.tokens[number]))
         for model in models:
             model.train()
-        return losses
+        if wrong := [f"{n} {m.loss}" for n, m in measured.items() if not math.isfinite(m.loss)]:
+            raise TrainingError(
+                f"the validation loss is not finite: {', '.join(wrong)}. Check the domain's "
+                "validation text; a model that is broken has such a loss on all of them"
+            )
+        return measured
+
+
+def cost_of_evaluations(config: RunConfig, sequences: int) -> tuple[str, bool]:
+    """What the evaluations of a run add to the computation of training; and whether that is much.
+
+    A forward pass is a third of training on the same tokens, and a quarter where layers are
+    recomputed.
+
+    Args:
+        config: of the run.
+        sequences: of one evaluation, over all domains and ranks.
+    """
+    trainer, evaluation = config.trainer, config.evaluation
+    evaluations = 1 + math.ceil(trainer.steps / evaluation.interval)
+    passes = 4 if config.parallel.recompute == "full" else 3
+    share = evaluations * sequences / (passes * trainer.steps * trainer.global_batch_size)
+    text = (
+        f"evaluations of {sequences:,} sequences, every {evaluation.interval} steps, add "
+        f"{100 * share:.2g}% to the computation of training"
+    )
+    if share <= MUCH:
+        return text, False
+    fewer = max(1, int(MUCH / share * sequences / len(config.data.domains)))
+    return (
+        f"{text}. Lower evaluation.sequences_per_domain ({fewer} would add {MUCH:.0%}) or raise "
+        "evaluation.interval",
+        True,
+    )

@@ -100,15 +100,17 @@ class RunLog:
         """Record and show an evaluation: losses (nats per token), references, domain weights."""
         if not self.writes:
             return
+        gaps = {
+            name: loss - references[name] for name, loss in losses.items() if name in references
+        }
         weights = dict(zip(losses, after, strict=True))
-        record = {"step": step, "losses": losses, "references": references, "weights": weights}
-        self._append({"kind": "evaluation", **record})
+        record = {"losses": losses, "references": references, "gaps": gaps, "weights": weights}
+        self._append({"kind": "evaluation", "step": step, **record})
         rows = []
         for (name, loss), old, new in zip(losses.items(), before, after, strict=True):
-            reference = references.get(name)
-            gap = "-" if reference is None else f"{loss - reference:+.3f}"
+            gap = f"{gaps[name]:+.3f}" if name in gaps else "-"
             moved = f"{old:.3f} -> {new:.3f}" if old != new else f"{new:.3f}"
-            rows.append((name, f"{loss:.4f}", reference or "-", gap, moved))
+            rows.append((name, f"{loss:.4f}", references.get(name, "-"), gap, moved))
         print(f"evaluation at step {step}")
         header = ("domain", "loss", "reference", "gap", "weight")
         print("  " + table(rows, header).replace("\n", "\n  "), flush=True)

@@ -19,8 +19,7 @@ import yaml
 
 from megashear.checkpoint import manager
 from megashear.checkpoint.agreement import on_first_process
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.load import fill_from_reader, load_weights
+from megashear.checkpoint.load import load_model
 from megashear.checkpoint.manager import CheckpointInfo
 from megashear.checkpoint.run_checkpoints import CheckpointManager
 from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, to_yaml
@@ -33,7 +32,7 @@ from megashear.model.build import build_model
 from megashear.platform import cuda
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import parameter_count
-from megashear.training.evaluation import Evaluator
+from megashear.training.evaluation import Evaluator, cost_of_evaluations
 from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_log import RunLog
@@ -124,13 +123,12 @@ class Trainer:
         size = f"{parameter_count(self.shape):,} parameters"
         size += f" -> {parameter_count(target):,}" if target else ""
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
+        cost, much = cost_of_evaluations(self.config, self.evaluator.sequences)
+        (self.log.warn if much else self.log.say)(cost)
 
     def _initialise(self, chunks: list[Any], init_from: str) -> None:
         self.platform.progress.mark("loading of weights")
-        if manager.is_huggingface(init_from):
-            fill_from_reader(chunks, HuggingFaceReader(Path(init_from)).read, self.platform)
-        else:
-            load_weights(manager.read_info(init_from), chunks)
+        load_model(init_from, chunks, self.platform)
         self.log.say(f"weights from {init_from}")
 
     @property
@@ -269,7 +267,8 @@ class Trainer:
         self.platform.progress.mark("evaluation", self.step)
         with self.objective.evaluation_weights():
             self.optimizer.gather(wait=True)
-            self.losses = self.evaluator.losses(self.optimizer.models)
+            measured = self.evaluator.measure(self.optimizer.models)
+        self.losses = {name: domain.loss for name, domain in measured.items()}
         before = self.mixture.weights
         if self.step < self.config.trainer.steps:
             self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megashear.data.dataset import DomainDataset
-from megashear.data.validation import valid_microbatches
+from megashear.data.validation import ValidBatches
 from tests.make_data import counting_documents, write_tokens
 
 VOCAB = 500
@@ -26,7 +26,7 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> DomainDataset:
 def test_validation_counts_each_sequence_once_over_ranks(
     domain: DomainDataset, sequences: int, micro: int, ranks: int
 ) -> None:
-    taken = [valid_microbatches(domain, sequences, micro, rank, ranks) for rank in range(ranks)]
+    taken = [ValidBatches(domain, sequences, micro, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in taken}) == 1
     rows: list[tuple[int, ...]] = []
     for batch in (batch for batches in taken for batch in batches):
@@ -38,3 +38,20 @@ def test_validation_counts_each_sequence_once_over_ranks(
     count = min(sequences, 23)
     assert sorted(rows) == sorted(tuple(domain[k][:-1].tolist()) for k in range(count))
     assert len(set(rows)) == count
+
+
+def test_a_sequence_is_read_when_its_turn_comes(
+    domain: DomainDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    text = DomainDataset.__getitem__
+    monkeypatch.setattr(
+        DomainDataset, "__getitem__", lambda domain, k: (read.append(k), text(domain, k))[1]
+    )
+    batches = ValidBatches(domain, 500, 4, 1, 2)  # sequences 4 to 7, 12 to 15, 20 to 22
+    assert (len(batches), read) == (3, [])
+    later = iter(batches)
+    next(later)
+    assert read == [4, 5, 6, 7]
+    assert [batch["loss_mask"][:, 0].tolist() for batch in later] == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert [k for k in read if k] == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22]

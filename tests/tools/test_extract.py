@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megashear.checkpoint.load import load_weights
+from megashear.checkpoint.load import load_model
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig
@@ -108,7 +108,7 @@ def parts(checkpoint: Path, layout: ParallelConfig) -> bool:
     info = read_info(checkpoint)
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
     chunks = build_model(info.shape, platform, layout, seq_length=8)
-    load_weights(info, chunks)
+    load_model(checkpoint, chunks, platform)
     reader = WeightsReader(info.model_directory, info.shape)
     place = platform.tensor_rank, platform.tensor_size
     same = [
