@@ -44,7 +44,7 @@ def sample(files: Sequence[Path], size: int) -> Iterator[str]:
     """Texts spread evenly over all files, about `size` bytes of them."""
     every = max(1, round(sum(file.stat().st_size for file in files) / size))
     for file in files:
-        lines = (line for chunk in read_chunks(file) for line in chunk.lines)
+        lines = (line for chunk in read_chunks([file]) for line in chunk.lines)
         for number, line in enumerate(lines):
             if number % every == 0 and line.strip():
                 try:

@@ -1,30 +1,53 @@
-"""Reads text from JSONL files, plain or gzip: every line one object, the text in one of its fields.
+"""Reads text from JSONL files, plain, gzip or zstd: every line one object with the text in a field.
 
-Imports `errors` and the standard library only.
+Imports `errors`, zstandard and the standard library only.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+import zstandard
 
 from megashear.errors import DataError
 
 CHUNK_BYTES = 1 << 19  # of lines, to be handed on at a time
+_BLOCK_BYTES = 1 << 17  # of compressed data, read at a time
 _GZIP = b"\x1f\x8b"
+# A frame of data, or one to skip, with which some writers begin.
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
 _UNREADABLE = {
-    b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"PK\x03\x04": "zip",
     b"PAR1": "parquet",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place between two lines of the input.
+
+    Attributes:
+        file: number of the file among all.
+        line: lines of that file before it.
+        byte: plain bytes of these.
+        read: bytes on disk (compressed ones, if so) before it, of all files.
+    """
+
+    file: int = 0
+    line: int = 0
+    byte: int = 0
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ class Chunk:
     file: str
     first_line: int
     lines: list[bytes]
-    read: int  # bytes on disk (compressed ones, if so) since the chunk before
+    end: Place
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -61,46 +84,102 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def read_chunks(file: Path) -> Iterator[Chunk]:
-    """The lines of a file, about CHUNK_BYTES at a time.
+START = Place()
+
+
+def read_chunks(files: Sequence[Path], start: Place = START) -> Iterator[Chunk]:
+    """The lines of all files from a place on, about CHUNK_BYTES at a time.
 
     Raises:
-        DataError: it cannot be read or decompressed.
+        DataError: a file cannot be read or decompressed.
     """
+    for number in range(start.file, len(files)):
+        here = start if number == start.file else Place(number)
+        before = sum(file.stat().st_size for file in files[:number])
+        yield from _read_file(files[number], here, before)
+
+
+def _read_file(file: Path, start: Place, before: int) -> Iterator[Chunk]:
+    """The lines of one file; `before` are the bytes of the files before it."""
+    number, byte, kind = start.line, start.byte, ""
     lines: list[bytes] = []
-    number = first = 0
+
+    def chunk() -> Chunk:
+        read = before + (raw.tell() if raw.seekable() else 0)  # a pipe has no place
+        end = Place(start.file, number, byte, read)
+        return Chunk(str(file), number - len(lines) + 1, lines, end)
+
     try:
         with file.open("rb") as raw:
-            place = raw.tell if raw.seekable() else (lambda: 0)  # a pipe has none
-            before = size = 0
-            for line in _decompressed(file, raw):
-                number += 1
+            kind = _kind(file, raw.peek(6))
+            for line in _plain(raw, kind, start.byte):
+                number, byte = number + 1, byte + len(line)
                 lines.append(line)
-                size += len(line)
-                if size >= CHUNK_BYTES:
-                    yield Chunk(str(file), first + 1, lines, place() - before)
-                    before, size, first, lines = place(), 0, number, []
-            yield Chunk(str(file), first + 1, lines, place() - before)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                if byte - start.byte >= CHUNK_BYTES:
+                    yield chunk()
+                    start, lines = replace(start, byte=byte), []
+            yield chunk()
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"{file}: damaged gzip data after line {number:,} ({error}). Fetch or compress it "
-            "again; `gzip -t` tells whether it is whole"
+            f"{file}: damaged {kind} data after line {number:,} ({error}). Fetch or compress it "
+            f"again; `{kind} -t` tells whether it is whole"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def _decompressed(file: Path, raw: BufferedReader) -> Iterable[bytes]:
-    """The plain byte stream of an open file, by what it holds, not by its name."""
-    head = raw.peek(6)
+def _kind(file: Path, head: bytes) -> str:
+    """How a file is packed: gzip, zstd or not (""), by what it holds, not by its name."""
     for magic, name in _UNREADABLE.items():
         if head.startswith(magic):
-            raise DataError(f"{file}: {name} data. Convert it to JSONL, plain or gzip")
-    if head.startswith(_GZIP):
-        return gzip.GzipFile(fileobj=raw)
-    if head and file.suffix == ".gz":
-        raise DataError(f"{file}: not gzip data, in spite of its name. Compress or rename it")
-    return raw
+            raise DataError(f"{file}: {name} data. Convert it to JSONL, plain, gzip or zstd")
+    kind = "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_ZSTD) else ""
+    named = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix, kind)
+    if head and named != kind:
+        raise DataError(f"{file}: not {named} data, in spite of its name. Compress or rename it")
+    return kind
+
+
+def _plain(raw: BufferedReader, kind: str, skip: int) -> Iterable[bytes]:
+    """The lines of an open file, after `skip` plain bytes."""
+    if not kind:
+        if skip:
+            raw.seek(skip)
+        return raw
+    stream = gzip.GzipFile(fileobj=raw) if kind == "gzip" else BufferedReader(_Zstd(raw), 1 << 20)
+    while skip and (block := stream.read(min(skip, 1 << 20))):
+        skip -= len(block)
+    return stream
+
+
+class _Zstd(io.RawIOBase):
+    """Plain bytes of zstd frames. The library's own reader takes a file that was cut for whole."""
+
+    def __init__(self, raw: BufferedReader) -> None:
+        self._raw = raw
+        self._plain = memoryview(b"")
+        # Any window: frames of `zstd --long=31` need 2 GiB.
+        self._library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame = self._library.decompressobj()
+        self._packed, self._within = b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._raw.read(_BLOCK_BYTES)
+            if not self._packed:
+                if self._within:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._plain = memoryview(self._frame.decompress(self._packed))
+            self._packed, self._within = self._frame.unused_data, not self._frame.eof
+            if self._frame.eof:
+                self._frame = self._library.decompressobj()
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
 
 
 def text_of(line: bytes, field: str) -> str:

@@ -103,7 +103,7 @@ def tokenize_files(
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be 1 or more")
     job = _Job(str(tokenizer), vocabulary.sha256, field, valid_fraction or 0.0)
-    chunks = (chunk for file in files for chunk in read_chunks(file))
+    chunks = read_chunks(files)
     folder = Path(prefixes[0]).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _encode(job: _Job, chunk: Chunk) -> _Encoded:
         valid=[_is_valid(text, job.valid_fraction) for text in kept],
         empty=len(texts) - len(kept),
         problems=problems,
-        read=chunk.read,
+        read=chunk.end.read,
     )
 
 
@@ -232,7 +232,7 @@ def _fill(writers: list[TokenFile], encoded: Iterable[_Encoded], shown: tqdm) ->
             writers[-1 if valid else 0].add(chunk.tokens[end - length : end])
         tokens = sum(writer.tokens for writer in writers)
         shown.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-        shown.update(chunk.read)
+        shown.update(chunk.read - shown.n)
     if problems:
         found = problems[:MAX_PROBLEMS]
         lines = "line" if len(found) == 1 else "lines"

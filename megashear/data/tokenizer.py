@@ -24,7 +24,8 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: ids are below this.
-        bos_id: begins a document; None where the vocabulary has no such token.
+        bos_id: begins a document; None where the family puts nothing there (GPT-2, Qwen). It is the
+            one that transformers puts before a text.
         eos_id: ends a document.
         sha256: of the tokenizer's file, to tell whether two token files belong together.
     """
@@ -66,7 +67,8 @@ class _SentencePiece:
         self._processor = load_sentencepiece(file, content)
         self.vocab_size: int = self._processor.get_piece_size()
         bos, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_id = bos if bos >= 0 else None
+        wanted = _config(file).get("add_bos_token", True)  # LLaMA's default
+        self.bos_id = bos if bos >= 0 and wanted else None
         self.sha256 = hashlib.sha256(content).hexdigest()
         if self.eos_id < 0:
             raise DataError(f"{file} has no end-of-sentence piece (eos_id); train it with one")
@@ -110,8 +112,11 @@ class _HuggingFace:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.bos_id = self._special_id(file, "bos_token")
-        eos_id = self._special_id(file, "eos_token")
+        config = _config(file)
+        bos_id, eos_id = (self._special_id(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        # A token of that name that is not put before a text is none (GPT-2's is the eos).
+        begins = self._tokenizer.encode("a").ids[:1] == [bos_id]
+        self.bos_id = bos_id if begins else None
         if eos_id is None:
             raise DataError(
                 f"no eos_token for {file}: its tokenizer_config.json must stand beside it and name "
@@ -119,18 +124,25 @@ class _HuggingFace:
             )
         self.eos_id = eos_id
 
-    def _special_id(self, file: Path, name: str) -> int | None:
-        """The id of a special token that tokenizer_config.json names, as text or as a record."""
-        config = file.with_name("tokenizer_config.json")
-        try:
-            token = json.loads(config.read_bytes()).get(name) if config.is_file() else None
-        except (ValueError, AttributeError, OSError) as error:
-            raise DataError(f"{config} cannot be read as a JSON object: {error}") from error
+    def _special_id(self, token: Any) -> int | None:
+        """The id of a special token, given as text or as a record."""
         token = token.get("content") if isinstance(token, dict) else token
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _config(tokenizer: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer's file; empty where there is none."""
+    config = tokenizer.with_name("tokenizer_config.json")
+    try:
+        found = json.loads(config.read_bytes()) if config.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise DataError(f"{config} cannot be read as a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{config} is not a JSON object")
+    return found
 
 
 def save_for_transformers(model: Path, folder: Path) -> None:
