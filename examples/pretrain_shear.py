@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,25 +31,18 @@ def main() -> None:
 
     # Imported late, so that --help answers at once.
     from megashear.config.loader import load_config
-    from megashear.console import USAGE
-    from megashear.errors import ConfigError
     from megashear.platform import parallel
 
     rank = parallel.launched_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    try:
+    with parallel.said_once():
         config = load_config(
             arguments.config,
             arguments.overrides,
             source_shape=_shape_at,
             world_size=parallel.world_size(),
         )
-    except ConfigError:
-        if parallel.is_first_on_machine():
-            raise
-        time.sleep(2)  # the first process says it; a launcher ends all as soon as one has ended
-        raise SystemExit(USAGE) from None
     from megashear.training.trainer import Trainer
 
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from megashear import console
-from megashear.commands import tokenize
+from megashear.commands import evaluate, tokenize
 
-COMMANDS = (tokenize,)
+COMMANDS = (tokenize, evaluate)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megashear.config.schema import Domain, ModelShape, RunConfig
+from megashear.config.schema import DataConfig, Domain, ModelShape, RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import Faulty, Problem, Unreadable, options, show
 from megashear.errors import ConfigError, ShearError
@@ -59,6 +59,33 @@ def load_config(
         found += problems(config, source, world_size, check_files=check_files)
     if found:
         raise ConfigError(str(path), found)
+    return config
+
+
+def load_domains(path: Path) -> RunConfig:
+    """What a run's YAML file, a run directory or a YAML file of domains says of validation.
+
+    Only what stands in the file is checked: files, models and references may be missing still. Of
+    domains alone, the rest of the configuration is at its defaults.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    found: list[Problem] = []
+    file = path / "config.yaml" if path.is_dir() else path
+    tree = _read_yaml(file, "", found)
+    if isinstance(tree, list) or (isinstance(tree, dict) and "domains" in tree):
+        domains = _read_domains(tree, "domains", found)
+        config = RunConfig(stage="continue", run_dir="", data=DataConfig(domains=domains))
+    else:
+        config = _read(RunConfig, tree, "", found)
+        if path.is_dir() and not found:
+            data = replace(config.data, domains=(), domains_from=str(path))
+            config = replace(config, data=data)
+        if not isinstance(config, Faulty):
+            config = _with_domains_from(config, found, check_files=True)
+    if found:
+        raise ConfigError(str(file), found)
     return config
 
 
@@ -230,24 +257,32 @@ def _known(cls: Any, raw: dict[Any, Any], path: str, found: list[Problem]) -> di
 
 
 def _with_domains_from(config: RunConfig, found: list[Problem], check_files: bool) -> RunConfig:
-    """The domains of the run that `data.domains_from` names, put in its place."""
+    """The domains that `data.domains_from` names, put in its place."""
     where, data = "data.domains_from", config.data
     try:
         if data.domains_from is None:
             return config
-        file = Path(data.domains_from) / DOMAINS_FILE
+        file = Path(data.domains_from)
         if data.domains:
             found.append((where, "data.domains are given as well. Leave one of the two out"))
             return config
     except Unreadable:
         return config
+    if not file.is_file() and file.suffix not in (".yaml", ".yml"):
+        file /= DOMAINS_FILE
     if not file.is_file():
         if check_files:
-            text = f"= {show(data.domains_from)}: no file {file}, which a run of any stage writes "
-            found.append((where, text + "at every save. Name a run directory that has been saved"))
+            text = f"= {show(data.domains_from)}: no file {file}. Name a run directory that has "
+            found.append((where, text + "been saved, or a YAML file of domains"))
         return config
-    domains = _read(tuple[Domain, ...], _read_yaml(file, str(file), found), str(file), found)
+    domains = _read_domains(_read_yaml(file, str(file), found), str(file), found)
     return replace(config, data=replace(data, domains=domains, domains_from=None))
+
+
+def _read_domains(tree: Any, path: str, found: list[Problem]) -> Any:
+    """Domains out of a list of them, or of a mapping that has one as `domains`."""
+    tree = tree.get("domains") if isinstance(tree, dict) else tree
+    return _read(tuple[Domain, ...], tree, path, found)
 
 
 def _source(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megashear.config.schema import ParallelConfig, PlatformConfig
-from megashear.errors import PlatformError, RankError
+from megashear.console import USAGE
+from megashear.errors import PlatformError, RankError, ShearError
 from megashear.platform import cuda
 from megashear.platform.kernels import choose_kernels
 from megashear.platform.random_states import seed_all
@@ -163,6 +165,18 @@ def launched_rank() -> int:
 def is_first_on_machine() -> bool:
     """Whether the launcher made this process the first on its machine: it speaks for the others."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What all processes find wrong alike is said by the first on each machine."""
+    try:
+        yield
+    except ShearError:
+        if is_first_on_machine():
+            raise
+        time.sleep(2)  # a launcher ends all as soon as one has ended
+        raise SystemExit(USAGE) from None
 
 
 def choose_device(config: PlatformConfig) -> torch.device:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from megashear.config.schema import RunConfig
 from megashear.data.dataset import DomainDataset
 from megashear.data.validation import ValidBatches
@@ -63,9 +65,10 @@ class Evaluator:
         measured = {}
         for number, (name, batches) in enumerate(self.batches.items()):
             self.platform.progress.mark(f"evaluation of {name}")
-            result = run_microbatches(
-                models, batches, self.platform, len(self.batches), forward_only=True
-            )
+            with torch.no_grad():  # Megatron's schedules would keep all that a backward pass needs
+                result = run_microbatches(
+                    models, batches, self.platform, len(self.batches), forward_only=True
+                )
             measured[name] = DomainLoss(result.of_domains()[number], int(result.tokens[number]))
         for model in models:
             model.train()

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megashear.config.shapes import allowed_layouts
-from megashear.console import FAILED, USAGE, run, table
-from megashear.errors import ShearError
+from megashear.console import FAILED, run, table
 
 if TYPE_CHECKING:
     from megashear.config.schema import ModelShape
@@ -44,13 +42,8 @@ def main() -> int:
 
     from megashear.platform import parallel
 
-    try:
+    with parallel.said_once():
         return extract(arguments, speaks=parallel.launched_rank() == 0)
-    except ShearError:
-        if parallel.is_first_on_machine():
-            raise
-        time.sleep(2)  # a launcher ends all as soon as one has ended
-        return USAGE
 
 
 def extract(arguments: argparse.Namespace, speaks: bool) -> int:

@@ -1,0 +1,168 @@
+"""`megashear evaluate`: validation losses by domain of any checkpoint or Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megashear import console
+from megashear.config.loader import load_domains
+from megashear.config.schema import ParallelConfig, PlatformConfig, RunConfig, TrainerConfig
+from megashear.config.validate import CHOICES
+
+if TYPE_CHECKING:
+    from megashear.training.measure import Measured
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="validation losses by domain, of any checkpoint",
+        description="Measure models on the validation sets of a run: the losses that the run\n"
+        "itself would log. MODEL is a run directory (its latest checkpoint), a checkpoint of any\n"
+        "stage and parallel layout, or a Hugging Face directory.",
+        epilog="example: a pruned model, and what was exported of it\n\n"
+        "  megashear evaluate runs/continue models/sheared-1.3b --domains runs/continue\n\n"
+        "a large one on 8 GPUs\n\n"
+        "  torchrun --nproc-per-node 8 -m megashear evaluate checkpoints/llama2-70b \\\n"
+        "      --domains prune.yaml --tensor 8 --json losses.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="what to measure")
+    add_options(parser, "what the first MODEL was trained with, if it is a run directory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same, for programs")
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options of whatever measures: which text, on what, in which layout."""
+    option = parser.add_argument
+    option(
+        "--domains",
+        type=Path,
+        metavar="PATH",
+        help="a run's YAML file, a run directory, or a YAML file of domains; it also says how long "
+        f"sequences are, how many, and under which masks (default: {default})",
+    )
+    sizes = {
+        "sequences": "of a domain, at most, as a run takes them",
+        "seq-length": "tokens of a sequence",
+        "micro-batch-size": "sequences of one forward pass",
+    }
+    for name, text in sizes.items():
+        option(f"--{name}", type=positive, metavar="N", help=text)
+    option("--masks", choices=CHOICES["evaluation.masks"], help="of a checkpoint of stage prune")
+    for name in ("device", "precision"):
+        option(f"--{name}", choices=CHOICES[f"platform.{name}"], default="auto", help="as of a run")
+    for name in ("tensor", "pipeline", "context"):
+        text = f"{name}-parallel processes (the others are data-parallel)"
+        option(f"--{name}", type=positive, default=1, metavar="N", help=text)
+
+
+def positive(text: str) -> int:
+    """A number of something, for argparse; `1.3e9` too."""
+    number = int(float(text))
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every model and print its table."""
+    from megashear.platform import parallel
+
+    args.domains = args.domains or Path(args.models[0])
+    config, measured = measure_all(args.models, args)
+    if parallel.launched_rank() > 0:
+        return
+    references = {domain.name: domain.reference_loss for domain in config.data.domains}
+    for each in measured:
+        print(f"\n{each.model}: {each.parameters:,} parameters")
+        print(losses_table(each, references))
+    if args.json is not None:
+        from megashear.checkpoint.manager import write_durably
+
+        records = [record(each, config) for each in measured]
+        write_durably(args.json, json.dumps({"models": records}, indent=1) + "\n")
+        print(f"\nwritten to {args.json}")
+
+
+def measure_all(
+    models: Sequence[str], args: argparse.Namespace
+) -> tuple[RunConfig, list[Measured]]:
+    """What the options come to, and what each model comes to; on every process.
+
+    Raises:
+        ShearError: something is wrong with options, models or validation sets.
+    """
+    from megashear.platform import parallel
+    from megashear.training.measure import check, measure
+
+    with parallel.said_once():
+        config = configuration(args, parallel.world_size())
+        check(models, config)
+    platform = parallel.start(config.platform, config.parallel, seed=0)
+    if platform.rank == 0:
+        print(
+            f"up to {config.evaluation.sequences_per_domain} sequences of "
+            f"{config.data.seq_length} tokens a domain; {platform}"
+        )
+    with platform.watched(config.platform.timeout_minutes):
+        measured = [measure(model, config, platform) for model in models]
+    parallel.stop()
+    return config, measured
+
+
+def configuration(args: argparse.Namespace, processes: int) -> RunConfig:
+    """The run of which an evaluation is what the options ask for."""
+    given = load_domains(args.domains)
+    micro = args.micro_batch_size or given.trainer.micro_batch_size
+    return RunConfig(
+        stage="continue",
+        run_dir="evaluation",
+        init_from="model",
+        data=replace(
+            given.data,
+            rule="constant",  # which needs no references
+            seq_length=args.seq_length or given.data.seq_length,
+        ),
+        evaluation=replace(
+            given.evaluation,
+            sequences_per_domain=args.sequences or given.evaluation.sequences_per_domain,
+            masks=args.masks or given.evaluation.masks,
+        ),
+        trainer=TrainerConfig(micro_batch_size=micro, global_batch_size=micro * processes),
+        parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, context=args.context),
+        platform=PlatformConfig(device=args.device, precision=args.precision),
+    )
+
+
+def losses_table(measured: Measured, references: dict[str, float | None]) -> str:
+    """Domain, tokens, loss, perplexity, reference and gap."""
+    rows = []
+    for name, (loss, tokens) in measured.domains.items():
+        perplexity = math.exp(min(loss, 700.0))
+        row = [name, f"{tokens:,}", f"{loss:.4f}", f"{perplexity:.4g}"]
+        reference = references[name]
+        gap = ("-", "-") if reference is None else (f"{reference:.4f}", f"{loss - reference:+.4f}")
+        rows.append([*row, *gap])
+    return console.table(rows, ("domain", "tokens", "loss", "perplexity", "reference", "gap"))
+
+
+def record(measured: Measured, config: RunConfig) -> dict[str, Any]:
+    """A model and its losses as `megashear reference-loss scaling` reads them."""
+    domains = measured.domains.items()
+    return {
+        "name": measured.model,
+        "parameters": measured.parameters,
+        "seq_length": config.data.seq_length,
+        "sequences_per_domain": config.evaluation.sequences_per_domain,
+        "tokens": {name: domain.tokens for name, domain in domains},
+        "losses": {name: domain.loss for name, domain in domains},
+    }

@@ -1,0 +1,122 @@
+"""Validation losses of a model that is not in training: any checkpoint, or a Hugging Face one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megashear.checkpoint.extraction import read_pruned
+from megashear.checkpoint.load import load_model
+from megashear.checkpoint.manager import is_huggingface, read_info, read_shape
+from megashear.config.schema import DataConfig, ModelShape, RunConfig
+from megashear.config.validate import problems
+from megashear.config.values import Problem
+from megashear.data.dataset import build_valid_datasets
+from megashear.data.token_files import Fingerprint, check_one_tokenizer
+from megashear.errors import ConfigError, ShearError
+from megashear.model.build import build_model
+from megashear.model.masked_weights import MaskedWeights
+from megashear.platform.parallel import Platform, world_size
+from megashear.pruning.counting import expected_parameter_count, parameter_count
+from megashear.training.evaluation import DomainLoss, Evaluator
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model came to.
+
+    Attributes:
+        model: what it is: path, stage, step and masks.
+        parameters: that it has, under its masks.
+        domains: loss and number of tokens by domain.
+    """
+
+    model: str
+    parameters: int
+    domains: dict[str, DomainLoss]
+
+
+def check(models: Sequence[str], config: RunConfig) -> None:
+    """Refuse, before anything is loaded and for all models at once, what cannot be measured.
+
+    Raises:
+        ConfigError: names the models that cannot be read, and the options that one does not allow.
+        DataError: validation files are missing, damaged, too short or of several tokenizers.
+    """
+    found: list[Problem] = []
+    shapes = []
+    for model in models:
+        try:
+            shapes.append(read_shape(model))
+        except ShearError as error:
+            found.append((model, str(error)))
+            continue
+        for path, text in problems(config, shapes[-1], world_size(), check_files=False):
+            found.append((model if path == "init_from" else path, text))
+        found += [(model, text) for text in _foreign(config.data, shapes[-1])]
+    if found:
+        raise ConfigError("evaluation", list(dict.fromkeys(found)))
+    check_one_tokenizer([domain.valid for domain in config.data.domains])
+    build_valid_datasets(config.data, shapes[0].vocab_size)
+
+
+def _foreign(data: DataConfig, shape: ModelShape) -> list[str]:
+    """The validation files that hold, by their fingerprints, tokens of a larger vocabulary."""
+    prefixes = [d.valid for d in data.domains if Path(f"{d.valid}.json").exists()]
+    sizes = {prefix: Fingerprint.read(prefix).vocab_size for prefix in prefixes}
+    return [
+        f"has a vocabulary of {shape.vocab_size}, and {prefix} was made with one of {size}. "
+        "Tokenize the domain with the model's own tokenizer"
+        for prefix, size in sizes.items()
+        if size > shape.vocab_size
+    ]
+
+
+def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
+    """Losses of one model on the validation sets of a configuration that `check` passed.
+
+    A collective. Weights are laid out as `config.parallel` says, whatever layout wrote them.
+
+    Raises:
+        CheckpointError: the model is damaged.
+        DataError: validation text cannot be read.
+        TrainingError: a loss is not finite.
+    """
+    info = None if is_huggingface(model) else read_info(model)
+    data, shape = config.data, info.shape if info else read_shape(model)
+    chunks = build_model(
+        shape,
+        platform,
+        config.parallel,
+        data.seq_length,
+        masked_attention=data.reset_attention_mask,
+    )
+    platform.progress.mark("loading of weights")
+    # Not by the path: the latest checkpoint of a run that goes on may be another one by now.
+    load_model(info.directory if info else model, chunks, platform)
+    evaluator = Evaluator(
+        build_valid_datasets(data, shape.vocab_size),
+        config.evaluation.sequences_per_domain,
+        config.trainer.micro_batch_size,
+        platform,
+    )
+    title, parameters = f"{model} (Hugging Face)", parameter_count(shape)
+    masked: AbstractContextManager[None] = nullcontext()
+    if info is not None:
+        title = f"{info.directory} ({info.stage}, step {info.step})"
+    if info is not None and info.stage == "prune":
+        masks = read_pruned(info.directory).masks
+        z = masks.deterministic(config.evaluation.masks)  # type: ignore[arg-type]
+        masked = MaskedWeights(chunks, platform, head_unit=masks.head_unit).masked(z)
+        kept = {kind: mask > 0 for kind, mask in z.items()}
+        parameters = int(expected_parameter_count(shape, kept, masks.head_unit))
+        title = f"{title[:-1]}, {config.evaluation.masks} masks)"
+    total = sum(map(len, evaluator.batches.values()))
+    hidden = None if platform.rank == 0 else True
+    with masked, tqdm(total=total, unit=" batches", leave=False, disable=hidden) as bar:
+        chunks[0].register_forward_hook(lambda *_: bar.update() and None)
+        return Measured(title, parameters, evaluator.measure(chunks))
