@@ -92,7 +92,6 @@ class DataConfig:
     seed: int = 1234
     num_workers: int = 0  # loader processes per rank
     index_cache: str | None = None  # directory of epoch indices; default: beside the token files
-    reset_position_ids: bool = False  # positions begin at 0 with each document of a sample
     reset_attention_mask: bool = False  # no token attends to an earlier document of its sample
     domains: tuple[Domain, ...] = ()
     domains_from: str | None = None  # a run whose domains, references and final weights to take

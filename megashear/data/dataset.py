@@ -11,19 +11,18 @@ import logging
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets import gpt_dataset, helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split, normalize
 from torch.utils.data import Dataset
 
 from megashear.config.schema import DataConfig
+from megashear.data.blend import Blend
+from megashear.data.index_cache import CACHED_FROM, EpochDataset, IndexCache
 from megashear.data.mixture import Mixture, Segment
-from megashear.data.token_files import check_one_tokenizer
+from megashear.data.token_files import Fingerprint, check_one_tokenizer
 from megashear.errors import DataError
 
 log = logging.getLogger("megashear")
@@ -31,17 +30,13 @@ log = logging.getLogger("megashear")
 VALIDATION_SEED = 0
 """Fixed, so that runs of any seed, and the source model, are measured on the same sequences."""
 
-# Epoch indices are kept in memory on purpose; GPTDataset warns of that for each one.
-logging.getLogger(gpt_dataset.__name__).addFilter(
-    lambda record: "path_to_cache is None" not in record.getMessage()
-)
-
 
 class DomainDataset(Dataset[np.ndarray]):
     """The endless sequence of samples of one domain: epoch after epoch, each in its own shuffle.
 
-    Sample k is a function of the file, the seed and k: sample k % samples_per_epoch of a GPTDataset
-    that is built when its epoch is first needed. Documents run on across sample boundaries.
+    Sample k is a function of the file, the seed and k: sample k % samples_per_epoch of an
+    EpochDataset that is built when its epoch is first needed. Documents run on across sample
+    boundaries.
 
     Args:
         name: the domain; with `seed` it keys the shuffles.
@@ -49,7 +44,9 @@ class DomainDataset(Dataset[np.ndarray]):
         seq_length: tokens of a sample (one more is read, for the last label).
         vocab_size: ids in the file must be below it.
         seed: any integer.
-        dataset_id: number of the domain in its blend, given with every sample.
+        dataset_id: number of the domain in its blend.
+        index_cache: directory of epoch indices; None stands for one beside the file.
+        eod: id of the token that ends a document, where attention is to stay within documents.
 
     Raises:
         DataError: the files are missing or damaged, or too short for one sample.
@@ -64,8 +61,10 @@ class DomainDataset(Dataset[np.ndarray]):
         vocab_size: int,
         seed: int,
         dataset_id: int,
+        index_cache: str | None = None,
+        eod: int | None = None,
     ) -> None:
-        self.name, self.prefix, self.dataset_id = name, prefix, dataset_id
+        self.name, self.prefix, self.dataset_id, self.eod = name, prefix, dataset_id, eod
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
         self._text = _open_tokens(prefix)
         tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
@@ -76,7 +75,12 @@ class DomainDataset(Dataset[np.ndarray]):
                 f"{prefix}.bin holds {tokens} tokens, fewer than the {seq_length + 1} of one "
                 f"sample: give domain {name} more text, or lower data.seq_length."
             )
-        self._epochs: dict[int, GPTDataset] = {}
+        self._cache = None
+        if len(self._text) + self.samples_per_epoch >= CACHED_FROM:
+            path, lengths = Path(prefix), self._text.sequence_lengths
+            directory = Path(index_cache) if index_cache else path.parent / "index_cache"
+            self._cache = IndexCache(directory, path.name, lengths)
+        self._epochs: dict[int, EpochDataset] = {}
 
     def __getitem__(self, k: int) -> np.ndarray:
         """Text of sample k: token ids [seq_length + 1], int32.
@@ -94,35 +98,19 @@ class DomainDataset(Dataset[np.ndarray]):
             )
         return text.astype(np.int32)
 
-    def _epoch(self, epoch: int) -> GPTDataset:
+    def _epoch(self, epoch: int) -> EpochDataset:
         """Index of an epoch; the one before it is kept too, for samples still on their way."""
         if epoch not in self._epochs:
             kept = {e: index for e, index in self._epochs.items() if e == epoch - 1}
             self._epochs = {**kept, epoch: self._build_epoch(epoch)}
         return self._epochs[epoch]
 
-    def _build_epoch(self, epoch: int) -> GPTDataset:
+    def _build_epoch(self, epoch: int) -> EpochDataset:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
-        # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
-        tokenizer = SimpleNamespace(
-            vocab_size=self.vocab_size, eod=None, pad=-1, unique_identifiers={}
-        )
-        config = GPTDatasetConfig(
-            random_seed=int.from_bytes(key[:4], "little"),
-            sequence_length=self.seq_length,
-            blend=([self.prefix], None),
-            split="1",
-            path_to_cache="",  # none: Megatron's is not safe when many ranks build at once
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        documents = np.arange(len(self._text), dtype=np.int32)
-        index = GPTDataset(self._text, self.prefix, documents, None, Split.train, config)
-        assert len(index) == self.samples_per_epoch
-        return index
+        seed = int.from_bytes(key[:4], "little")
+        built = EpochDataset(self._text, self.prefix, self.seq_length, seed, self._cache)
+        assert len(built) == self.samples_per_epoch
+        return built
 
 
 class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
@@ -132,7 +120,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
     greedy rule; each segment goes on where every domain was (DESIGN section 4).
 
     Args:
-        members: the domains, in the mixture's order.
+        members: the domains, in the mixture's order; of one tokenizer.
         mixture: may be updated at any time; samples of its newest segment then follow it.
     """
 
@@ -140,9 +128,10 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         assert [member.name for member in members] == list(mixture.names)
         assert [member.dataset_id for member in members] == list(range(len(members)))
         self.members, self.mixture = list(members), mixture
+        self.eod = members[0].eod
         self._segments: tuple[Segment, ...] = ()  # the ones that _cursors was made for
         self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
-        self._blend = _Blend(())  # of the segment asked for last
+        self._blend = Blend(())  # of the segment asked for last
         self._epochs: dict[int, int] = {}
 
     def __getitem__(self, n: int) -> tuple[int, np.ndarray]:
@@ -177,9 +166,9 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
             self._cursors.append(cursor)
         self._segments = segments
 
-    def _blend_of(self, segment: Segment) -> _Blend:
+    def _blend_of(self, segment: Segment) -> Blend:
         if self._blend.weights != segment.weights:
-            self._blend = _Blend(segment.weights)
+            self._blend = Blend(segment.weights)
         return self._blend
 
     def _note_epoch(self, domain: int, epoch: int, n: int) -> None:
@@ -187,40 +176,6 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
             name = self.members[domain].name
             log.info("domain %s begins epoch %d at sample %d, in a new order", name, epoch + 1, n)
             self._epochs[domain] = epoch
-
-
-class _Blend:
-    """The order of domains under fixed weights, computed as far as it has been asked for.
-
-    The rule takes the domain that is furthest behind its share, so a longer order begins with the
-    shorter one, and doubling the length keeps the cost per sample constant.
-    """
-
-    def __init__(self, weights: tuple[float, ...]) -> None:
-        self.weights = weights
-        self._domains = np.zeros(0, dtype=np.int16)
-        self._samples = np.zeros(0, dtype=np.int64)
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """(domain, how many samples it gave before) at a position of the order."""
-        self._grow(position + 1)
-        return int(self._domains[position]), int(self._samples[position])
-
-    def counts(self, length: int) -> np.ndarray:
-        """Samples of every domain among the first `length`."""
-        self._grow(length)
-        return np.bincount(self._domains[:length], minlength=len(self.weights))
-
-    def _grow(self, length: int) -> None:
-        if length <= len(self._domains):
-            return
-        length = max(length, 2 * len(self._domains), 4096)
-        domains, samples = np.zeros(length, dtype=np.int16), np.zeros(length, dtype=np.int64)
-        # The rule gives a domain of weight 0 a sample when all the others are exactly even.
-        active = np.flatnonzero(self.weights).astype(np.int16)
-        weights = normalize([self.weights[domain] for domain in active])
-        helpers.build_blending_indices(domains, samples, weights, len(active), length, False)
-        self._domains, self._samples = active[domains], samples
 
 
 def build_train_dataset(
@@ -233,8 +188,7 @@ def build_train_dataset(
             training files were not all made by one tokenizer.
     """
     check_one_tokenizer([file for d in config.domains for file in (d.train, d.valid)])
-    prefixes = {domain.name: domain.train for domain in config.domains}
-    members = _open_all(prefixes, config.seq_length, vocab_size, config.seed)
+    members = _open_all(config, "train", vocab_size, config.seed)
     return DynamicBlendedDataset(members, mixture)
 
 
@@ -244,25 +198,43 @@ def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, Domai
     Raises:
         DataError: names every file that is missing, damaged or too short.
     """
-    prefixes = {domain.name: domain.valid for domain in config.domains}
-    members = _open_all(prefixes, config.seq_length, vocab_size, VALIDATION_SEED)
+    members = _open_all(config, "valid", vocab_size, VALIDATION_SEED)
     return {member.name: member for member in members}
 
 
-def _open_all(
-    prefixes: Mapping[str, str], seq_length: int, vocab_size: int, seed: int
-) -> list[DomainDataset]:
-    """Every domain, by the file that its name stands for, numbered in their order."""
-    shared = {"seq_length": seq_length, "vocab_size": vocab_size, "seed": seed}
+def _open_all(config: DataConfig, part: str, vocab_size: int, seed: int) -> list[DomainDataset]:
+    """The `train` or `valid` files of every domain, numbered in their order."""
     members, problems = [], []
-    for number, (name, prefix) in enumerate(prefixes.items()):
+    for number, domain in enumerate(config.domains):
+        prefix = getattr(domain, part)
         try:
-            members.append(DomainDataset(name, prefix, **shared, dataset_id=number))
+            member = DomainDataset(
+                domain.name,
+                prefix,
+                seq_length=config.seq_length,
+                vocab_size=vocab_size,
+                seed=seed,
+                dataset_id=number,
+                index_cache=config.index_cache,
+                eod=_end_of_document(prefix) if config.reset_attention_mask else None,
+            )
         except DataError as error:
             problems.append(str(error))
+        else:
+            members.append(member)
     if problems:
         raise DataError("\n".join(problems))
     return members
+
+
+def _end_of_document(prefix: str) -> int:
+    try:
+        return Fingerprint.read(prefix).eos_id
+    except DataError as error:
+        raise DataError(
+            f"{error}, or set data.reset_attention_mask to false: it needs the id that ends a "
+            "document (eos_id)"
+        ) from error
 
 
 def _open_tokens(prefix: str) -> IndexedDataset:

@@ -28,20 +28,33 @@ takes longer than reading the text does.
 """
 
 MicroBatch = dict[str, Tensor]
-"""tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]."""
+"""tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]; document_ids [b, s] too where
+attention is to stay within documents."""
 
 
-def microbatch(text: np.ndarray | Tensor, dataset_id: np.ndarray | Tensor) -> MicroBatch:
-    """What a model takes of text [b, s + 1], as Megatron's GPTDataset derives it of each sample."""
+def microbatch(
+    text: np.ndarray | Tensor, dataset_id: np.ndarray | Tensor, eod: int | None = None
+) -> MicroBatch:
+    """What a model takes of text [b, s + 1], as Megatron's GPTDataset derives it of each sample.
+
+    With `eod`, the id that ends a document, positions begin at 0 with each document, and
+    `document_ids` number the documents of a sample.
+    """
     ids = torch.as_tensor(text).long()
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return {
+    batch = {
         "tokens": tokens,
         "labels": labels,
         "loss_mask": torch.ones_like(tokens, dtype=torch.float32),
         "position_ids": torch.arange(tokens.shape[1], device=ids.device).repeat(len(ids), 1),
         "dataset_id": torch.as_tensor(dataset_id),
     }
+    if eod is not None:
+        begins = torch.zeros_like(tokens, dtype=torch.bool)
+        begins[:, 1:] = tokens[:, :-1] == eod
+        batch["document_ids"] = begins.cumsum(1)
+        batch["position_ids"] -= (batch["position_ids"] * begins).cummax(1).values
+    return batch
 
 
 class Order:
@@ -49,10 +62,12 @@ class Order:
 
     Attributes:
         steps: the first global sample of each step.
+        micro_batch_size: samples located at a time.
     """
 
     def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
         self._dataset, self._sizes = dataset, sizes
+        self.micro_batch_size = sizes[1]
         self.steps = range(0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -75,7 +90,7 @@ class Reader(Dataset[Any]):
         return text, np.array([domain for domain, _ in located])
 
 
-def as_read(texts: Texts | DataError) -> Texts | DataError:
+def as_read(texts: Any) -> Any:
     """Keep arrays arrays on their way out of a worker."""
     return texts
 
@@ -144,7 +159,7 @@ class TrainLoader:
         consumed_samples: int = 0,
         fetcher: Fetcher = torch_fetcher,
     ) -> None:
-        self._mixture = dataset.mixture
+        self._mixture, self._eod = dataset.mixture, dataset.eod
         self._step_samples = global_batch_size
         self._step_batches = global_batch_size // (micro_batch_size * dp_size)
         self.consumed_samples = self._limit = consumed_samples
@@ -181,7 +196,7 @@ class TrainLoader:
             if isinstance(texts, DataError):
                 raise texts
         self.consumed_samples += self._step_samples
-        return [microbatch(*texts) for texts in read]
+        return [microbatch(text, ids, self._eod) for text, ids in read]
 
     def close(self) -> None:
         """End the workers; harmless when repeated."""

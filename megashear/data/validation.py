@@ -44,6 +44,7 @@ class ValidBatches(Sequence[MicroBatch]):
         counted = [sample < self._count for sample in self._samples[index]]
         read = zip(self._samples[index], counted, strict=True)
         text = np.stack([self._dataset[sample if counts else 0] for sample, counts in read])
-        batch = microbatch(text, np.full(len(text), self._dataset.dataset_id))
+        dataset_id = np.full(len(text), self._dataset.dataset_id)
+        batch = microbatch(text, dataset_id, self._dataset.eod)
         batch["loss_mask"] *= torch.tensor(counted)[:, None]
         return batch

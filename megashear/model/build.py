@@ -87,17 +87,26 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def build_model(
-    shape: ModelShape, platform: Platform, parallel: ParallelConfig, seq_length: int
+    shape: ModelShape,
+    platform: Platform,
+    parallel: ParallelConfig,
+    seq_length: int,
+    *,
+    masked_attention: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's part of the model, with random weights, on the platform's device.
 
     One chunk of layers, or one for each virtual pipeline stage. Under bf16 each is wrapped in
-    Megatron-Core's Float16Module; `unwrap` gives the MaskedGPTModel.
+    Megatron-Core's Float16Module; `unwrap` gives the MaskedGPTModel. Where it will be given
+    attention masks, `masked_attention` says so: Transformer Engine must know.
     """
     config = transformer_config(shape, platform, parallel)
     interleaved = parallel.virtual_pipeline > 1
     stages = range(parallel.virtual_pipeline) if interleaved else (None,)
-    return [_build_chunk(shape, platform, config, seq_length, stage) for stage in stages]
+    return [
+        _build_chunk(shape, platform, config, seq_length, masked_attention, stage)
+        for stage in stages
+    ]
 
 
 def _build_chunk(
@@ -105,13 +114,16 @@ def _build_chunk(
     platform: Platform,
     config: TransformerConfig,
     seq_length: int,
+    masked_attention: bool,
     vp_stage: int | None,
 ) -> torch.nn.Module:
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     num_layers = get_num_layers_to_build(config, vp_stage)
     model = MaskedGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(platform.layers, num_layers, shape.qk_norm),
+        transformer_layer_spec=block_spec(
+            platform.layers, num_layers, shape.qk_norm, masked_attention
+        ),
         vocab_size=shape.vocab_size,
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

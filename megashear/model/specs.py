@@ -19,16 +19,22 @@ from megashear.model.masked_mlp import MaskedMLP
 from megashear.platform import layers
 
 
-def block_spec(backend: str, num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    backend: str, num_layers: int, qk_norm: bool, masked_attention: bool
+) -> TransformerBlockSubmodules:
     """The decoder of a masked model on this rank.
 
     Args:
         backend: `torch` or `transformer_engine` (see `platform.layers`).
         num_layers: transformer layers that this rank holds.
         qk_norm: whether queries and keys are normed, head by head.
+        masked_attention: whether the model will be given attention masks.
     """
     if backend == "transformer_engine":
-        layer, norm = layers.transformer_engine_spec(qk_norm), layers.transformer_engine_norm()
+        layer, norm = (
+            layers.transformer_engine_spec(qk_norm, masked_attention),
+            layers.transformer_engine_norm(),
+        )
         submodules = layer.submodules
         attention = submodules.self_attention.submodules
     else:

@@ -40,9 +40,11 @@ class RMSNorm(nn.Module):
 class SDPAttention(MegatronModule):
     """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU).
 
+    A mask, if there is one, is causal itself: [b, 1, s, s], True where a query must not look.
+
     Under context parallelism a rank has two blocks of each sequence, one from either end
     (Megatron's order, which balances the work). Their queries see the keys and values of all ranks,
-    gathered.
+    gathered. A mask then has the rows of the rank's queries alone.
     """
 
     def __init__(
@@ -64,17 +66,21 @@ class SDPAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
         """Attend: query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn]."""
+        seen = None if attention_mask is None else ~attention_mask
         if self.config.context_parallel_size == 1:
-            return self._attend(query, key, value)
+            return self._attend(query, key, value, seen)
         ranks, rank = self.context_group.size(), self.context_group.rank()
         key, value = (self._gather_in_order(t) for t in (key, value))
         length = query.shape[0] // 2
+        masks = (None, None) if seen is None else seen.chunk(2, dim=2)
+        blocks = (rank, 2 * ranks - 1 - rank)
         parts = []
-        for block, part in zip((rank, 2 * ranks - 1 - rank), query.chunk(2), strict=True):
-            seen = (block + 1) * length
-            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device)
-            mask = mask.tril(seen - length)
-            parts.append(self._attend(part, key[:seen], value[:seen], mask))
+        for block, part, mask in zip(blocks, query.chunk(2), masks, strict=True):
+            end = (block + 1) * length
+            if mask is None:
+                mask = torch.ones(length, end, dtype=torch.bool, device=query.device)
+                mask = mask.tril(end - length)
+            parts.append(self._attend(part, key[:end], value[:end], mask[..., :end]))
         return torch.cat(parts)
 
     def _gather_in_order(self, part: Tensor) -> Tensor:
@@ -112,14 +118,20 @@ def context_part(sequences: Tensor) -> Tensor:
     return torch.cat([blocks[rank], blocks[2 * ranks - 1 - rank]], dim=1)
 
 
-def transformer_engine_spec(qk_norm: bool) -> Any:
-    """Megatron-Core's layer spec with Transformer Engine's fused layers (needs a GPU)."""
+def transformer_engine_spec(qk_norm: bool, masked_attention: bool) -> Any:
+    """Megatron-Core's layer spec with Transformer Engine's fused layers (needs a GPU).
+
+    Its attention heeds a mask only where the spec says that there is one.
+    """
     import transformer_engine  # noqa: F401  (fails here, with its own message, rather than later)
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    if masked_attention:
+        spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+    return spec
 
 
 def transformer_engine_norm() -> Any:

@@ -81,9 +81,26 @@ def _forward(
     batch = {
         key: value.to(platform.device, non_blocking=True) for key, value in next(batches).items()
     }
+    documents = batch.pop("document_ids", None)
+    mask = None if documents is None else context_part(within_documents(documents))[:, None]
     batch |= {key: context_part(part) for key, part in batch.items() if part.dim() == 2}
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     return losses, partial(_loss, batch=batch, num_domains=num_domains)
+
+
+def within_documents(document_ids: Tensor) -> Tensor:
+    """The causal mask of documents that lie one after another in sequences.
+
+    Args:
+        document_ids: number of the document that each token belongs to, [b, s].
+
+    Returns:
+        [b, s, s], True where a token (axis 1) must not look at another (axis 2), as Megatron has
+        it: at a later one, or at another document.
+    """
+    length = document_ids.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).triu(1)
+    return later | (document_ids[:, :, None] != document_ids[:, None, :])
 
 
 def _loss(

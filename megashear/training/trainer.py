@@ -92,7 +92,13 @@ class Trainer:
             config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
         )
         self.losses: dict[str, float] = {}
-        chunks = build_model(self.shape, platform, config.parallel, data.seq_length)
+        chunks = build_model(
+            self.shape,
+            platform,
+            config.parallel,
+            data.seq_length,
+            masked_attention=data.reset_attention_mask,
+        )
         if resumed is None and config.init_from is not None:
             self._initialise(chunks, config.init_from)
         self.optimizer = WeightOptimizer(chunks, config.optimizer, config.parallel, trainer.steps)

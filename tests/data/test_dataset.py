@@ -19,7 +19,7 @@ from megashear.config.schema import DataConfig, Domain
 from megashear.data.dataset import (
     DomainDataset,
     DynamicBlendedDataset,
-    _Blend,
+    Blend,
     build_train_dataset,
     build_valid_datasets,
 )
@@ -261,7 +261,7 @@ class TestBlend:
     @given(shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=5), n=st.integers(1, 9000))
     def test_a_longer_order_begins_with_the_shorter(self, shares: list[float], n: int) -> None:
         weights = tuple(np.array(shares) / np.sum(shares))
-        short, long = _Blend(weights), _Blend(weights)
+        short, long = Blend(weights), Blend(weights)
         long.counts(20_000)
         assert np.array_equal(short.counts(n), long.counts(n))
         assert short.locate(n - 1) == long.locate(n - 1)

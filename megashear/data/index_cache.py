@@ -1,0 +1,211 @@
+"""Epochs of a token file, with Megatron's index of each kept on disk for all who read it.
+
+Ranks, workers and later runs map the same files, so an index is built once and its memory shared.
+An entry is a directory named by what its index is computed from (lengths of the documents,
+`seq_length`, the shuffle's seed), not by the path of the tokens: text that was tokenized anew never
+meets an old index. It is written beside its place and renamed, so it is whole or not there; one that
+was damaged since does not match its checksums, and is built again. Entries may be removed at any
+time between runs; 12 bytes a sample and 4 a document are what an epoch takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import megatron.core
+import numpy as np
+from megatron.core.datasets import gpt_dataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+CACHED_FROM = 100_000
+"""Documents and samples of an epoch; an index of fewer takes milliseconds, and is not kept."""
+
+Index = tuple[np.ndarray, np.ndarray, np.ndarray]
+_FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
+_CHECKSUMS = "sha256"
+
+log = logging.getLogger("megashear")
+# Megatron knows nothing of this cache, and warns that it keeps each index in memory.
+logging.getLogger(gpt_dataset.__name__).addFilter(
+    lambda record: "path_to_cache is None" not in record.getMessage()
+)
+
+
+class IndexCache:
+    """Where the indices of one token file are kept.
+
+    Args:
+        directory: made, if need be; where that cannot be written, the log says so once.
+        name: of the token file, for the names of the entries.
+        lengths: tokens of its documents.
+    """
+
+    def __init__(self, directory: Path, name: str, lengths: np.ndarray) -> None:
+        self._place = directory / name
+        self._lengths = hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
+        self._writable = _writable(directory)
+
+    def get(self, settings: tuple[object, ...], build: Callable[[], Index]) -> Index:
+        """The index that `settings` and the documents' lengths determine; built where missing."""
+        key = hashlib.sha256(repr((self._lengths, *settings)).encode()).hexdigest()
+        entry = self._place.with_name(f"{self._place.name}-{key[:24]}")
+        if index := _read(entry):
+            return index
+        return _build_alone(entry, build) if self._writable else build()
+
+
+class EpochDataset(GPTDataset):
+    """One epoch of a token file: every whole sample of it once, in an order that `seed` chooses.
+
+    Args:
+        text: the token file.
+        prefix: its path.
+        seq_length: tokens of a sample (one more is read, for the last label).
+        seed: of the shuffle, 32 bits.
+        cache: where its index is kept; None keeps it in memory.
+    """
+
+    def __init__(
+        self,
+        text: IndexedDataset,
+        prefix: str,
+        seq_length: int,
+        seed: int,
+        cache: IndexCache | None,
+    ) -> None:
+        self._cache = cache
+        # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
+        tokenizer = SimpleNamespace(vocab_size=None, eod=None, pad=-1, unique_identifiers={})
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=seq_length,
+            blend=([prefix], None),
+            split="1",
+            path_to_cache="",  # not Megatron's: it is not safe when many ranks build at once
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(len(text), dtype=np.int32)
+        super().__init__(text, prefix, documents, None, Split.train, config)
+        self.indices = documents[:0].copy()  # only building needs them
+
+    def _build_document_sample_shuffle_indices(self) -> Index:
+        build: Callable[[], Index] = super()._build_document_sample_shuffle_indices
+        if self._cache is None:
+            return build()
+        config = self.config
+        settings = (megatron.core.__version__, config.sequence_length, config.random_seed)
+        return self._cache.get(settings, build)
+
+
+def _read(entry: Path) -> Index | None:
+    """The index of an entry, mapped; None where there is none, or a damaged one."""
+    try:
+        if (entry / _CHECKSUMS).read_text() != _checksums(entry):
+            return None
+        document, sample, shuffle = (
+            np.load(entry / name, mmap_mode="r", allow_pickle=False) for name in _FILES
+        )
+    except (OSError, ValueError):
+        return None
+    # As plain arrays: each access to a memmap makes a new one.
+    return document.view(np.ndarray), sample.view(np.ndarray), shuffle.view(np.ndarray)
+
+
+def _checksums(entry: Path) -> str:
+    """As `sha256sum` writes and checks them."""
+    lines = []
+    for name in _FILES:
+        digest = hashlib.sha256()
+        with open(entry / name, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _build_alone(entry: Path, build: Callable[[], Index]) -> Index:
+    """Build an index and keep it, or take the one that another process made meanwhile."""
+    with _lock(entry):
+        if index := _read(entry):
+            return index
+        if entry.exists():
+            log.warning("%s is damaged: this index is built again", entry)
+        index = build()
+        try:
+            _write(entry, index)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): this index stays in memory", entry, error)
+            return index
+        return _read(entry) or index
+
+
+@functools.cache
+def _writable(directory: Path) -> bool:
+    """Make sure of the directory; where that fails, say so once."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): each process keeps indices that are missing there in its "
+            "own memory. Name another directory by data.index_cache",
+            directory,
+            error.strerror,
+        )
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _lock(entry: Path) -> Iterator[None]:
+    """Wait until no other process builds this entry.
+
+    One byte of a lock file stands for it, so that an end of the process ends the lock. Where the
+    file system has no locks, processes build side by side, and the first to be done counts.
+    """
+    with open(entry.parent / ".lock", "ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(entry.name[-8:], 16))
+            for left in entry.parent.glob(f".{entry.name}.*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _write(entry: Path, index: Index) -> None:
+    """Put an index in its place, unless a whole one is there.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    partial = entry.with_name(f".{entry.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        partial.mkdir()
+        for name, array in zip(_FILES, index, strict=True):
+            np.save(partial / name, array, allow_pickle=False)
+        (partial / _CHECKSUMS).write_text(_checksums(partial))
+        if entry.exists() and _read(entry) is None:
+            shutil.rmtree(entry)
+        try:
+            partial.rename(entry)
+        except OSError:
+            if _read(entry) is None:
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
