@@ -81,10 +81,8 @@ def run(args: argparse.Namespace) -> None:
     config, measured = measure_all(args.models, args)
     if parallel.launched_rank() > 0:
         return
-    references = {domain.name: domain.reference_loss for domain in config.data.domains}
     for each in measured:
-        print(f"\n{each.model}: {each.parameters:,} parameters")
-        print(losses_table(each, references))
+        print(f"\n{measured_table(each, config)}")
     if args.json is not None:
         from megashear.checkpoint.manager import write_durably
 
@@ -143,16 +141,18 @@ def configuration(args: argparse.Namespace, processes: int) -> RunConfig:
     )
 
 
-def losses_table(measured: Measured, references: dict[str, float | None]) -> str:
-    """Domain, tokens, loss, perplexity, reference and gap."""
+def measured_table(measured: Measured, config: RunConfig) -> str:
+    """What a model is; its domains with tokens, loss, perplexity, reference and gap."""
     rows = []
-    for name, (loss, tokens) in measured.domains.items():
-        perplexity = math.exp(min(loss, 700.0))
-        row = [name, f"{tokens:,}", f"{loss:.4f}", f"{perplexity:.4g}"]
-        reference = references[name]
+    for domain in config.data.domains:
+        loss, tokens = measured.domains[domain.name]
+        reference = domain.reference_loss
         gap = ("-", "-") if reference is None else (f"{reference:.4f}", f"{loss - reference:+.4f}")
-        rows.append([*row, *gap])
-    return console.table(rows, ("domain", "tokens", "loss", "perplexity", "reference", "gap"))
+        perplexity = math.exp(min(loss, 700.0))
+        rows.append((domain.name, f"{tokens:,}", f"{loss:.4f}", f"{perplexity:.4g}", *gap))
+    header = ("domain", "tokens", "loss", "perplexity", "reference", "gap")
+    title = f"{measured.model}: {measured.parameters:,} parameters\n"
+    return title + console.table(rows, header)
 
 
 def record(measured: Measured, config: RunConfig) -> dict[str, Any]:

@@ -89,6 +89,29 @@ def load_domains(path: Path) -> RunConfig:
     return config
 
 
+def load_target(path: Path) -> RunConfig | ModelShape:
+    """A run's YAML file (or directory) that names a target, or the shape in a YAML file of sizes.
+
+    Of stage pretrain it is the shape of the run's model.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found: list[Problem] = []
+    tree = None if path.is_dir() else _read_yaml(path, "", found)
+    if isinstance(tree, dict) and "num_layers" in tree:
+        shape: ModelShape = _read(ModelShape, tree, "", found)
+        if not found:
+            return shape
+    else:
+        config = load_domains(path)
+        if config.model or ((config.target or config.target_sparsity) and config.init_from):
+            return config.model or config
+        text = "names no target: give a run of stage prune or pretrain, or the sizes of a model"
+        found.append(("target", text))
+    raise ConfigError(str(path), found)
+
+
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML; reading that again gives an equal configuration."""
     return _dump(asdict(config))

@@ -1,0 +1,213 @@
+"""`megashear reference-loss`: the losses that domains are to reach, measured or extrapolated."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megashear import console
+from megashear.commands.evaluate import (
+    add_options,
+    measure_all,
+    measured_table,
+    positive,
+    record,
+)
+from megashear.config.loader import load_domains, load_target
+from megashear.config.schema import Domain, ModelShape
+from megashear.errors import DataError
+
+EPILOG = """\
+Both write a YAML file that a run takes as `data.domains_from` (or copy its `domains` into the
+run's data.domains), and beside it a plot. Its `models` are what `scaling` reads; losses that were
+measured elsewhere, or published, are written the same way:
+
+  models:
+    - {name: 7B, parameters: 6738415616, losses: {cc: 1.7520, wiki: 1.4844}}
+    - {name: 13B, parameters: 13015864320, losses: {cc: 1.6680, wiki: 1.3945}}
+    - {name: 70B, parameters: 68976648192, losses: {cc: 1.4621, wiki: 1.2118}}
+
+so are those that `megashear evaluate --json` writes of several models at once.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of all."""
+    form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    both = commands.add_parser(
+        "reference-loss",
+        help="the losses that domains are to reach",
+        description="Reference losses for dynamic batch loading, by domain.",
+        epilog=EPILOG,
+        **form,
+    )
+    ways = both.add_subparsers(title="ways", metavar="WAY", required=True)
+    source = ways.add_parser(
+        "source",
+        help="measure a model",
+        description="The losses of a model, most often the source, on the very sequences that a\n"
+        "run's evaluations take.",
+        epilog="example:\n\n  megashear reference-loss source checkpoints/llama2-7b \\\n"
+        "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
+        **form,
+    )
+    source.add_argument("model", metavar="MODEL", help="as of `megashear evaluate`")
+    add_options(source, "that of MODEL, if it is a run directory")
+    source.set_defaults(run=run_source)
+    scaling = ways.add_parser(
+        "scaling",
+        help="carry the losses of a family of models to another size",
+        description="Fit L(N) = E + A / N^b per domain to the losses of three or more models with\n"
+        "N parameters (embeddings too), and take it at the size of the target.",
+        epilog="example:\n\n  megashear reference-loss scaling 7b.yaml 13b.yaml 70b.yaml \\\n"
+        "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
+        **form,
+    )
+    scaling.add_argument("models", nargs="+", type=Path, metavar="FILE", help="with `models`")
+    scaling.add_argument(
+        "--domains",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a run's YAML file, a run directory, or a YAML file of domains",
+    )
+    target = scaling.add_mutually_exclusive_group()
+    target.add_argument(
+        "--target",
+        type=Path,
+        metavar="FILE",
+        help="a run's YAML file with a target, or the sizes of a model (default: --domains)",
+    )
+    target.add_argument("--parameters", type=positive, metavar="N", help="in place of a target")
+    scaling.set_defaults(run=run_scaling)
+    for parser in (source, scaling):
+        parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
+
+
+def run_source(args: argparse.Namespace) -> None:
+    """Measure one model, and write its losses as references."""
+    from megashear.platform import parallel
+
+    args.domains = args.domains or Path(args.model)
+    with parallel.said_once():
+        _check_output(args)
+    config, (measured,) = measure_all([args.model], args)
+    if parallel.launched_rank() > 0:
+        return
+    print("these are the sequences of an evaluation in a run with the same `data`, `evaluation`\n")
+    print(measured_table(measured, config))
+    losses = {name: domain.loss for name, domain in measured.domains.items()}
+    content = {
+        "domains": _referring(config.data.domains, losses),
+        "models": [record(measured, config)],
+    }
+    _write(args, content, lambda plots, file: plots.domain_losses(file, measured.model, losses))
+
+
+def run_scaling(args: argparse.Namespace) -> None:
+    """Fit a law to each domain, and write its losses at the target's size as references."""
+    from megashear.reference.models import read_models
+    from megashear.reference.scaling_law import PARAMETERS, fit_domains
+
+    _check_output(args)
+    domains = load_domains(args.domains).data.domains
+    models = read_models(args.models, [domain.name for domain in domains])
+    sizes = [model.parameters for model in models]
+    laws = fit_domains(sizes, {d.name: [m.losses[d.name] for m in models] for d in domains})
+    target = args.parameters or _parameters(args.target or args.domains)
+    losses = {name: law.loss(target) for name, law in laws.items()}
+    print(console.table([(m.name, f"{m.parameters:,}") for m in models], ("model", "parameters")))
+    print(f"target: {target:,} parameters{_extrapolation(target, sizes)}")
+    rows = []
+    for name, law in laws.items():
+        residuals = " ".join(f"{round(residual, 4) + 0.0:+.4f}" for residual in law.residuals)
+        fitted = f"{law.E:.4f}", f"{law.A:.4g}", f"{law.b:.4f}", residuals
+        rows.append((name, *fitted, f"{losses[name]:.4f}", law.flag))
+    print(console.table(rows, ("domain", "E", "A", "b", "residuals", "reference", "")))
+    if len(models) == PARAMETERS:
+        print("as many models as parameters of a law, so residuals say nothing of how well it fits")
+    if len({(model.seq_length, model.sequences_per_domain) for model in models}) > 1:
+        print("warning: the models were measured on different sequences", file=sys.stderr)
+    content = {
+        "domains": _referring(domains, losses),
+        "parameters": target,
+        "laws": {name: {"E": law.E, "A": law.A, "b": law.b} for name, law in laws.items()},
+        "models": [asdict(model) for model in models],
+    }
+    _write(args, content, lambda plots, file: plots.scaling_laws(file, laws, target))
+
+
+def _parameters(file: Path) -> int:
+    """Parameters of the target that a run's YAML file, or one of sizes, names.
+
+    Raises:
+        ShearError: it names none, or the source of the run cannot be read.
+    """
+    from megashear.checkpoint.manager import read_shape
+    from megashear.pruning.counting import parameter_count
+    from megashear.pruning.masks import resolve_target
+
+    named = load_target(file)
+    if isinstance(named, ModelShape):
+        return parameter_count(named)
+    assert named.init_from is not None
+    source = read_shape(named.init_from)
+    if named.target is None:
+        return round((1 - (named.target_sparsity or 0)) * parameter_count(source))
+    return parameter_count(resolve_target(source, named.target, named.pruning.head_unit))
+
+
+def _extrapolation(target: int, sizes: Sequence[int]) -> str:
+    if target < min(sizes):
+        return f", {min(sizes) / target:.1f} times fewer than the smallest model: extrapolated"
+    if target > max(sizes):
+        return f", {target / max(sizes):.1f} times more than the largest model: extrapolated"
+    return ""
+
+
+def _referring(domains: Sequence[Domain], losses: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Records of domains with these losses as their references."""
+    return [asdict(replace(d, reference_loss=round(losses[d.name], 6))) for d in domains]
+
+
+def _plot(args: argparse.Namespace) -> Path:
+    return Path(args.out).with_suffix(".png")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse what could not be written, before anything is measured."""
+    existing = [str(file) for file in (args.out, _plot(args)) if file.exists()]
+    if existing and not args.overwrite:
+        raise DataError(f"{', '.join(existing)}: there already. Replace by --overwrite")
+    if not args.out.parent.is_dir():
+        raise DataError(f"{args.out}: there is no directory {args.out.parent}")
+    if args.out.suffix not in (".yaml", ".yml"):
+        raise DataError(f"{args.out}: is read by a run as a .yaml file. Name it so")
+
+
+def _write(
+    args: argparse.Namespace, content: dict[str, Any], draw: Callable[[Any, Path], None]
+) -> None:
+    """The YAML file, and its plot where matplotlib is installed."""
+    from megashear.checkpoint.manager import write_durably
+    from megashear.report import plots
+
+    text = yaml.safe_dump(content, sort_keys=False, width=100)
+    comment = (
+        f"# megashear {shlex.join(sys.argv[1:])}\n# for a run: data.domains_from: {args.out}\n"
+    )
+    write_durably(args.out, comment + text)
+    print(f"\nwritten to {args.out}: for a run, data.domains_from={args.out}")
+    try:
+        draw(plots, _plot(args))
+        print(f"plot: {_plot(args)}")
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install megashear[plots])")

@@ -1,0 +1,88 @@
+"""Models of a family with their measured losses, as files hold them.
+
+Imports yaml, `config` and `errors` only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megashear.config.values import Problem, show
+from megashear.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a family.
+
+    Attributes:
+        name: for people.
+        parameters: all of them, embeddings too.
+        losses: nats per token, by domain.
+        seq_length, sequences_per_domain: of what it was measured on, where that is known.
+    """
+
+    name: str
+    parameters: int
+    losses: dict[str, float]
+    seq_length: Any = None
+    sequences_per_domain: Any = None
+
+
+def read_models(files: Sequence[Path], domains: Sequence[str]) -> list[Model]:
+    """The models that files (YAML or JSON) list as `models`, with their losses on these domains.
+
+    Raises:
+        ConfigError: with everything that is wrong with any of the files.
+    """
+    models: list[Model] = []
+    found: list[Problem] = []
+    for file in files:
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            found.append((str(file), f"cannot be read: {' '.join(str(error).split())}"))
+            continue
+        records = tree.get("models") if isinstance(tree, Mapping) else None
+        if not isinstance(records, list) or not all(isinstance(r, Mapping) for r in records):
+            found.append((str(file), "has no list `models`. See megashear reference-loss --help"))
+            continue
+        for index, record in enumerate(records):
+            wrong = list(_problems(record, domains))
+            found += [(f"{file}: models[{index}].{path}", text) for path, text in wrong]
+            if not wrong:
+                losses = {name: _number(record["losses"][name]) for name in domains}
+                name = str(record.get("name", f"{file} {index}"))
+                text = [record.get(key) for key in ("seq_length", "sequences_per_domain")]
+                models.append(Model(name, int(_number(record["parameters"])), losses, *text))
+    if found:
+        raise ConfigError("models", found)
+    return models
+
+
+def _problems(record: Mapping[str, Any], domains: Sequence[str]) -> Iterator[Problem]:
+    losses = record.get("losses")
+    values = (
+        {f"losses.{name}": losses.get(name) for name in domains}
+        if isinstance(losses, Mapping)
+        else {}
+    )
+    for path, value in {"parameters": record.get("parameters"), **values}.items():
+        if not 0 < _number(value) < math.inf:
+            yield path, f"= {show(value)}: expected a number above 0"
+    if not values:
+        yield "losses", f"= {show(losses)}: expected nats per token by domain"
+
+
+def _number(value: Any) -> float:
+    """A number, also as the text that YAML takes 1.3e9 for; NaN if it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
