@@ -6,10 +6,14 @@ import gzip
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megashear.data import jsonl
 from megashear.data.jsonl import find_inputs, read_chunks, text_of
 from megashear.errors import DataError
+
+TWO_FRAMES = b"".join(zstandard.compress(b"x\n" * lines) for lines in (1000, 500))
+SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a frame without data, as pzstd writes
 
 
 def test_patterns_name_each_file_once_in_order(tmp_path: Path) -> None:
@@ -32,34 +36,61 @@ def test_all_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_chunks_hold_every_line_and_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from any place on between two chunks, as after an interruption."""
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", 1000)
     lines = [b"%d" % i + b"x" * (i % 97) + b"\n" for i in range(500)] + [b"no newline at the end"]
-    plain = tmp_path / "a.jsonl"
-    plain.write_bytes(b"".join(lines))
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    for path in (plain, packed):
-        chunks = list(read_chunks(path))
-        assert [line for chunk in chunks for line in chunk.lines] == lines
-        assert len(chunks) > 10
-        numbers = [chunk.first_line for chunk in chunks]
-        assert all(lines[n - 1] == c.lines[0] for n, c in zip(numbers, chunks, strict=True))
-        assert sum(chunk.read for chunk in chunks) == path.stat().st_size
+    content = b"".join(lines)
+    half = len(content) // 2  # within a line
+    frames = zstandard.compress(content[:half]) + SKIPPABLE + zstandard.compress(content[half:])
+    packed = {
+        "a.jsonl": content,
+        "b.jsonl.gz": gzip.compress(content[:half]) + gzip.compress(content[half:]),
+        "c.jsonl.zst": SKIPPABLE + frames,
+    }
+    files = [tmp_path / name for name in packed]
+    for file in files:
+        file.write_bytes(packed[file.name])
+    chunks = list(read_chunks(files))
+    assert [line for chunk in chunks for line in chunk.lines] == lines * 3
+    assert len(chunks) > 30
+    for chunk in filter(lambda chunk: chunk.lines, chunks):
+        assert lines[chunk.first_line - 1] == chunk.lines[0]
+    assert chunks[-1].end.read == sum(map(len, packed.values()))
+    for number, chunk in enumerate(chunks):
+        rest = [line for later in read_chunks(files, chunk.end) for line in later.lines]
+        assert rest == [line for later in chunks[number + 1 :] for line in later.lines]
 
 
-def test_gzip_is_told_by_content(tmp_path: Path) -> None:
+def test_packing_is_told_by_content(tmp_path: Path) -> None:
     path = tmp_path / "named.jsonl"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    assert [chunk.lines for chunk in read_chunks(path)] == [[b'{"text": "a"}\n']]
+    for pack in (gzip.compress, zstandard.compress):
+        path.write_bytes(pack(b'{"text": "a"}\n'))
+        assert [chunk.lines for chunk in read_chunks([path])] == [[b'{"text": "a"}\n']]
+
+
+def test_zstd_with_the_largest_window(tmp_path: Path) -> None:
+    """What `zstd --long=31` writes needs more memory than the library allows by default."""
+    path = tmp_path / "a.jsonl.zst"
+    settings = zstandard.ZstdCompressionParameters(window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path.write_bytes(packer.compress(b"line\n" * 1000) + packer.flush())
+    with pytest.raises(zstandard.ZstdError):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert sum(len(chunk.lines) for chunk in read_chunks([path])) == 1000
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl.gz", gzip.compress(b"x\n" * 1000)[:-20], "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(b"x\n" * 1000)[:-20], "damaged gzip data after line [1-9]"),
+        ("a.jsonl.gz", gzip.compress(b"x\n" * 1000)[:-4], "damaged gzip data after line 1,000 "),
         ("a.jsonl.gz", gzip.compress(b"x\n" * 1000)[:18] + b"junk" * 9, "damaged gzip"),
         ("a.jsonl.gz", b'{"text": "plain"}\n', "not gzip data"),
-        ("a.jsonl", b"\x28\xb5\x2f\xfd rest", "zstd"),
+        ("a.jsonl.zst", TWO_FRAMES[:-1], "damaged zstd data after line 1,[05]00 .*`zstd -t`"),
+        ("a.jsonl.zst", TWO_FRAMES + b"junk", "damaged zstd data after line 1,500 "),
+        ("a.jsonl.zst", TWO_FRAMES[:6], "damaged zstd data after line 0 "),
+        ("a.jsonl.zst", b'{"text": "plain"}\n', "not zstd data"),
+        ("a.jsonl.bz2", b"BZh91AY", "bzip2 data. Convert it to JSONL, plain, gzip or zstd"),
         ("a.parquet", b"PAR1 rest", "parquet"),
     ],
 )
@@ -67,7 +98,7 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, w
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=words) as caught:
-        list(read_chunks(path))
+        list(read_chunks([path]))
     assert str(path) in str(caught.value)
 
 
