@@ -176,6 +176,32 @@ def _domain_weights(run: Run) -> Iterator[Problem]:
         yield "data.domains", f"weights sum to {total:.6g}; they must sum to 1"
 
 
+def _weight_bounds(run: Run) -> Iterator[Problem]:
+    """Each weight begins within its bounds, and there are weights within all bounds."""
+    domains = run.config.data.domains
+    for index, domain in enumerate(domains):
+        low, weight, high = domain.min_weight, domain.weight, domain.max_weight
+        if not 0 <= low <= high <= 1:
+            text = f"= {low:g} and max_weight = {high:g}: need 0 <= min_weight <= max_weight <= 1"
+            yield f"data.domains[{index}].min_weight", text
+        elif 0 <= weight <= 1 and not low <= weight <= high:
+            text = f"= {weight:g} is not between min_weight = {low:g} and max_weight = {high:g}"
+            yield f"data.domains[{index}].weight", text
+    least, most = (sum(getattr(d, name) for d in domains) for name in ("min_weight", "max_weight"))
+    if least > 1 + 1e-9:
+        yield "data.domains", f"min_weight sums to {least:.6g}; at most 1 can be kept to"
+    if domains and most < 1 - 1e-9:
+        yield "data.domains", f"max_weight sums to {most:.6g}; at least 1 can be kept to"
+
+
+def _packed_documents(run: Run) -> Iterator[Problem]:
+    """Transformer Engine splits a sequence over ranks without a mask."""
+    context, layers = run.config.parallel.context, run.config.platform.layers
+    if run.config.data.reset_attention_mask and context > 1 and layers != "torch":
+        text = f"= true with parallel.context = {context} needs platform.layers = 'torch'"
+        yield "data.reset_attention_mask", text
+
+
 def _references(run: Run) -> Iterator[Problem]:
     """Rules that move the weights need every domain's reference loss."""
     data = run.config.data
@@ -238,6 +264,14 @@ def _packages(run: Run) -> Iterator[Problem]:
         yield f"platform.{name}", f"= {show(getattr(platform, name))}: {text}"
 
 
+def _loader(run: Run) -> Iterator[Problem]:
+    if run.config.platform.loader != "dali" or (find_spec("nvidia") and find_spec("nvidia.dali")):
+        return
+    text = "NVIDIA DALI is not installed. Install it by `pip install megashear[dali]`, or where "
+    text += "CUDA is 12 by `pip install megashear[dali-cuda12]`, or use 'torch' here"
+    yield "platform.loader", f"= 'dali': {text}"
+
+
 _CHECKS: tuple[Check, ...] = (
     _choices,
     _bounds,
@@ -246,8 +280,11 @@ _CHECKS: tuple[Check, ...] = (
     _steps,
     _domain_names,
     _domain_weights,
+    _weight_bounds,
+    _packed_documents,
     _references,
     _data_files,
     _paths,
     _packages,
+    _loader,
 )

@@ -65,11 +65,33 @@ def updated_weights(
     return tuple(new.tolist())
 
 
+def within_bounds(
+    weights: Sequence[float], lower: Sequence[float], upper: Sequence[float]
+) -> tuple[float, ...]:
+    """Weights in proportion to the given ones as far as their bounds allow.
+
+    w_i <- clip(lambda * w_i, lower_i, upper_i), with the lambda that makes them sum to 1: of all
+    weights within the bounds they are the nearest in relative entropy. A weight of 0 gets more than
+    its lower bound only where the upper bounds of all others leave it something. There are such
+    weights if the lower bounds sum to 1 at most, and the upper ones to 1 at least.
+    """
+    given, low, high = (np.asarray(values, np.float64) for values in (weights, lower, upper))
+    if ((low <= given) & (given <= high)).all():
+        return tuple(weights)
+    given = np.maximum(given, np.finfo(np.float64).tiny)
+    # The sum rises with lambda, in straight lines from one bound that is met to the next.
+    corners = np.unique(np.concatenate([low / given, high / given]))
+    sums = np.clip(corners[:, None] * given, low, high).sum(1)
+    scale = np.interp(1.0, sums, corners)
+    return tuple(np.clip(scale * given, low, high).tolist())
+
+
 class Mixture:
     """The blend of domains over the run: a rule, and the segments that it has led to so far.
 
     Every rank keeps its own copy and must be given the same losses, bit for bit. A domain's
-    `dataset_id` is its position in `names`. `segments` ascend, and are replaced as a whole.
+    `dataset_id` is its position in `names`. `segments` ascend, and are replaced as a whole. An
+    update keeps each weight within its `bounds` (lower, upper), which default to (0, 1).
     """
 
     def __init__(
@@ -80,10 +102,12 @@ class Mixture:
         rule: str = "paper",
         eta: float = 1.0,
         smoothing: float = 1e-4,
+        bounds: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         self.names = tuple(names)
         self.references = dict(references)
         self.rule, self.eta, self.smoothing = rule, eta, smoothing
+        self.lower, self.upper = zip(*(bounds or [(0.0, 1.0)] * len(self.names)), strict=True)
         self.segments: tuple[Segment, ...] = (Segment(0, tuple(weights)),)
 
     @classmethod
@@ -92,7 +116,8 @@ class Mixture:
         domains = config.domains
         references = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
         names, weights = [d.name for d in domains], [d.weight for d in domains]
-        return cls(names, weights, references, config.rule, config.eta, config.smoothing)
+        bounds = [(domain.min_weight, domain.max_weight) for domain in domains]
+        return cls(names, weights, references, config.rule, config.eta, config.smoothing, bounds)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -112,6 +137,7 @@ class Mixture:
         weights = updated_weights(
             last.weights, losses, self.references, self.names, self.rule, self.eta, self.smoothing
         )
+        weights = within_bounds(weights, self.lower, self.upper)
         self.segments = (*self.segments, Segment(first_sample, weights))
 
     def state_dict(self) -> dict[str, Any]:

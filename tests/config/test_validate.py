@@ -400,6 +400,30 @@ class TestDomains:
         assert found(data__domains__1__weight=0.2505) == []
         only("data.domains", "sum to 1.002", data__domains__1__weight=0.252)
 
+    def test_bounds_of_weights(self) -> None:
+        bounds = {"data__domains__0__min_weight": 0.5, "data__domains__0__max_weight": 0.75}
+        assert found(**bounds, data__domains__1__max_weight=0.25) == []
+        for low, high in ((-0.1, 1.0), (0.8, 0.7), (0.0, 1.1)):
+            only("data.domains[1].min_weight", f"= {low:g} and max_weight = {high:g}", "0 <=",
+                 data__domains__1__min_weight=low, data__domains__1__max_weight=high)  # fmt: skip
+        only("data.domains[1].weight", "= 0.25 is not between min_weight = 0.3",
+             data__domains__1__min_weight=0.3)  # fmt: skip
+
+    def test_bounds_that_no_weights_keep_to(self) -> None:
+        config = change(PRUNE, "data.domains.0.min_weight", 0.75)
+        config = change(config, "data.domains.0.max_weight", 0.75)
+        only("data.domains", "max_weight sums to 0.9995", config=config,
+             data__domains__1__weight=0.2495, data__domains__1__max_weight=0.2495)  # fmt: skip
+        only("data.domains", "min_weight sums to 1.0005", config=config,
+             data__domains__1__weight=0.2505, data__domains__1__min_weight=0.2505)  # fmt: skip
+
+    def test_attention_within_documents_under_context_parallelism(self) -> None:
+        options = {"data__reset_attention_mask": True, "parallel__context": 2}
+        only("data.reset_attention_mask", "parallel.context = 2", "platform.layers = 'torch'",
+             **options)  # fmt: skip
+        assert found(**options, platform__layers="torch") == []
+        assert found(data__reset_attention_mask=True) == []
+
     def test_weights_are_not_negative(self) -> None:
         config = change(PRUNE, "data.domains.0.weight", 1.25)
         only("data.domains[1].weight", "= -0.25 is negative", config=config,

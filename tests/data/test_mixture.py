@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megashear.config.schema import DataConfig, Domain
-from megashear.data.mixture import Mixture, Segment, updated_weights
+from megashear.data.mixture import Mixture, Segment, updated_weights, within_bounds
 from megashear.errors import CheckpointError, DataError
 
 NAMES = ("cc", "github", "book")
@@ -81,6 +81,61 @@ def test_every_domain_without_a_finite_figure_is_named_and_nothing_changes(rule:
     assert mixture.segments == (Segment(0, (0.6, 0.3, 0.1)),)
 
 
+def bisected(weights: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """clip(lambda * w) that sums to 1, by halving an interval of log lambda."""
+    least, most = -50.0, 50.0
+    for _ in range(200):
+        middle = (least + most) / 2
+        total = np.clip(np.exp(middle) * weights, low, high).sum()
+        least, most = (middle, most) if total < 1 else (least, middle)
+    return np.clip(np.exp(most) * weights, low, high)
+
+
+@given(
+    data=st.lists(
+        st.tuples(st.floats(1e-6, 1), st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=7
+    )
+)
+def test_bounds_scale_alike_what_they_do_not_hold(data: list[tuple[float, float, float]]) -> None:
+    shares, a, b = np.array(data).T
+    weights = shares / shares.sum()
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    low /= max(1, low.sum())
+    high = np.minimum(1, high / min(1, high.sum()))
+    assume(high.sum() >= 1)
+    new = np.array(within_bounds(tuple(weights), tuple(low), tuple(high)))
+    np.testing.assert_allclose(new, bisected(weights, low, high), rtol=1e-9, atol=1e-12)
+    assert abs(new.sum() - 1) < 1e-12
+    assert (low <= new).all() and (new <= high).all()
+
+
+def test_weights_within_their_bounds_stay_bit_for_bit() -> None:
+    weights = (0.1 + 0.2, 0.3, 0.4)  # which sum to a little more than 1
+    assert within_bounds(weights, (0.0, 0.3, 0.1), (1.0, 0.3, 0.5)) == weights
+
+
+def test_a_domain_without_weight_takes_what_the_others_may_not() -> None:
+    held = within_bounds((1.0, 0.0, 0.0), (0.0, 0.0, 0.25), (0.5, 1.0, 1.0))
+    assert held == pytest.approx((0.5, 0.25, 0.25))
+    assert within_bounds((0.6, 0.4, 0.0), (0.0, 0.0, 0.0), (0.5, 1.0, 1.0)) == pytest.approx(
+        (0.5, 0.5, 0.0), abs=1e-12
+    )
+
+
+def test_a_weight_comes_to_its_bounds_and_leaves_them_again() -> None:
+    bounds = [(0.0, 1.0), (0.2, 1.0), (0.0, 0.3)]
+    mixture = Mixture(NAMES, (0.6, 0.3, 0.1), REFERENCES, bounds=bounds)
+    high = {"cc": 1.9643, "github": 0.7459, "book": 4.1393}
+    for sample in (8, 16, 24):
+        mixture.update(sample, high)
+    assert mixture.weights[2] == 0.3
+    mixture.update(32, {**high, "cc": 5.0, "book": 2.0})
+    mixture.update(40, {**high, "cc": 5.0, "book": 2.0})
+    assert mixture.weights[1] == 0.2 and mixture.weights[2] < 0.3
+    mixture.update(48, {**REFERENCES, "github": 2.0})
+    assert mixture.weights[1] > 0.2 and abs(sum(mixture.weights) - 1) < 1e-12
+
+
 def test_an_update_appends_a_segment() -> None:
     mixture = make_mixture()
     losses = {"cc": 2.5, "github": 0.7, "book": 2.9}
@@ -114,9 +169,13 @@ def test_the_state_of_other_domains_is_refused() -> None:
 
 
 def test_a_mixture_follows_its_configuration() -> None:
-    domains = (Domain("cc", "t", "v", 0.75, 1.9), Domain("wiki", "t", "v", 0.25))
+    domains = (
+        Domain("cc", "t", "v", 0.75, 1.9, max_weight=0.8),
+        Domain("wiki", "t", "v", 0.25, min_weight=0.1),
+    )
     config = DataConfig(rule="reference_code", eta=2.0, smoothing=0.01, domains=domains)
     mixture = Mixture.from_config(config)
     assert mixture.names == ("cc", "wiki") and mixture.weights == (0.75, 0.25)
     assert mixture.references == {"cc": 1.9}
     assert (mixture.rule, mixture.eta, mixture.smoothing) == ("reference_code", 2.0, 0.01)
+    assert (mixture.lower, mixture.upper) == ((0.0, 0.1), (0.8, 1.0))
