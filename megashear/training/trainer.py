@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megashear.checkpoint.run_checkpoints import CheckpointManager
 from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
-from megashear.data.loader import MicroBatch, TrainLoader
+from megashear.data.loader import Fetcher, MicroBatch, TrainLoader, torch_fetcher
 from megashear.data.mixture import Mixture
 from megashear.errors import CheckpointError, TrainingError
 from megashear.model.build import build_model
@@ -118,6 +119,7 @@ class Trainer:
             dp_size=platform.data_size,
             num_workers=data.num_workers,
             consumed_samples=self.step * trainer.global_batch_size,
+            fetcher=self._fetcher(),
         )
         if resumed is not None:  # last, since what is made before may draw numbers
             self.checkpoints.restore_random_states(resumed)
@@ -131,6 +133,13 @@ class Trainer:
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
         cost, much = cost_of_evaluations(self.config, self.evaluator.sequences)
         (self.log.warn if much else self.log.say)(cost)
+
+    def _fetcher(self) -> Fetcher:
+        if self.config.platform.loader == "torch":
+            return torch_fetcher
+        from megashear.data.dali import DaliFetcher
+
+        return partial(DaliFetcher, device=self.platform.device)
 
     def _initialise(self, chunks: list[Any], init_from: str) -> None:
         self.platform.progress.mark("loading of weights")

@@ -516,6 +516,24 @@ class TestPackages:
              **arguments)  # fmt: skip
         assert found(platform__device="cpu") == []
 
+    @pytest.mark.parametrize("known", [(), ("nvidia",), ("nvidia", "nvidia.dali")])
+    def test_dali_has_to_be_installed(
+        self, known: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`nvidia` alone is there with torch; without it the finder raises."""
+
+        def find_spec(name: str) -> str | None:
+            if name == "nvidia.dali" and "nvidia" not in known:
+                raise ModuleNotFoundError(name)
+            return name if name in known else None
+
+        monkeypatch.setattr(validate, "find_spec", find_spec)
+        if "nvidia.dali" in known:
+            assert found(platform__loader="dali", platform__device="cpu") == []
+        else:
+            only("platform.loader", "not installed", "megashear[dali]", "megashear[dali-cuda12]",
+                 platform__loader="dali")  # fmt: skip
+
 
 def test_a_run_in_python_is_checked_like_one_from_a_file() -> None:
     """`problems` needs no loader: several rules broken in a config built in Python."""

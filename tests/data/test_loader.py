@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
-from megashear.data.loader import Reader, TrainLoader, microbatch, microbatch_samples
+from megashear.data.loader import (
+    Fetcher,
+    Reader,
+    TrainLoader,
+    microbatch,
+    microbatch_samples,
+    torch_fetcher,
+)
 from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.distributed import run_distributed
@@ -69,6 +76,7 @@ def read_stream(
     micro: int = 2,
     ranks: int = 1,
     workers: int = 0,
+    fetcher: Fetcher = torch_fetcher,
 ) -> Stream:
     """The same by one loader per rank, each with a mixture of its own, put together again."""
     blends = [make_blend(prefixes) for _ in range(ranks)]
@@ -84,6 +92,7 @@ def read_stream(
             dp_size=ranks,
             num_workers=workers,
             consumed_samples=start,
+            fetcher=fetcher,
         )
         for rank, blend in enumerate(blends)
     ]
@@ -159,7 +168,9 @@ def test_a_micro_batch_is_what_megatrons_dataset_gives(tmp_path: Path, vocab: in
     assert (batch["tokens"] == 0).all(1).any() and batch["loss_mask"].all()
 
 
-def make_loader(blend: DynamicBlendedDataset, workers: int, start: int = 0) -> TrainLoader:
+def make_loader(
+    blend: DynamicBlendedDataset, workers: int, fetcher: Fetcher = torch_fetcher
+) -> TrainLoader:
     return TrainLoader(
         blend,
         global_batch_size=4,
@@ -167,7 +178,7 @@ def make_loader(blend: DynamicBlendedDataset, workers: int, start: int = 0) -> T
         dp_rank=0,
         dp_size=1,
         num_workers=workers,
-        consumed_samples=start,
+        fetcher=fetcher,
     )
 
 
