@@ -12,9 +12,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, load_config, to_yaml
+from megashear.config.loader import (
+    DOMAINS_FILE,
+    domains_to_yaml,
+    from_yaml,
+    load_config,
+    load_domains,
+    load_target,
+    to_yaml,
+)
 from megashear.config.schema import (
+    DataConfig,
     Domain,
+    EvaluationConfig,
     ModelShape,
     OptimizerConfig,
     RunConfig,
@@ -287,6 +297,21 @@ class TestDomainsFrom:
         assert config.data.domains_from is None
         assert load(to_yaml(config)) == config
 
+    @pytest.mark.parametrize("head", ["", "domains:\n"])
+    def test_takes_a_file_of_domains(self, head: str) -> None:
+        """A list of them, or what `megashear reference-loss` writes."""
+        text = head + domains_to_yaml(self.DOMAINS) + ("models: []\n" if head else "")
+        Path("references.yaml").write_text(text, encoding="utf-8")
+        text = self.TEXT.replace("earlier", "references.yaml")
+        assert load(text).data.domains == self.DOMAINS
+        found = problems(text.replace("references", "gone"))
+        assert "no file gone.yaml. Name a run directory" in found["data.domains_from"]
+
+    def test_domains_in_a_file_are_checked_like_those_of_a_run(self) -> None:
+        Path("references.yaml").write_text("domains: {cc: 1.5}\n", encoding="utf-8")
+        found = problems(self.TEXT.replace("earlier", "references.yaml"))
+        assert found["references.yaml"] == "= {'cc': 1.5}: expected a list"
+
     def test_says_where_the_file_would_come_from(self) -> None:
         found = problems(self.TEXT)
         assert list(found) == ["data.domains_from"]
@@ -365,3 +390,62 @@ def test_the_configuration_needs_neither_torch_nor_megatron() -> None:
             names = [alias.name for alias in getattr(node, "names", [])]
             module = getattr(node, "module", None) or ""
             assert not {"torch", "megatron", "numpy"} & {n.split(".")[0] for n in [*names, module]}
+
+
+class TestLoadDomains:
+    """What validation takes of a run's YAML, a run directory or a file of domains."""
+
+    def test_of_a_run_that_is_not_complete(self) -> None:
+        """Neither model, files nor references have to be there."""
+        text = PRUNE.replace(", reference_loss: 1.9643", "").replace("cc_valid", "gone")
+        Path("run.yaml").write_text(text.replace("init_from: source", "init_from: gone"))
+        config = load_domains(Path("run.yaml"))
+        assert [(d.valid, d.reference_loss) for d in config.data.domains] == [
+            ("gone", None),
+            ("wiki_valid", 1.759),
+        ]
+        assert config.data.seq_length == 128
+
+    def test_of_a_run_directory_with_its_newest_weights(self) -> None:
+        config = load(PRUNE)
+        newest = [dataclasses.replace(domain, weight=0.5) for domain in config.data.domains]
+        Path("earlier").mkdir()
+        Path("earlier", "config.yaml").write_text(to_yaml(config))
+        Path("earlier", DOMAINS_FILE).write_text(domains_to_yaml(newest))
+        found = load_domains(Path("earlier"))
+        assert found.data == dataclasses.replace(config.data, domains=tuple(newest))
+
+    def test_of_domains_alone_the_rest_is_as_a_run_has_it(self) -> None:
+        Path("domains.yaml").write_text(domains_to_yaml(TestDomainsFrom.DOMAINS))
+        config = load_domains(Path("domains.yaml"))
+        assert config.data == DataConfig(domains=TestDomainsFrom.DOMAINS)
+        assert config.evaluation == EvaluationConfig()
+
+    def test_all_problems_of_the_file_are_named(self) -> None:
+        Path("domains.yaml").write_text("- {name: cc, train: a, valid: b}\n- {weight: x}\n")
+        with pytest.raises(ConfigError) as refused:
+            load_domains(Path("domains.yaml"))
+        paths = [path for path, _ in refused.value.problems]
+        assert set(paths) >= {"domains[0].weight", "domains[1].name", "domains[1].weight"}
+
+
+class TestLoadTarget:
+    """The target of a run, or the sizes of a model."""
+
+    def test_of_a_run(self) -> None:
+        Path("run.yaml").write_text(PRUNE, encoding="utf-8")
+        found = load_target(Path("run.yaml"))
+        assert isinstance(found, RunConfig) and found.target == load(PRUNE).target
+
+    def test_of_sizes(self) -> None:
+        text = "".join(f"{k}: {v}\n" for k, v in dataclasses.asdict(SOURCE).items())
+        Path("sizes.yaml").write_text(text, encoding="utf-8")
+        assert load_target(Path("sizes.yaml")) == SOURCE
+        Path("sizes.yaml").write_text(text.replace("hidden_size: 64", "hidden_size: x"))
+        with pytest.raises(ConfigError, match=r"hidden_size .* expected a whole number"):
+            load_target(Path("sizes.yaml"))
+
+    def test_is_missed_where_there_is_none(self) -> None:
+        Path("domains.yaml").write_text(domains_to_yaml(TestDomainsFrom.DOMAINS))
+        with pytest.raises(ConfigError, match="names no target"):
+            load_target(Path("domains.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -15,15 +16,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.config.schema import EvaluationConfig, ModelShape, ParallelConfig, RunConfig
+from megashear.config.schema import (
+    Domain,
+    EvaluationConfig,
+    ModelShape,
+    ParallelConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from megashear.errors import TrainingError
 from megashear.platform import parallel
+from megashear.training.evaluation import cost_of_evaluations
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.make_data import write_tokens
 from tests.reference_llama import forward, random_weights
 from tests.runs import GQA, TARGETS, run_config, write_domains
 
-SHAPE = replace(GQA, tied_embeddings=True)
+SHAPE = replace(GQA, num_layers=4, tied_embeddings=True)
 LENGTH = 16
 SEQUENCES = {"first": 5, "second": 3}
 """Whole validation sequences of each domain: no multiple of the 2 or 4 that go through at once."""
@@ -92,42 +102,54 @@ LAYOUTS = {
     "one": (1, ParallelConfig()),
     "dp2": (2, ParallelConfig()),
     "tp2-sp": (2, ParallelConfig(tensor=2, sequence=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "pp2-interleaved": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "cp2": (2, ParallelConfig(context=2)),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_plain_pytorch(layout: str, config: RunConfig) -> None:
-    """Also where sequences do not divide evenly over ranks and micro-batches."""
-    ranks, layout_config = LAYOUTS[layout]
-    changed = replace(config, stage="continue", target=None, parallel=layout_config)
-    for found in run_distributed(evaluate, ranks, changed):
-        assert found["as_before"]
-        assert list(found["losses"]) == list(SEQUENCES)
-        for name, loss in found["losses"].items():
-            assert loss == pytest.approx(expected_loss(name), rel=1e-6), name
-
-
 @pytest.fixture(scope="module")
-def masked(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
-    """What both ranks find under the masks of the current and of the target model."""
-    found = {}
-    for which in ("current", "target"):
-        evaluation = replace(config.evaluation, masks=which)
-        changed = replace(config, run_dir=f"{config.run_dir}-{which}", evaluation=evaluation)
-        found[which] = run_distributed(evaluate, 2, changed)
+def masked(config: RunConfig) -> Any:
+    """What the ranks of a layout find under masks of the current or of the target model."""
+
+    @functools.cache
+    def found(layout: str, which: str) -> list[dict[str, Any]]:
+        ranks, parallel_config = LAYOUTS[layout]
+        changed = replace(
+            config,
+            run_dir=f"{config.run_dir}-{layout}-{which}",
+            parallel=parallel_config,
+            evaluation=replace(config.evaluation, masks=which),
+        )
+        return run_distributed(evaluate, ranks, changed)
+
     return found
 
 
-@pytest.mark.parametrize("which", ["current", "target"])
-def test_losses_under_masks_are_those_of_masked_activations(which: str, masked: Any) -> None:
-    for found in masked[which]:
+@pytest.mark.parametrize(
+    ("layout", "which"), [*((layout, "current") for layout in LAYOUTS), ("dp2", "target")]
+)
+def test_losses_are_those_of_masked_activations(layout: str, which: str, masked: Any) -> None:
+    """Also where sequences do not divide evenly over ranks and micro-batches."""
+    (one,) = masked("one", "current")
+    for found in masked(layout, which):
         assert found["as_before"]
+        assert list(found["losses"]) == list(SEQUENCES)
         for name, loss in found["losses"].items():
             assert loss == pytest.approx(expected_loss(name, found["z"]), rel=1e-6), name
+        if which == "current":
+            assert found["losses"] == pytest.approx(one["losses"], rel=1e-6)
+
+
+def test_without_masks_losses_are_those_of_plain_pytorch(config: RunConfig) -> None:
+    changed = replace(config, stage="continue", target=None)
+    (found,) = run_distributed(evaluate, 1, changed)
+    for name, loss in found["losses"].items():
+        assert loss == pytest.approx(expected_loss(name), rel=1e-6), name
 
 
 def test_current_and_target_masks_are_different_models(masked: Any) -> None:
-    current, target = masked["current"][0], masked["target"][0]
+    current, target = masked("dp2", "current")[0], masked("dp2", "target")[0]
     assert [int((z > 0).sum(1)[0]) for z in target["z"].values()] == [2, 24, 2, 32]
     assert any(not torch.equal(current["z"][kind], target["z"][kind]) for kind in target["z"])
     for name, loss in current["losses"].items():
@@ -136,10 +158,12 @@ def test_current_and_target_masks_are_different_models(masked: Any) -> None:
 
 
 def test_the_record_holds_what_was_measured(config: RunConfig, masked: Any) -> None:
-    lines = Path(f"{config.run_dir}-target", "metrics.jsonl").read_text().splitlines()
-    record = json.loads(lines[-1])
+    losses = masked("dp2", "target")[0]["losses"]
+    file = Path(f"{config.run_dir}-dp2-target", "metrics.jsonl")
+    record = json.loads(file.read_text().splitlines()[-1])
     assert (record["kind"], record["step"]) == ("evaluation", 0)
-    assert record["losses"] == masked["target"][0]["losses"]
+    assert record["losses"] == losses
+    assert record["gaps"] == {name: loss - 4.0 for name, loss in losses.items()}
 
 
 def test_no_more_than_the_wanted_sequences_are_used(config: RunConfig) -> None:
@@ -154,3 +178,59 @@ def test_no_more_than_the_wanted_sequences_are_used(config: RunConfig) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert abs(losses[0]["first"] - expected_loss("first")) > 1e-3
     assert losses[0]["second"] == pytest.approx(expected_loss("second"), rel=1e-6)
+
+
+def break_embedding(config: RunConfig) -> str:
+    """What an evaluation says where one half of the vocabulary has come to NaN."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    with torch.no_grad():
+        trainer.optimizer.chunks[0].embedding.word_embeddings.weight[32:] = math.nan
+    with pytest.raises(TrainingError) as failed:
+        trainer._evaluate()
+    parallel.stop()
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("rule", ["paper", "constant"])
+def test_a_loss_that_is_not_finite_names_its_domain(rule: str, tmp_path: Path) -> None:
+    lower, upper = (np.random.default_rng(0).integers(low, low + 32, 40) for low in (0, 32))
+    domains = tuple(
+        replace(domain, valid=write_tokens(tmp_path / f"{domain.name}_half", [tokens], 64))
+        for domain, tokens in zip(write_domains(tmp_path), (lower, upper), strict=True)
+    )
+    config = run_config(tmp_path, domains, model=GQA)
+    config = replace(config, data=replace(config.data, rule=rule))
+    (message,) = run_distributed(break_embedding, 1, config)
+    assert message.startswith("the validation loss is not finite: second nan. ")
+
+
+def seven_domains(directory: Path, **changes: Any) -> RunConfig:
+    domains = tuple(Domain(str(n), "train", "valid", 1 / 7, 2.0) for n in range(7))
+    return run_config(directory, domains, trainer=TrainerConfig(**changes))
+
+
+def test_a_run_says_what_its_evaluations_cost(tmp_path: Path) -> None:
+    """The paper's two stages: forward passes are a third of training on as many sequences."""
+    prune = seven_domains(tmp_path, steps=3200, global_batch_size=32)
+    prune = replace(prune, evaluation=EvaluationConfig(interval=50))
+    text, much = cost_of_evaluations(prune, 7 * 500)
+    assert round(100 * 65 * 7 * 500 / (3 * 3200 * 32)) == 74
+    assert much and "every 50 steps, add 74% to the computation of training" in text
+    assert "evaluation.sequences_per_domain (67 would add 10%)" in text
+    assert cost_of_evaluations(prune, 7 * 67)[1] is False
+    assert cost_of_evaluations(prune, 7 * 68)[1] is True
+
+    longer = seven_domains(tmp_path, steps=48000, global_batch_size=256)
+    longer = replace(longer, evaluation=EvaluationConfig(interval=400))
+    text, much = cost_of_evaluations(longer, 7 * 500)
+    assert not much and text.endswith("every 400 steps, add 1.1% to the computation of training")
+
+
+def test_the_cost_counts_what_fills_micro_batches(
+    config: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """5 and 3 sequences on two ranks in micro-batches of two are 8 and 4; at steps 0, 3 and 6."""
+    changed = replace(config, stage="continue", target=None)
+    run_distributed(evaluate, 2, changed)
+    assert "evaluations of 12 sequences, every 3 steps, add 50%" in capfd.readouterr().err
