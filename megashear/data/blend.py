@@ -32,7 +32,7 @@ class Blend:
         domain = int(self._domains[position])
         block = position // _BLOCK
         inside = np.count_nonzero(self._domains[block * _BLOCK : position] == domain)
-        return domain, int(self._before[block, domain]) + inside
+        return domain, int(self._before[block, domain] + inside)
 
     def counts(self, length: int) -> np.ndarray:
         """Samples of every domain among the first `length`, int64."""

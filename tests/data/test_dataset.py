@@ -17,9 +17,9 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megashear.config.schema import DataConfig, Domain
 from megashear.data.dataset import (
+    Blend,
     DomainDataset,
     DynamicBlendedDataset,
-    Blend,
     build_train_dataset,
     build_valid_datasets,
 )
@@ -195,13 +195,16 @@ class TestBlend:
             (0.25, 0.25, 0.25, 0.25),
             (1.0,),
             (1 / 3, 1 / 3, 1 / 3),
+            (0.1,) * 7 + (0.3,),  # sums to 0.9999999999999999
+            (0.7, 0.3009),  # as far from 1 as a configuration may be
+            (1e-5, 1 - 2e-5, 1e-5),
         ],
     )
     def test_one_segment_is_megatrons_blended_dataset(
         self, tmp_path: Path, weights: Weights
     ) -> None:
         size = 9000  # past the first block, so that growing is seen too
-        blend = blend_of(tmp_path, weights, sizes=[3 * size] * 7, seq_length=2)
+        blend = blend_of(tmp_path, weights, sizes=[3 * size] * 8, seq_length=2)
         epochs = [member._epoch(0) for member in blend.members]
         megatron = BlendedDataset(epochs, list(weights), size, epochs[0].config)
         located = [blend.locate(n) for n in range(size)]

@@ -133,8 +133,9 @@ def test_every_layout_reads_the_stream_of_the_blend(
 def test_a_resume_goes_on_exactly_on_another_layout(
     prefixes: list[str], start: int, micro: int, ranks: int, workers: int
 ) -> None:
-    read = read_stream(prefixes, start, 240, micro=micro, ranks=ranks, workers=workers)
-    assert read == expected_stream(prefixes, 240)[start:]
+    until = start + 1008  # 1,000 samples, in whole steps
+    read = read_stream(prefixes, start, until, micro=micro, ranks=ranks, workers=workers)
+    assert read == expected_stream(prefixes, until)[start:]
 
 
 @pytest.mark.parametrize(
