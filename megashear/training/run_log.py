@@ -91,27 +91,31 @@ class RunLog:
 
     def evaluation(
         self,
-        step: int,
+        record: Mapping[str, Any],
         losses: Mapping[str, float],
         references: Mapping[str, float],
         before: Sequence[float],
         after: Sequence[float],
     ) -> None:
-        """Record and show an evaluation: losses (nats per token), references, domain weights."""
+        """Record and show an evaluation: losses (nats per token), references, domain weights.
+
+        `record` has its step and seconds.
+        """
         if not self.writes:
             return
         gaps = {
             name: loss - references[name] for name, loss in losses.items() if name in references
         }
         weights = dict(zip(losses, after, strict=True))
-        record = {"losses": losses, "references": references, "gaps": gaps, "weights": weights}
-        self._append({"kind": "evaluation", "step": step, **record})
+        values = {"losses": losses, "references": references, "gaps": gaps, "weights": weights}
+        self._append({"kind": "evaluation", **record, **values})
         rows = []
         for (name, loss), old, new in zip(losses.items(), before, after, strict=True):
             gap = f"{gaps[name]:+.3f}" if name in gaps else "-"
             moved = f"{old:.3f} -> {new:.3f}" if old != new else f"{new:.3f}"
-            rows.append((name, f"{loss:.4f}", references.get(name, "-"), gap, moved))
-        print(f"evaluation at step {step}")
+            reference = f"{references[name]:.4f}" if name in gaps else "-"
+            rows.append((name, f"{loss:.4f}", reference, gap, moved))
+        print(f"evaluation at step {record['step']}")
         header = ("domain", "loss", "reference", "gap", "weight")
         print("  " + table(rows, header).replace("\n", "\n  "), flush=True)
 

@@ -280,6 +280,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.platform.progress.mark("evaluation", self.step)
+        began = time.perf_counter()
         with self.objective.evaluation_weights():
             self.optimizer.gather(wait=True)
             measured = self.evaluator.measure(self.optimizer.models)
@@ -288,7 +289,11 @@ class Trainer:
         if self.step < self.config.trainer.steps:
             self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)
         self.log.evaluation(
-            self.step, self.losses, self.mixture.references, before, self.mixture.weights
+            {"step": self.step, "seconds": time.perf_counter() - began},
+            self.losses,
+            self.mixture.references,
+            before,
+            self.mixture.weights,
         )
 
     def save(self) -> None:
