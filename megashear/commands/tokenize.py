@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     """Tokenize every domain that the arguments name, and print what came of them."""
     from megashear.data.preprocess import tokenize_files
 
-    # A batch system's SIGTERM then removes what is unfinished, as Ctrl-C does.
+    # A batch system's SIGTERM then keeps what is done, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows, problems, empty = [], [], 0
     for output, inputs in _domains(args.input, args.output).items():
@@ -79,10 +79,9 @@ def run(args: argparse.Namespace) -> None:
             problems.append(str(error))
             continue
         empty += report.empty
-        rows += [
-            (o.prefix, f"{o.documents:,}", f"{o.tokens:,}", f"{o.tokens / report.seconds:,.0f}")
-            for o in report.outputs
-        ]
+        for made in report.outputs:
+            speed = f"{made.tokens / report.seconds:,.0f}" if report.seconds else "there already"
+            rows.append((made.prefix, f"{made.documents:,}", f"{made.tokens:,}", speed))
     if rows:
         print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
     if empty:
@@ -105,7 +104,7 @@ def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
         return {output: list(inputs)}
     files: dict[str, list[str]] = {}
     for file in find_inputs(inputs):
-        name = re.sub(r"(\.jsonl?)?(\.gz)?$", "", file.name)
+        name = re.sub(r"(\.jsonl?)?(\.gz|\.zst)?$", "", file.name)
         files.setdefault(output.replace("{name}", name), []).append(str(file))
     if shared := [f"  {prefix}: {', '.join(f)}" for prefix, f in files.items() if len(f) > 1]:
         raise DataError(

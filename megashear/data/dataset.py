@@ -22,7 +22,7 @@ from megashear.config.schema import DataConfig
 from megashear.data.blend import Blend
 from megashear.data.index_cache import CACHED_FROM, EpochDataset, IndexCache
 from megashear.data.mixture import Mixture, Segment
-from megashear.data.token_files import Fingerprint, check_one_tokenizer
+from megashear.data.token_files import Fingerprint, check_fingerprint, check_one_tokenizer
 from megashear.errors import DataError
 
 log = logging.getLogger("megashear")
@@ -68,6 +68,7 @@ class DomainDataset(Dataset[np.ndarray]):
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
         self._text = _open_tokens(prefix)
         tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
+        check_fingerprint(prefix, len(self._text), tokens, vocab_size)
         # GPTDataset's own count: the last, partial sequence of an epoch is dropped.
         self.samples_per_epoch = (tokens - 1) // seq_length
         if self.samples_per_epoch < 1:

@@ -1,7 +1,8 @@
 """JSONL text to Megatron token files: what `megashear tokenize` does.
 
-Documents keep their order, whatever the number of processes. Imports `errors` and its siblings in
-`data`; never torch or Megatron at the top, because every worker process imports this module.
+Documents keep their order, whatever the number of processes, and however often the work was
+interrupted. Imports `errors` and its siblings in `data`; never torch or Megatron, because every
+worker process imports this module.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from megashear.data.jsonl import Chunk, find_inputs, read_chunks, text_of
-from megashear.data.token_files import SUFFIXES, TokenFile, publish
+from megashear.data.jsonl import Chunk, Place, find_inputs, read_chunks, text_of
+from megashear.data.token_files import SUFFIXES, Documents, Fingerprint, token_type
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
+from megashear.data.unfinished import Unfinished, is_kept, workplace
 from megashear.errors import DataError, PlatformError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
@@ -38,17 +40,26 @@ LINE_SECONDS = 5.0  # between lines of progress, where there is no terminal for 
 
 
 @dataclass(frozen=True)
-class TokenizeReport:
-    """What `tokenize_files` did."""
+class Output:
+    """Token files that are in their place."""
 
-    outputs: tuple[TokenFile, ...]
-    empty: int  # documents skipped because they hold no text
-    seconds: float  # of reading, encoding and writing, start-up apart
+    prefix: str
+    documents: int
+    tokens: int
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a worker must know; the hash makes a new job of another tokenizer at the same path."""
+class TokenizeReport:
+    """What `tokenize_files` did."""
+
+    outputs: tuple[Output, ...]
+    empty: int = 0  # documents skipped because they hold no text
+    seconds: float = 0.0  # of reading, encoding and writing; 0 where all was there already
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What a worker must know; the hash makes a new one of another tokenizer at the same path."""
 
     tokenizer: str
     sha256: str
@@ -58,14 +69,12 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A chunk's documents, their tokens one after the other."""
+    """A chunk's documents, for each output."""
 
-    tokens: np.ndarray  # int32
-    lengths: list[int]
-    valid: list[bool]  # whether the document belongs to the validation text
+    parts: list[Documents]
     empty: int
     problems: list[str]
-    read: int  # bytes of input
+    end: Place
 
 
 def tokenize_files(
@@ -79,62 +88,105 @@ def tokenize_files(
     overwrite: bool = False,
     progress: bool = False,
 ) -> TokenizeReport:
-    """Tokenize JSONL files into PREFIX.bin, PREFIX.idx and PREFIX.json; each document bos ... eos.
+    """Tokenize JSONL files into PREFIX.bin, .idx and .json; each document [bos] ... eos.
+
+    Called again with the same arguments (but for workers, overwrite and progress) it goes on where
+    it was interrupted, and leaves alone what it had made.
 
     Args:
-        inputs: files or glob patterns, `.jsonl` or `.jsonl.gz`.
+        inputs: files or glob patterns: JSONL, plain, gzip or zstd.
         tokenizer: see `load_tokenizer`.
         output: PREFIX.
         valid_fraction: share of documents for PREFIX_valid, the rest is PREFIX_train; which, a hash
             of the text decides, so copies of a document are never on both sides. None: only PREFIX.
         field: name of the text in each record.
         workers: processes; None takes as many as the CPUs and the size of the input warrant.
-        overwrite: whether existing files are replaced.
+        overwrite: whether files that came of other input, tokenizer or arguments are replaced.
         progress: whether it is shown on stderr.
 
     Raises:
-        DataError: a problem of the input, the tokenizer or the output; nothing is written then.
+        DataError: a problem of the input, the tokenizer or the output; nothing is in place then.
+        PlatformError: a worker was killed.
     """
     files = find_inputs(inputs)
-    prefixes = _check_output(str(output), valid_fraction, overwrite)
-    vocabulary = load_tokenizer(tokenizer)
+    prefixes = _prefixes(str(output), valid_fraction)
+    known = load_tokenizer(tokenizer)
     size = sum(file.stat().st_size for file in files)
     workers = _default_workers(size) if workers is None else workers
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be 1 or more")
-    job = _Job(str(tokenizer), vocabulary.sha256, field, valid_fraction or 0.0)
-    chunks = read_chunks(files)
-    folder = Path(prefixes[0]).parent
+    job = _job(files, known, field, valid_fraction)
+    encoding = _Encoding(str(tokenizer), known.sha256, field, valid_fraction or 0.0)
+    keep = all(file.is_file() for file in files)  # not of a pipe
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder))
-            encoded = stack.enter_context(closing(_encode_all(chunks, job, workers)))
-            partial = [TokenFile(prefix, Path(name), vocabulary) for prefix in prefixes]
-            writers = [stack.enter_context(closing(file)) for file in partial]
-            shown = stack.enter_context(_progress(size, progress))
-            started = time.monotonic()
-            empty = _fill(writers, encoded, shown)
-            publish(writers)
-            seconds = time.monotonic() - started
+        with workplace(str(output)) as folder, _way_on(folder, progress):
+            work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep=keep)
+            if not work.progress.finished:
+                if made := _made_before(prefixes, work.job_id):
+                    return TokenizeReport(made)
+                _refuse_existing(prefixes, overwrite)
+                if work.note and progress:
+                    print(f"{output}: {work.note}", file=sys.stderr)
+                start = work.progress.end
+                with work, _progress(size, start.read, progress) as bar:
+                    _fill(work, _encode_all(files, start, encoding, workers), bar)
+                    work.finish(known)
+            work.publish()
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror or error}") from error
-    return TokenizeReport(tuple(writers), empty, seconds)
+    done = work.progress
+    outputs = (Output(p, c.documents, c.tokens) for p, c in zip(prefixes, done.counts, strict=True))
+    return TokenizeReport(tuple(outputs), done.empty, done.seconds)
 
 
-def _check_output(output: str, valid_fraction: float | None, overwrite: bool) -> list[str]:
+def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
     """The prefixes to write: one, or those of training and validation text."""
     if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
         raise DataError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1")
-    if output.endswith(("/", ".bin", ".idx", ".json")) or Path(output).is_dir():
+    if output.endswith(("/", *SUFFIXES)) or Path(output).is_dir():
         raise DataError(f"output {output}: give the files' path without suffix, as in data/prose")
     parts = [""] if valid_fraction is None else ["_train", "_valid"]
-    prefixes = [output + part for part in parts]
+    return [output + part for part in parts]
+
+
+def _job(
+    files: Sequence[Path], tokenizer: Tokenizer, field: str, valid_fraction: float | None
+) -> dict[str, Any]:
+    """All that the result depends on. A pipe's content is never the same again."""
+    stats = [(str(file), file.stat(), file.is_file()) for file in files]
+    return {
+        "input": [
+            [name, stat.st_size, stat.st_mtime_ns if regular else time.time_ns()]
+            for name, stat, regular in stats
+        ],
+        "tokenizer": [tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id],
+        "field": field,
+        "valid fraction": valid_fraction,
+    }
+
+
+def _made_before(prefixes: Sequence[str], job_id: str) -> tuple[Output, ...]:
+    """The files in place, if all are there whole and this very job made them."""
+    made = []
+    for prefix in prefixes:
+        if not all(Path(prefix + suffix).exists() for suffix in SUFFIXES):
+            return ()
+        found = Fingerprint.read(prefix)
+        size = found.tokens * token_type(found.vocab_size).itemsize
+        if found.made_from != job_id or Path(f"{prefix}.bin").stat().st_size != size:
+            return ()
+        made.append(Output(prefix, found.documents, found.tokens))
+    return tuple(made)
+
+
+def _refuse_existing(prefixes: Sequence[str], overwrite: bool) -> None:
     paths = [Path(prefix + suffix) for prefix in prefixes for suffix in SUFFIXES]
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
-        raise DataError(f"already there: {', '.join(existing)}. Use --overwrite to replace them")
-    return prefixes
+        raise DataError(
+            f"already there, of other input, tokenizer or options: {', '.join(existing)}. Use "
+            "--overwrite to replace them"
+        )
 
 
 def _default_workers(size: int) -> int:
@@ -143,7 +195,7 @@ def _default_workers(size: int) -> int:
     return min(cpus, 1 + size // BYTES_PER_WORKER)
 
 
-def _encode(job: _Job, chunk: Chunk) -> _Encoded:
+def _encode(job: _Encoding, chunk: Chunk) -> _Encoded:
     texts, problems = [], []
     for number, line in enumerate(chunk.lines, chunk.first_line):
         try:
@@ -154,19 +206,22 @@ def _encode(job: _Job, chunk: Chunk) -> _Encoded:
     kept = [text for text in texts if text.strip()]
     tokenizer = _tokenizer(job)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    documents = [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(kept)]
-    return _Encoded(
-        tokens=np.fromiter(chain.from_iterable(documents), dtype=np.int32),
-        lengths=[len(document) for document in documents],
-        valid=[_is_valid(text, job.valid_fraction) for text in kept],
-        empty=len(texts) - len(kept),
-        problems=problems,
-        read=chunk.end.read,
-    )
+    ids = [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(kept)]
+    tokens = np.fromiter(chain.from_iterable(ids), token_type(tokenizer.vocab_size))
+    parts = [Documents(tokens, np.array([len(document) for document in ids], dtype=np.int32))]
+    if job.valid_fraction:
+        parts = _split(parts[0], np.array([_is_valid(t, job.valid_fraction) for t in kept], bool))
+    return _Encoded(parts, len(texts) - len(kept), problems, chunk.end)
+
+
+def _split(documents: Documents, valid: np.ndarray) -> list[Documents]:
+    """Those of training and of validation text."""
+    tokens, lengths = documents.tokens, documents.lengths
+    return [Documents(tokens[np.repeat(part, lengths)], lengths[part]) for part in (~valid, valid)]
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(job: _Job) -> Tokenizer:
+def _tokenizer(job: _Encoding) -> Tokenizer:
     return load_tokenizer(job.tokenizer)
 
 
@@ -177,19 +232,21 @@ def _is_valid(text: str, fraction: float) -> bool:
 
 
 def _encode_all(
-    chunks: Iterable[Chunk], job: _Job, workers: int
+    files: Sequence[Path], start: Place, job: _Encoding, workers: int
 ) -> Generator[_Encoded, None, None]:
     """Encoded chunks in order; at most two per worker are under way or waiting."""
+    chunks = read_chunks(files, start)
     if workers == 1:
         yield from (_encode(job, chunk) for chunk in chunks)
         return
-    # Spawned, not forked: the caller may have threads, and torch need not be in the workers.
+    # Spawned, not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     waiting: deque[Future[_Encoded]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_encode, job, chunk))
+            with _signals_held():
+                waiting.append(pool.submit(_encode, job, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -202,10 +259,21 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait, and a process that is started within never gets them.
+
+    It is its parent's to stop; while it imports, it would die with a traceback of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Leave signals to the parent, use one thread, and do not outlive a parent that is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Use one thread, and do not outlive a parent that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -217,43 +285,51 @@ def _start_worker() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _fill(writers: list[TokenFile], encoded: Iterable[_Encoded], shown: tqdm) -> int:
-    """Write all documents; the number of empty ones. Problems are gathered and raised together."""
+def _fill(work: Unfinished, encoded: Generator[_Encoded, None, None], bar: tqdm) -> None:
+    """Write all documents. Problems are gathered and raised together."""
     problems: list[str] = []
-    empty = 0
-    for chunk in encoded:
-        problems += chunk.problems
-        if len(problems) >= MAX_PROBLEMS:
-            break
-        empty += chunk.empty
-        ends = np.cumsum(chunk.lengths, dtype=np.int64)
-        for end, length, valid in zip(ends, chunk.lengths, chunk.valid, strict=True):
-            # Without a split the only output is both the first and the last.
-            writers[-1 if valid else 0].add(chunk.tokens[end - length : end])
-        tokens = sum(writer.tokens for writer in writers)
-        shown.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-        shown.update(chunk.read - shown.n)
+    with closing(encoded):
+        for chunk in encoded:
+            problems += chunk.problems
+            if len(problems) >= MAX_PROBLEMS:
+                break
+            if not problems:  # else nothing will come of it
+                work.add(chunk.parts, chunk.end, chunk.empty)
+            tokens = sum(count.tokens for count in work.progress.counts)
+            bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+            bar.update(chunk.end.read - bar.n)
     if problems:
         found = problems[:MAX_PROBLEMS]
         lines = "line" if len(found) == 1 else "lines"
         more = "; there may be more" if len(found) == MAX_PROBLEMS else ""
         head = f"{len(found)} malformed {lines}; their domain was not written{more}:"
         raise DataError("\n  ".join([head, *found]))
-    documents = sum(writer.documents for writer in writers)
-    for writer in writers:
-        if writer.documents == 0:
+    counts, empty = work.progress.counts, work.progress.empty
+    documents = sum(count.documents for count in counts)
+    for prefix, count in zip(work.prefixes, counts, strict=True):
+        if count.documents == 0:
             raise DataError(
-                f"none of {documents:,} documents ({empty:,} empty ones besides) is for "
-                f"{writer.prefix}. Give more text"
-                + (", or another valid fraction" * bool(documents))
+                f"none of {documents:,} documents ({empty:,} empty ones besides) is for {prefix}. "
+                "Give more text" + (", or another valid fraction" * bool(documents))
             )
-    return empty
 
 
-def _progress(size: int, shown: bool) -> tqdm:
+@contextmanager
+def _way_on(folder: Path, shown: bool) -> Iterator[None]:
+    """Say after an interrupt or a failure how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, PlatformError, OSError):
+        if shown and is_kept(folder):
+            print(
+                f"what is done is kept in {folder}: the same command goes on there", file=sys.stderr
+            )
+        raise
+
+
+def _progress(size: int, done: int, shown: bool) -> tqdm:
     """Bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
     plain = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": "{l_bar}{r_bar}\n"}
-    style = {} if sys.stderr.isatty() else plain
-    return tqdm(
-        total=size, unit="B", unit_scale=True, leave=False, miniters=1, disable=not shown, **style
-    )
+    style: dict[str, Any] = {} if sys.stderr.isatty() else plain
+    style |= {"unit": "B", "unit_scale": True, "leave": False, "miniters": 1}
+    return tqdm(total=size, initial=done, disable=not shown, **style)

@@ -1,27 +1,34 @@
-"""Megatron token files in the making: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
+"""Megatron token files: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
 
-Imports `errors`, `data.tokenizer` and, only once files are written, Megatron.
+Imports `errors`, numpy and the standard library: processes that write text as tokens need no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError
 
 SUFFIXES = (".bin", ".idx", ".json")
+_LENGTH = np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What stands beside a token file in PREFIX.json, for a run to check its domains with."""
+    """What stands beside a token file in PREFIX.json, for a run to check its domains with.
+
+    Attributes:
+        highest_id: the highest token id in the file; None where it was not noted.
+        made_from: hash of what made the file: input, tokenizer and options; or None.
+    """
 
     tokenizer_sha256: str
     vocab_size: int
@@ -29,6 +36,8 @@ class Fingerprint:
     eos_id: int
     documents: int
     tokens: int
+    highest_id: int | None = None
+    made_from: str | None = None
 
     @classmethod
     def read(cls, prefix: Path | str) -> Fingerprint:
@@ -65,62 +74,180 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
         )
 
 
-class TokenFile:
-    """One set of token files, written in a folder beside their place until `publish` moves them.
+def check_fingerprint(prefix: str, documents: int, tokens: int, vocab_size: int) -> None:
+    """Refuse token files that PREFIX.json was not written with, or of another vocabulary.
 
-    What was not published is the caller's to delete, after `close`.
+    Without PREFIX.json nothing is known.
 
-    Attributes:
-        prefix: of their place.
-        documents: written so far.
+    Args:
+        prefix: of the files.
+        documents: that PREFIX.idx describes.
         tokens: in these.
+        vocab_size: of the model.
+
+    Raises:
+        DataError: says which, and what to do.
+    """
+    if not Path(f"{prefix}.json").exists():
+        return
+    known = Fingerprint.read(prefix)
+    if (known.documents, known.tokens) != (documents, tokens):
+        raise DataError(
+            f"{prefix}.json is of {known.documents:,} documents with {known.tokens:,} tokens, but "
+            f"{prefix}.idx has {documents:,} with {tokens:,}: the files are not of one run. "
+            f"Tokenize again; or, if another program wrote them, delete {prefix}.json."
+        )
+    if known.highest_id is not None and known.highest_id >= vocab_size:
+        raise DataError(
+            f"{prefix}.bin holds token id {known.highest_id}, but the vocabulary ends at "
+            f"{vocab_size - 1}: tokenize it with the model's tokenizer."
+        )
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The type of a token file, by Megatron's own rule (`DType.optimal_dtype`)."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents: their tokens one after the other [total], and their lengths [documents]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a token file holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    highest_id: int = -1
+
+    def plus(self, new: Documents) -> Counts:
+        """The same after some documents more."""
+        highest = int(new.tokens.max(initial=0))
+        return Counts(
+            self.documents + len(new.lengths),
+            self.tokens + len(new.tokens),
+            max(self.highest_id, highest),
+        )
+
+
+class TokenFile:
+    """One set of token files in the making, in a folder beside their place until `publish`.
+
+    Until `finish` the lengths of documents are in a file of their own, so memory does not grow.
+
+    Args:
+        prefix: of their place.
+        folder: of the unfinished files.
+        dtype: of tokens.
+        counts: of what the files in `folder` hold; what is beyond it is cut off.
     """
 
-    def __init__(self, prefix: str, partial: Path, tokenizer: Tokenizer) -> None:
-        from megatron.core.datasets import indexed_dataset  # brings torch and takes seconds
-
+    def __init__(self, prefix: str, folder: Path, dtype: np.dtype, counts: Counts) -> None:
         self.prefix = prefix
-        self.documents = self.tokens = 0
-        self._partial = str(partial / Path(prefix).name)
-        self._tokenizer = tokenizer
-        dtype = indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder = indexed_dataset.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
+        self._partial, self._dtype = str(folder / Path(prefix).name), dtype
+        self._tokens = _open_at(f"{self._partial}.bin", counts.tokens * dtype.itemsize)
+        self._lengths = _open_at(f"{self._partial}.lengths", counts.documents * _LENGTH.itemsize)
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document."""
-        self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
+    def add(self, documents: Documents) -> None:
+        """Append documents."""
+        self._tokens.write(documents.tokens.astype(self._dtype, copy=False).data)
+        self._lengths.write(documents.lengths.astype(_LENGTH, copy=False).data)
+
+    def flush(self) -> None:
+        """Make what was added survive a crash of the machine."""
+        _flush(self._tokens)
+        _flush(self._lengths)
 
     def close(self) -> None:
         """Close what is open; harmless when repeated."""
-        self._builder.data_file.close()
+        self._tokens.close()
+        self._lengths.close()
 
-    def finish(self) -> None:
-        """Write the index and the fingerprint."""
-        self._builder.finalize(f"{self._partial}.idx")
-        known = self._tokenizer
-        fingerprint = Fingerprint(
-            known.sha256, known.vocab_size, known.bos_id, known.eos_id, self.documents, self.tokens
-        )
-        Path(f"{self._partial}.json").write_text(json.dumps(asdict(fingerprint), indent=2) + "\n")
-
-    def move(self, suffix: str) -> None:
-        """Put one finished file in its place."""
-        os.replace(self._partial + suffix, self.prefix + suffix)
+    def finish(self, fingerprint: Fingerprint) -> None:
+        """Write the index and the fingerprint beside the tokens."""
+        self.flush()
+        lengths = np.fromfile(f"{self._partial}.lengths", dtype=_LENGTH)
+        with open(f"{self._partial}.idx", "wb") as index:
+            _write_index(index, lengths, self._dtype)
+            _flush(index)
+        write_json(Path(f"{self._partial}.json"), asdict(fingerprint))
 
 
-def publish(files: Sequence[TokenFile]) -> None:
-    """Finish all files, then move them to their places.
+def holds(partial: Path, counts: Counts, dtype: np.dtype) -> bool:
+    """Whether unfinished files hold at least as much as they should."""
+    sizes = {
+        ".bin": counts.tokens * dtype.itemsize,
+        ".lengths": counts.documents * _LENGTH.itemsize,
+    }
+    files = [(Path(f"{partial}{suffix}"), size) for suffix, size in sizes.items()]
+    return all(file.is_file() and file.stat().st_size >= size for file, size in files)
+
+
+def publish(prefixes: Sequence[str], folder: Path) -> None:
+    """Move finished files from a folder to their places; may be called again to end what it began.
 
     Killed at any point, this leaves no .bin without .idx, no .idx beside another run's .bin, and
     PREFIX.json only where all of PREFIX is in place.
     """
-    for file in files:
-        file.finish()
-    for file in files:
+    places = {prefix: folder / Path(prefix).name for prefix in prefixes}
+    for prefix, partial in places.items():
         for suffix in (".json", ".bin"):
-            Path(file.prefix + suffix).unlink(missing_ok=True)
-    for file in files:
+            if os.path.exists(
+                f"{partial}{suffix}"
+            ):  # else it is in its place, from an earlier call
+                Path(prefix + suffix).unlink(missing_ok=True)
+    for prefix, partial in places.items():
         for suffix in (".idx", ".bin", ".json"):
-            file.move(suffix)
+            if os.path.exists(f"{partial}{suffix}"):
+                os.replace(f"{partial}{suffix}", prefix + suffix)
+    flush_names(folder.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is there whole or as it was before, also after a crash of the machine."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+        _flush(file)
+    os.replace(new, path)
+    flush_names(path.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open_at(path: str, size: int) -> BinaryIO:
+    """Open a file for appending after its first `size` bytes."""
+    file = open(path, "ab")  # noqa: SIM115, the caller's to close
+    file.truncate(size)
+    return file
+
+
+def _write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Megatron's index of documents of one sequence each.
+
+    Its own IndexedDatasetBuilder makes a Python object of every document, in memory.
+    """
+    number = len(lengths)
+    code = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}[dtype]
+    file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, number, number + 1))
+    file.write(lengths.data)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    file.write(((ends - lengths) * dtype.itemsize).data)
+    file.write(np.arange(number + 1, dtype=np.int64).data)

@@ -301,10 +301,11 @@ class TestBlend:
 
 def test_domains_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     def made_by(name: str, sha256: str | None) -> str:
-        prefix = write_tokens(tmp_path / name, random_documents(400, VOCAB), VOCAB)
+        documents = random_documents(400, VOCAB)
+        prefix = write_tokens(tmp_path / name, documents, VOCAB)
         if sha256 is not None:
-            known = {"vocab_size": VOCAB, "bos_id": 1, "eos_id": 2, "documents": 1, "tokens": 400}
-            text = json.dumps({"tokenizer_sha256": sha256, **known})
+            known = {"vocab_size": VOCAB, "bos_id": 1, "eos_id": 2, "tokens": 400}
+            text = json.dumps({"tokenizer_sha256": sha256, "documents": len(documents), **known})
             Path(f"{prefix}.json").write_text(text)
         return prefix
 

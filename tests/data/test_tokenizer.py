@@ -12,11 +12,20 @@ import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import (
+    AutoTokenizer,
+    GPT2Tokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
+from megashear.data.preprocess import tokenize_files
+from megashear.data.token_files import Fingerprint
 from megashear.data.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
-from tests.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts
+from tests.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts, write_jsonl
 
 AWKWARD = [
     "",
@@ -104,6 +113,73 @@ def test_hugging_face_tokenizer_without_bos(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def write_family(family: str, folder: Path, llama: Path) -> Path:
+    """A small tokenizer of a family, as transformers' own class of it saves it."""
+    if family == "llama":
+        shutil.copytree(llama, folder)
+        return folder
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    begin, end = "<|begin_of_text|>", "<|endoftext|>"
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=alphabet,
+        special_tokens=[begin, end],
+        show_progress=False,
+    )
+    model.train_from_iterator(real_texts(), trainer)
+    trained = json.loads(model.to_str())["model"]
+    merges = [tuple(pair) for pair in trained["merges"]]
+    if family == "gpt2":  # its bos is its eos, and is not put before a text
+        saved = GPT2Tokenizer(trained["vocab"], merges, bos_token=end, eos_token=end)
+    elif family == "qwen":
+        saved = Qwen2Tokenizer(trained["vocab"], merges, eos_token=end)
+    else:
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, model.token_to_id(begin))]
+        )
+        saved = PreTrainedTokenizerFast(tokenizer_object=model, bos_token=begin, eos_token=end)
+    saved.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "begins"), [("llama", True), ("gpt2", False), ("qwen", False), ("llama3", True)]
+)
+def test_documents_begin_as_transformers_begins_a_text(
+    folder: Path, tmp_path: Path, family: str, begins: bool
+) -> None:
+    """And end with the eos, which no family puts there by itself."""
+    saved = write_family(family, tmp_path / family, folder)
+    theirs = AutoTokenizer.from_pretrained(saved)
+    texts = [text for text in real_texts() + AWKWARD if text]
+    source = write_jsonl(tmp_path / "a.jsonl", [text for text in texts if text.strip()])
+    tokenize_files([str(source)], saved, tmp_path / "x")
+    made = IndexedDataset(str(tmp_path / "x"))
+    expected = [theirs(text)["input_ids"] for text in texts if text.strip()]
+    assert [made[i].tolist() for i in range(len(made))] == [
+        [*ids, theirs.eos_token_id] for ids in expected
+    ]
+    assert all((ids[0] == theirs.bos_token_id) == begins for ids in expected)
+    bos_id = theirs.bos_token_id if begins else None
+    assert load_tokenizer(saved).bos_id == Fingerprint.read(tmp_path / "x").bos_id == bos_id
+
+
+def test_sentencepiece_without_bos_where_its_configuration_says_so(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As Baichuan's."""
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).bos_id == 1
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path).bos_id is None
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -156,6 +232,9 @@ def test_llamas_own_tokenizer_converts_exactly(tmp_path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         texts += [json.loads(line)["text"][:20_000] for line in lines[:40]]
     assert len(texts) > 200
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     expected = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(texts)
-    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == expected
+    assert theirs(texts, add_special_tokens=False)["input_ids"] == expected
+    ours = load_tokenizer(model)
+    assert theirs("a")["input_ids"] == [ours.bos_id, *ours.encode(["a"])[0]]
+    assert theirs.eos_token_id == ours.eos_id == 2

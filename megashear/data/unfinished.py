@@ -1,0 +1,214 @@
+"""What `megashear tokenize` has done so far, so that it can go on where it stopped.
+
+The files of PREFIX are made in the hidden folder `.NAME.tokenize` beside it. A journal there says
+how much of the input is in them, and of which job they are. Imports `errors` and its siblings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from megashear.data.jsonl import START, Place
+from megashear.data.token_files import (
+    Counts,
+    Documents,
+    Fingerprint,
+    TokenFile,
+    holds,
+    publish,
+    write_json,
+)
+from megashear.data.tokenizer import Tokenizer
+from megashear.errors import DataError, PlatformError
+
+SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
+_JOURNAL = "journal.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        counts: of each token file.
+        end: of the input that is in them.
+        empty: documents of it that hold no text.
+        seconds: of work.
+        finished: all input is in them, and what remains is to move them to their places.
+    """
+
+    counts: tuple[Counts, ...]
+    end: Place = START
+    empty: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@contextmanager
+def workplace(output: str) -> Iterator[Path]:
+    """The folder for the unfinished files of PREFIX, for one process at a time.
+
+    It is removed at the end unless a journal in it says how to go on.
+
+    Raises:
+        DataError: another process is at work there.
+    """
+    folder = Path(output).with_name(f".{Path(output).name}.tokenize")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        _lock(lock, output)
+        try:
+            yield folder
+        finally:
+            if not is_kept(folder):
+                shutil.rmtree(folder)
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether there is something to go on with."""
+    return (folder / _JOURNAL).exists()
+
+
+def _lock(file: TextIO, output: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not os.path.exists(file.name)  # its holder ended, and removed it, just now
+    except BlockingIOError:
+        taken = True
+    except OSError:
+        taken = False  # a file system without locks: no process can hold this one
+    if taken:
+        raise DataError(
+            f"another `megashear tokenize` is writing {output} (it holds {file.name}). Wait for it "
+            "to end, or give another --output"
+        )
+
+
+class Unfinished:
+    """The token files of a job in the making, as a context that opens and closes them.
+
+    Args:
+        folder: their `workplace`.
+        prefixes: of their places.
+        job: all that the result depends on, in terms of JSON.
+        dtype: of tokens.
+        keep: whether the input can be read again from where it stopped.
+
+    Attributes:
+        prefixes: as given.
+        progress: what is in the files.
+        job_id: hash of the job.
+        note: how it begins, where that is not at the beginning, or in spite of a journal.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefixes: Sequence[str],
+        job: dict[str, Any],
+        dtype: np.dtype,
+        *,
+        keep: bool,
+    ) -> None:
+        self.folder, self.note = folder, ""
+        self.job_id = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+        self.prefixes, self._job, self._dtype, self._keep = prefixes, job, dtype, keep
+        self.progress = self._read()
+        self._files: list[TokenFile] = []
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Unfinished:
+        if self.progress.end == START:
+            (self.folder / _JOURNAL).unlink(missing_ok=True)  # of files that are cut now
+        for prefix, counts in zip(self.prefixes, self.progress.counts, strict=True):
+            self._files.append(TokenFile(prefix, self.folder, self._dtype, counts))
+        self._saved = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)
+            if kind in (KeyboardInterrupt, PlatformError):
+                self.save()
+
+    def add(self, parts: Sequence[Documents], end: Place, empty: int) -> None:
+        """Append documents to each file: all of the input up to `end`."""
+        for file, documents in zip(self._files, parts, strict=True):
+            file.add(documents)
+        counts = tuple(
+            before.plus(documents)
+            for before, documents in zip(self.progress.counts, parts, strict=True)
+        )
+        # In one assignment, so that an interrupt leaves it as it was, or whole.
+        self.progress = replace(
+            self.progress, counts=counts, end=end, empty=self.progress.empty + empty
+        )
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Make the progress survive whatever may happen, if there is any."""
+        now = time.monotonic()
+        seconds = self.progress.seconds + now - self._saved
+        self.progress, self._saved = replace(self.progress, seconds=seconds), now
+        if self.progress.finished or (self._keep and self.progress.end != START):
+            for file in self._files:
+                file.flush()
+            content = {"job": self._job, "progress": asdict(self.progress)}
+            write_json(self.folder / _JOURNAL, content)
+
+    def finish(self, tokenizer: Tokenizer) -> None:
+        """Write what belongs beside the tokens; after that only `publish` remains."""
+        known = (tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        self.save()
+        for file, counts in zip(self._files, self.progress.counts, strict=True):
+            file.finish(Fingerprint(*known, **asdict(counts), made_from=self.job_id))
+        self.progress = replace(self.progress, finished=True)
+        self.save()
+
+    def publish(self) -> None:
+        """Move the files to their places."""
+        publish(self.prefixes, self.folder)
+        (self.folder / _JOURNAL).unlink()
+
+    def _read(self) -> Progress:
+        """What the journal says, if it is of this job."""
+        fresh = Progress((Counts(),) * len(self.prefixes))
+        if not is_kept(self.folder):
+            return fresh
+        try:
+            content = json.loads((self.folder / _JOURNAL).read_bytes())
+            job, saved = content["job"], content["progress"]
+            counts = tuple(Counts(**count) for count in saved.pop("counts"))
+            progress = Progress(counts, Place(**saved.pop("end")), **saved)
+            changed = [name for name, value in self._job.items() if job.get(name) != value]
+            wrong = f"of another {' and '.join(changed)}" if changed else self._damage(progress)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            wrong = "damaged"
+        if wrong:
+            self.note = f"unfinished work in {self.folder} is {wrong}: beginning anew"
+            return fresh
+        documents = sum(count.documents for count in counts)
+        self.note = f"going on where it stopped, after {documents:,} documents"
+        return progress
+
+    def _damage(self, progress: Progress) -> str:
+        """What is wrong with the files, if they hold less than the journal says."""
+        for prefix, counts in zip(self.prefixes, progress.counts, strict=True):
+            partial = self.folder / Path(prefix).name
+            if not progress.finished and not holds(partial, counts, self._dtype):
+                return "damaged"
+        return ""
