@@ -2,10 +2,10 @@
 
 Ranks, workers and later runs map the same files, so an index is built once and its memory shared.
 An entry is a directory named by what its index is computed from (lengths of the documents,
-`seq_length`, the shuffle's seed), not by the path of the tokens: text that was tokenized anew never
-meets an old index. It is written beside its place and renamed, so it is whole or not there; one that
-was damaged since does not match its checksums, and is built again. Entries may be removed at any
-time between runs; 12 bytes a sample and 4 a document are what an epoch takes.
+`seq_length`, the shuffle's seed, Megatron-Core's release), not by where the tokens are: text that
+was tokenized anew never meets an old index. It is written beside its place and renamed, so it is
+whole or not there; one that was damaged since does not match its checksums, and is built again.
+An epoch takes 12 bytes a sample and 4 a document.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import megatron.core
 import numpy as np
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -109,8 +109,8 @@ class EpochDataset(GPTDataset):
         build: Callable[[], Index] = super()._build_document_sample_shuffle_indices
         if self._cache is None:
             return build()
-        config = self.config
-        settings = (megatron.core.__version__, config.sequence_length, config.random_seed)
+        release, config = version("megatron-core"), self.config
+        settings = (release, config.sequence_length, config.random_seed)
         return self._cache.get(settings, build)
 
 
