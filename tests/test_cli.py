@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megashear import cli
 from megashear.data.preprocess import tokenize_files
@@ -58,14 +59,20 @@ def test_domains_by_name_are_kept_apart(tokenizer: Path, tmp_path: Path) -> None
     texts = real_texts()
     for name in ("wiki.en.jsonl", "wiki.de.jsonl", "cc.jsonl"):
         write_jsonl(tmp_path / name, texts)
+    packed = zstandard.compress((tmp_path / "cc.jsonl").read_bytes())
+    (tmp_path / "c4.jsonl.zst").write_bytes(packed)
     (tmp_path / "bad.jsonl").write_text('{"text"\n')
-    arguments = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", tokenizer]
+    arguments = ["--input", f"{tmp_path}/*.jsonl*", "--tokenizer", tokenizer]
     done = run("tokenize", *arguments, "--output", f"{tmp_path}/out/{{name}}")
     assert done.returncode == 2
     assert f"{tmp_path}/bad.jsonl:1: not JSON" in done.stderr
     made = sorted(file.name for file in (tmp_path / "out").glob("*.bin"))
-    assert made == ["cc.bin", "wiki.de.bin", "wiki.en.bin"]
+    assert made == ["c4.bin", "cc.bin", "wiki.de.bin", "wiki.en.bin"]
     assert all(name.removesuffix(".bin") in done.stdout for name in made)
+
+    again = ["--input", f"{tmp_path}/c*.jsonl*", *arguments[2:]]
+    done = run("tokenize", *again, "--output", f"{tmp_path}/out/{{name}}")
+    assert (done.returncode, done.stdout.count("there already")) == (0, 2)
 
     write_jsonl(tmp_path / "more" / "cc.jsonl", texts)
     both = ["--input", f"{tmp_path}/cc.jsonl", f"{tmp_path}/more/cc.jsonl", *arguments[2:]]

@@ -17,11 +17,16 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "tokenize",
         help="JSONL text to the token files that training reads",
-        description="Turn JSONL text (plain or gzip) into Megatron token files, one domain at a\n"
-        "time: PREFIX.bin, PREFIX.idx, and PREFIX.json that says which tokenizer made them.",
+        description="Turn JSONL text (plain, gzip or zstd) into Megatron token files, one domain\n"
+        "at a time: PREFIX.bin, PREFIX.idx, and PREFIX.json that says what they were made by.\n"
+        "Interrupted, it goes on where it stopped when the same command is given again; until\n"
+        "then its files are in the hidden folder .NAME.tokenize beside PREFIX.\n\n"
+        "A document begins with the token that the tokenizer itself puts before a text (bos of\n"
+        "LLaMA, Llama 3, Mistral, Gemma; nothing for GPT-2 and Qwen) and ends with its eos: of\n"
+        "a .model the piece eos_id, else eos_token of the tokenizer_config.json beside it.",
         epilog="example: a domain with 5% of its documents held out for validation, as\n"
         "data/prose_train and data/prose_valid\n\n"
-        "  megashear tokenize --input 'text/prose/*.jsonl.gz' --output data/prose \\\n"
+        "  megashear tokenize --input 'text/prose/*.jsonl.zst' --output data/prose \\\n"
         "      --tokenizer llama/tokenizer.model --valid-fraction 0.05\n\n"
         "every file of a folder as a domain\n\n"
         "  megashear tokenize --input 'text/*.jsonl' --output 'data/{name}' \\\n"
@@ -48,11 +53,16 @@ def add(commands: Any) -> None:
         type=float,
         metavar="F",
         help="write PREFIX_train and PREFIX_valid, the latter with this share of the documents; "
-        "copies of a document are never on both sides",
+        "a hash of its text puts a document on its side, the same in every file and domain",
     )
     option("--field", default="text", help="field of a record that holds its text (default: text)")
     option("--workers", type=int, metavar="N", help="processes (default: as many as CPUs)")
-    option("--overwrite", action="store_true", help="replace existing files")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace existing files of other input, tokenizer or options; what the same command "
+        "has made is left as it is",
+    )
     parser.set_defaults(run=run)
 
 
