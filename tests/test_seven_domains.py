@@ -1,0 +1,152 @@
+"""The paper's recipe on real text of its seven domains, as it ships, but for sizes and steps.
+
+Text by `megashear tokenize` with LLaMA's tokenizer, a tiny model of that vocabulary where the
+recipe looks for LLaMA-2-7B, then both YAML files and the extraction between them, by the scripts
+that a user calls, on two processes. Third-party text: skipped where it is absent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megashear import cli
+from megashear.checkpoint.manager import read_shape
+from megashear.config.loader import load_config
+from megashear.config.schema import Domain
+from tests.distributed import run_distributed
+from tests.hf_models import save_llama
+from tests.make_tokenizer import REPOSITORY, SHARED_DATA, write_jsonl
+
+pytestmark = [
+    pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no RedPajama sample at {SHARED_DATA}"),
+    pytest.mark.slow,  # 30 s: text, two runs, an extraction
+]
+
+RECIPE = Path("examples/configs/llama2-7b-to-1.3b")
+FOLDERS = {"c4": "c4-rp"}
+"""Where the sample's name for a domain is another."""
+LETTERS, PASSAGE = 60_000, 2_000
+STEPS, INTERVAL = 8, 4
+SMALL = (
+    *("data.seq_length=64", f"evaluation.interval={INTERVAL}", "evaluation.sequences_per_domain=4"),
+    *("optimizer.lr=1e-3", "optimizer.warmup_steps=2", f"trainer.steps={STEPS}"),
+    *("trainer.global_batch_size=16", "trainer.log_interval=4", f"trainer.save_interval={STEPS}"),
+)
+TARGET = (
+    *("target.num_layers=2", "target.hidden_size=32", "target.num_attention_heads=2"),
+    *("target.ffn_hidden_size=64", "pruning.sparsity_warmup_steps=4"),
+)
+
+
+def recipe_domains() -> tuple[Domain, ...]:
+    return load_config(REPOSITORY / RECIPE / "prune.yaml", check_files=False).data.domains
+
+
+def passages(domain: str) -> list[str]:
+    """The beginning of a domain's text, cut: of few long documents none might be held out."""
+    folder = SHARED_DATA / "redpajama-sample" / FOLDERS.get(domain, domain)
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.open()]
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)[:LETTERS]
+    return [text[at : at + PASSAGE] for at in range(0, len(text), PASSAGE)]
+
+
+def call(folder: Path, script: str, *arguments: str) -> None:
+    """A script's main function in a folder, as the shell would call it."""
+    os.chdir(folder)
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [script, *arguments]
+    assert not module.main()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipe was run, with every path as it stands there."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for domain in recipe_domains():
+        write_jsonl(folder / "text" / f"{domain.name}.jsonl", passages(domain.name))
+    tokenizer = str(SHARED_DATA / "llama-tokenizer.model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert not cli.execute(
+            ["tokenize", "--input", "text/*.jsonl", "--output", "data/{name}",
+             "--tokenizer", tokenizer, "--valid-fraction", "0.2"]
+        )  # fmt: skip
+    sizes = {"vocab_size": 32000, "hidden_size": 48, "intermediate_size": 96}
+    save_llama(folder / "models" / "llama2-7b", **sizes)
+    train = ("examples/pretrain_shear.py", "--config")
+    prune, onwards = (str(REPOSITORY / RECIPE / f"{stage}.yaml") for stage in ("prune", "continue"))
+    run_distributed(call, 2, folder, *train, prune, *SMALL, *TARGET)
+    extract = ("tools/checkpoint/extract.py", "--run", "runs/llama2-7b-to-1.3b/prune")
+    run_distributed(call, 1, folder, *extract)
+    run_distributed(call, 2, folder, *train, onwards, *SMALL)
+    return folder
+
+
+def records(folder: Path, stage: str, kind: str) -> list[dict[str, Any]]:
+    file = folder / "runs" / "llama2-7b-to-1.3b" / stage / "metrics.jsonl"
+    return [r for r in map(json.loads, file.read_text().splitlines()) if r["kind"] == kind]
+
+
+def moved(weights: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
+    """The paper's algorithm 1, with its smoothing, by hand."""
+    grown = {
+        domain.name: weights[domain.name]
+        * math.exp(max(losses[domain.name] - (domain.reference_loss or 0.0), 0.0))
+        for domain in recipe_domains()
+    }
+    total = sum(grown.values())
+    return {name: (1 - 1e-4) * weight / total + 1e-4 / 7 for name, weight in grown.items()}
+
+
+def test_every_domain_has_losses_and_its_weight_moves_by_the_rule(folder: Path) -> None:
+    start = {domain.name: domain.weight for domain in recipe_domains()}
+    assert len(start) == 7
+    evaluations = [
+        *records(folder, "prune", "evaluation"),
+        *records(folder, "continue", "evaluation"),
+    ]
+    assert [record["step"] for record in evaluations] == 2 * list(range(0, STEPS + 1, INTERVAL))
+    for record in evaluations:
+        assert record["losses"].keys() == start.keys()
+        assert all(2 < loss < 20 for loss in record["losses"].values())
+    before = start
+    for record in evaluations:
+        last_of_stage = record["step"] == STEPS
+        expected = before if last_of_stage else moved(before, record["losses"])
+        assert record["weights"] == pytest.approx(expected, rel=1e-9)
+        before = record["weights"]
+    assert len({tuple(record["weights"].values()) for record in evaluations}) == 4
+
+
+def test_training_takes_the_domains_by_their_weights(folder: Path) -> None:
+    """The domains of the largest weights in every interval; the loss goes down in both stages."""
+    for stage in ("prune", "continue"):
+        steps = records(folder, stage, "step")
+        evaluations = records(folder, stage, "evaluation")
+        for number, (first, _) in enumerate(pairwise(evaluations)):
+            taken = steps[number * INTERVAL : (number + 1) * INTERVAL]
+            seen = {name for record in taken for name in record["domain_losses"]}
+            expected = {n for n, w in first["weights"].items() if w * INTERVAL * 16 >= 2}
+            assert expected <= seen
+    trained = records(folder, "continue", "evaluation")
+    assert sum(trained[-1]["losses"].values()) < sum(trained[0]["losses"].values())
+
+
+def test_the_result_has_the_target_shape(folder: Path) -> None:
+    run = folder / "runs" / "llama2-7b-to-1.3b"
+    for path in (run / "prune" / "extracted", run / "continue"):
+        shape = read_shape(path)
+        sizes = (shape.num_layers, shape.hidden_size, shape.num_attention_heads)
+        assert (*sizes, shape.ffn_hidden_size, shape.vocab_size) == (2, 32, 2, 64, 32000)
