@@ -96,7 +96,7 @@ def cost_of_evaluations(config: RunConfig, sequences: int) -> tuple[str, bool]:
     share = evaluations * sequences / (passes * trainer.steps * trainer.global_batch_size)
     text = (
         f"evaluations of {sequences:,} sequences, every {evaluation.interval} steps, add "
-        f"{100 * share:.2g}% to the computation of training"
+        f"{share:.1%} to the computation of training"
     )
     if share <= MUCH:
         return text, False

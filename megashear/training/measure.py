@@ -53,7 +53,7 @@ def check(models: Sequence[str], config: RunConfig) -> None:
         try:
             shapes.append(read_shape(model))
         except ShearError as error:
-            found.append((model, str(error)))
+            found.append((model, str(error).removeprefix(f"{model}: ")))
             continue
         for path, text in problems(config, shapes[-1], world_size(), check_files=False):
             found.append((model if path == "init_from" else path, text))

@@ -216,7 +216,7 @@ def test_a_run_says_what_its_evaluations_cost(tmp_path: Path) -> None:
     prune = replace(prune, evaluation=EvaluationConfig(interval=50))
     text, much = cost_of_evaluations(prune, 7 * 500)
     assert round(100 * 65 * 7 * 500 / (3 * 3200 * 32)) == 74
-    assert much and "every 50 steps, add 74% to the computation of training" in text
+    assert much and "every 50 steps, add 74.1% to the computation of training" in text
     assert "evaluation.sequences_per_domain (67 would add 10%)" in text
     assert cost_of_evaluations(prune, 7 * 67)[1] is False
     assert cost_of_evaluations(prune, 7 * 68)[1] is True
@@ -233,4 +233,4 @@ def test_the_cost_counts_what_fills_micro_batches(
     """5 and 3 sequences on two ranks in micro-batches of two are 8 and 4; at steps 0, 3 and 6."""
     changed = replace(config, stage="continue", target=None)
     run_distributed(evaluate, 2, changed)
-    assert "evaluations of 12 sequences, every 3 steps, add 50%" in capfd.readouterr().err
+    assert "evaluations of 12 sequences, every 3 steps, add 50.0%" in capfd.readouterr().err
