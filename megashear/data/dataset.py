@@ -220,7 +220,7 @@ def _open_all(config: DataConfig, part: str, vocab_size: int, seed: int) -> list
                 eod=_end_of_document(prefix) if config.reset_attention_mask else None,
             )
         except DataError as error:
-            problems.append(str(error))
+            problems.append(f"domain {domain.name}: {error}")
         else:
             members.append(member)
     if problems:
@@ -254,7 +254,7 @@ def _open_tokens(prefix: str) -> IndexedDataset:
     if not known or os.path.getsize(f"{prefix}.idx") != size:
         raise DataError(f"{prefix}.idx is not a whole Megatron token index: tokenize it again.")
     if sequences == 0 or os.path.getsize(f"{prefix}.bin") == 0:
-        raise DataError(f"{prefix}.bin holds no tokens: its domain needs text.")
+        raise DataError(f"{prefix}.bin holds no tokens: the domain needs text.")
     text = IndexedDataset(prefix)
     found = os.path.getsize(f"{prefix}.bin")
     expected = int(text.sequence_lengths.sum(dtype=np.int64)) * np.dtype(text.index.dtype).itemsize

@@ -172,6 +172,9 @@ class TestDomain:
         assert "short.bin holds 5 tokens" in str(raised.value)
         assert "none.bin" in str(raised.value) and "tokenize" in str(raised.value)
         assert list(build_valid_datasets(config, VOCAB)) == ["a", "b", "c"]
+        Path(f"{good}.bin").write_bytes(b"")
+        with pytest.raises(DataError, match=r"domain a: .*good\.bin holds no tokens"):
+            build_valid_datasets(config, VOCAB)
 
 
 def test_validation_reads_the_same_sequences_whatever_the_seed(tmp_path: Path) -> None:
