@@ -263,13 +263,23 @@ def _encode_all(
 def _signals_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait, and a process that is started within never gets them.
 
-    It is its parent's to stop; while it imports, it would die with a traceback of its own.
+    It is its parent's to stop. While it imports, or if the parent were interrupted while it starts
+    one, it would die with a traceback of its own.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # only it has handlers
+    stops = (signal.SIGINT, signal.SIGTERM) if main else ()
+    # The mask is for the child: where another thread gets the signal, Python's handler runs yet.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    handlers = {stop: signal.signal(stop, lambda n, _: came.append(n)) for stop in stops}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _start_worker() -> None:
