@@ -1,35 +1,25 @@
 """JSONL text to Megatron token files: what `megashear tokenize` does.
 
 Documents keep their order, whatever the number of processes, and however often the work was
-interrupted. Imports `errors` and its siblings in `data`; never torch or Megatron, because every
-worker process imports this module.
+interrupted. Imports `errors` and its siblings in `data`; never torch or Megatron.
 """
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from megashear.data.jsonl import Chunk, Place, find_inputs, read_chunks, text_of
-from megashear.data.token_files import SUFFIXES, Documents, Fingerprint, token_type
+from megashear.data.encoding import Encoded, Encoding, encode_all
+from megashear.data.jsonl import find_inputs
+from megashear.data.token_files import SUFFIXES, Fingerprint, token_type
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.data.unfinished import Unfinished, is_kept, workplace
 from megashear.errors import DataError, PlatformError
@@ -55,26 +45,6 @@ class TokenizeReport:
     outputs: tuple[Output, ...]
     empty: int = 0  # documents skipped because they hold no text
     seconds: float = 0.0  # of reading, encoding and writing; 0 where all was there already
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """What a worker must know; the hash makes a new one of another tokenizer at the same path."""
-
-    tokenizer: str
-    sha256: str
-    field: str
-    valid_fraction: float
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A chunk's documents, for each output."""
-
-    parts: list[Documents]
-    empty: int
-    problems: list[str]
-    end: Place
 
 
 def tokenize_files(
@@ -116,7 +86,7 @@ def tokenize_files(
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be 1 or more")
     job = _job(files, known, field, valid_fraction)
-    encoding = _Encoding(str(tokenizer), known.sha256, field, valid_fraction or 0.0)
+    encoding = Encoding(str(tokenizer), str(job["tokenizer"]), field, valid_fraction or 0.0)
     keep = all(file.is_file() for file in files)  # not of a pipe
     try:
         with workplace(str(output)) as folder, _way_on(folder, progress):
@@ -129,7 +99,7 @@ def tokenize_files(
                     print(f"{output}: {work.note}", file=sys.stderr)
                 start = work.progress.end
                 with work, _progress(size, start.read, progress) as bar:
-                    _fill(work, _encode_all(files, start, encoding, workers), bar)
+                    _fill(work, encode_all(files, start, encoding, workers), bar)
                     work.finish(known)
             work.publish()
     except OSError as error:
@@ -195,107 +165,7 @@ def _default_workers(size: int) -> int:
     return min(cpus, 1 + size // BYTES_PER_WORKER)
 
 
-def _encode(job: _Encoding, chunk: Chunk) -> _Encoded:
-    texts, problems = [], []
-    for number, line in enumerate(chunk.lines, chunk.first_line):
-        try:
-            if line.strip():  # an empty line is no record
-                texts.append(text_of(line, job.field))
-        except ValueError as error:
-            problems.append(f"{chunk.file}:{number}: {error}")
-    kept = [text for text in texts if text.strip()]
-    tokenizer = _tokenizer(job)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(kept)]
-    tokens = np.fromiter(chain.from_iterable(ids), token_type(tokenizer.vocab_size))
-    parts = [Documents(tokens, np.array([len(document) for document in ids], dtype=np.int32))]
-    if job.valid_fraction:
-        parts = _split(parts[0], np.array([_is_valid(t, job.valid_fraction) for t in kept], bool))
-    return _Encoded(parts, len(texts) - len(kept), problems, chunk.end)
-
-
-def _split(documents: Documents, valid: np.ndarray) -> list[Documents]:
-    """Those of training and of validation text."""
-    tokens, lengths = documents.tokens, documents.lengths
-    return [Documents(tokens[np.repeat(part, lengths)], lengths[part]) for part in (~valid, valid)]
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(job: _Encoding) -> Tokenizer:
-    return load_tokenizer(job.tokenizer)
-
-
-def _is_valid(text: str, fraction: float) -> bool:
-    """Whether a document is validation text: the same for every copy of it, everywhere."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _encode_all(
-    files: Sequence[Path], start: Place, job: _Encoding, workers: int
-) -> Generator[_Encoded, None, None]:
-    """Encoded chunks in order; at most two per worker are under way or waiting."""
-    chunks = read_chunks(files, start)
-    if workers == 1:
-        yield from (_encode(job, chunk) for chunk in chunks)
-        return
-    # Spawned, not forked: the caller may have threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    waiting: deque[Future[_Encoded]] = deque()
-    try:
-        for chunk in chunks:
-            with _signals_held():
-                waiting.append(pool.submit(_encode, job, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise PlatformError(
-            "a tokenizing process was killed, perhaps for want of memory. Use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait, and a process that is started within never gets them.
-
-    It is its parent's to stop. While it imports, or if the parent were interrupted while it starts
-    one, it would die with a traceback of its own.
-    """
-    came: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # only it has handlers
-    stops = (signal.SIGINT, signal.SIGTERM) if main else ()
-    # The mask is for the child: where another thread gets the signal, Python's handler runs yet.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    handlers = {stop: signal.signal(stop, lambda n, _: came.append(n)) for stop in stops}
-    try:
-        yield
-    finally:
-        for stop, handler in handlers.items():
-            signal.signal(stop, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in came:
-            signal.raise_signal(number)
-
-
-def _start_worker() -> None:
-    """Use one thread, and do not outlive a parent that is killed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _fill(work: Unfinished, encoded: Generator[_Encoded, None, None], bar: tqdm) -> None:
+def _fill(work: Unfinished, encoded: Generator[Encoded, None, None], bar: tqdm) -> None:
     """Write all documents. Problems are gathered and raised together."""
     problems: list[str] = []
     with closing(encoded):

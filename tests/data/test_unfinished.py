@@ -176,6 +176,19 @@ def test_interrupted_command_goes_on(tokenizer: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_killed_worker_ends_the_run_and_its_work_is_kept(tokenizer: Path, tmp_path: Path) -> None:
+    """As the kernel does where memory runs out."""
+    process = start(tokenizer, write_inputs(tmp_path / "in", copies=30), tmp_path / "out" / "x")
+    journal = tmp_path / "out" / ".x.tokenize" / "journal.json"
+    wait_for(journal, '"file": 0,')
+    children = psutil.Process(process.pid).children()
+    next(child for child in children if "spawn_main" in "".join(child.cmdline())).kill()
+    output, error = process.communicate(timeout=60)
+    assert (output, process.returncode, journal.exists()) == ("", 2, True)
+    assert "Use fewer --workers" in error and "what is done is kept in" in error
+    assert "Traceback" not in error and not psutil.wait_procs(children, timeout=20)[1]
+
+
 def is_importing(process: psutil.Process) -> bool:
     """Whether a process has begun to load numpy."""
     with contextlib.suppress(psutil.Error):
