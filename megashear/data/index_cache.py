@@ -178,10 +178,12 @@ def _lock(entry: Path) -> Iterator[None]:
     """Wait until no other process builds this entry.
 
     One byte of a lock file stands for it, so that an end of the process ends the lock. Where the
-    file system has no locks, processes build side by side, and the first to be done counts.
+    file system has no locks, or the file is another user's, processes build side by side, and the
+    first to be done counts.
     """
-    with open(entry.parent / ".lock", "ab") as file:
+    with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
+            file = held.enter_context(open(entry.parent / ".lock", "ab"))
             fcntl.lockf(file, fcntl.LOCK_EX, 1, int(entry.name[-8:], 16))
             for left in entry.parent.glob(f".{entry.name}.*"):  # by one that was killed
                 shutil.rmtree(left, ignore_errors=True)

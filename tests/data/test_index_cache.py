@@ -227,3 +227,12 @@ def test_many_processes_that_start_at_once(
     (entry,) = entries(prefix)
     assert index_cache._read(entry) is not None
     assert not list(entry.parent.glob(".cc*"))
+
+
+def test_a_lock_file_that_cannot_be_opened_is_done_without(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that belongs to another user; this process may be root, who can open any file."""
+    (Path(prefix).parent / "index_cache" / ".lock").mkdir(parents=True)
+    assert read(prefix) == without_cache(prefix, monkeypatch)
+    assert len(entries(prefix)) == 2
