@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 DIRECTION: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "config": {"errors"},
     "console": {"errors"},
     "pruning": {"errors", "config"},
     "platform": {"errors", "config", "console"},
     "model": {"errors", "config", "pruning", "platform"},
-    "data": {"errors", "config", "platform"},
-    "checkpoint": {"errors", "config", "console", "model", "pruning", "platform"},
+    "data": {"errors", "files", "config", "platform"},
+    "checkpoint": {"errors", "files", "config", "console", "model", "pruning", "platform"},
     "training": {
-        *("errors", "config", "console"),
+        *("errors", "files", "config", "console"),
         *("checkpoint", "data", "model", "pruning", "platform"),
     },
     "reference": {"errors", "config"},
@@ -33,7 +34,7 @@ DIRECTION: dict[str, set[str]] = {
 """Part of megashear -> the parts that it may import. The command line may import all of them."""
 
 EVERYTHING = {"cli", "commands", "__main__"}
-LIGHT = {"errors", "config", "console", "reference", "report"}
+LIGHT = {"errors", "files", "config", "console", "reference", "report"}
 """Parts that answer at once: they import neither torch nor Megatron."""
 
 HOMES = {

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform as python_platform
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -31,9 +30,9 @@ import megashear
 from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.whole import flush
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
+from megashear.files import write_whole
 
 FORMAT = 1
 INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
@@ -188,14 +187,7 @@ def write_durably(file: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written (a full disk).
     """
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-        flush(file.parent)
+        write_whole(file, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{file}: cannot be written: {error}") from error

@@ -28,10 +28,11 @@ from megashear.checkpoint.manager import (
     write_durably,
 )
 from megashear.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
-from megashear.checkpoint.whole import flush, flush_tree
+from megashear.checkpoint.whole import flush_tree
 from megashear.checkpoint.writing import Writing
 from megashear.config.loader import DOMAINS_FILE
 from megashear.errors import CheckpointError
+from megashear.files import flush
 from megashear.platform.parallel import Platform
 from megashear.platform.random_states import random_states, restore_random_states
 

@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megashear.checkpoint import sharded, writing
 from megashear.checkpoint.agreement import on_each_process, on_first_process
-from megashear.checkpoint.whole import flush, whole_directory
+from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
+from megashear.files import flush
 from megashear.platform.parallel import single_process
 from megashear.pruning.table import table
 

@@ -1,6 +1,6 @@
 """Output directories that are there whole or not at all.
 
-Imports nothing of megashear but `errors`.
+Imports nothing of megashear but `errors` and `files`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from megashear.errors import CheckpointError
+from megashear.files import flush
 
 
 @contextmanager
@@ -73,12 +74,3 @@ def flush_tree(directory: Path) -> None:
     """Make all files below a directory, and their names, survive a crash of the machine."""
     for path in (*directory.rglob("*"), directory):
         flush(path)
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a directory, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

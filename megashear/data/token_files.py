@@ -1,6 +1,6 @@
 """Megatron token files: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
 
-Imports `errors`, numpy and the standard library: processes that write text as tokens need no torch.
+Needs neither torch nor Megatron, so that processes which write text as tokens start at once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from megashear.errors import DataError
+from megashear.files import flush, write_whole
 
 SUFFIXES = (".bin", ".idx", ".json")
 _LENGTH = np.dtype(np.int32)
@@ -175,7 +176,8 @@ class TokenFile:
         with open(f"{self._partial}.idx", "wb") as index:
             _write_index(index, lengths, self._dtype)
             _flush(index)
-        write_json(Path(f"{self._partial}.json"), asdict(fingerprint))
+        text = json.dumps(asdict(fingerprint), indent=2) + "\n"
+        write_whole(Path(f"{self._partial}.json"), text)
 
 
 def holds(partial: Path, counts: Counts, dtype: np.dtype) -> bool:
@@ -205,26 +207,7 @@ def publish(prefixes: Sequence[str], folder: Path) -> None:
         for suffix in (".idx", ".bin", ".json"):
             if os.path.exists(f"{partial}{suffix}"):
                 os.replace(f"{partial}{suffix}", prefix + suffix)
-    flush_names(folder.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or as it was before, also after a crash of the machine."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-        _flush(file)
-    os.replace(new, path)
-    flush_names(path.parent)
-
-
-def flush_names(folder: Path) -> None:
-    """Make the names in a folder survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(folder.parent)
 
 
 def _flush(file: BinaryIO) -> None:

@@ -28,10 +28,10 @@ from megashear.data.token_files import (
     TokenFile,
     holds,
     publish,
-    write_json,
 )
 from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError, PlatformError
+from megashear.files import write_whole
 
 SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
 _JOURNAL = "journal.json"
@@ -168,7 +168,7 @@ class Unfinished:
             for file in self._files:
                 file.flush()
             content = {"job": self._job, "progress": asdict(self.progress)}
-            write_json(self.folder / _JOURNAL, content)
+            write_whole(self.folder / _JOURNAL, json.dumps(content) + "\n")
 
     def finish(self, tokenizer: Tokenizer) -> None:
         """Write what belongs beside the tokens; after that only `publish` remains."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.manager import write_durably
-from megashear.checkpoint.whole import flush
 from megashear.console import table
 from megashear.errors import PlatformError
+from megashear.files import flush
 
 
 class RunLog:
