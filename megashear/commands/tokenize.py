@@ -89,8 +89,9 @@ def run(args: argparse.Namespace) -> None:
             problems.append(str(error))
             continue
         empty += report.empty
+        tokens = sum(made.tokens for made in report.outputs)
+        speed = f"{tokens / report.seconds:,.0f}" if report.seconds else "there already"
         for made in report.outputs:
-            speed = f"{made.tokens / report.seconds:,.0f}" if report.seconds else "there already"
             rows.append((made.prefix, f"{made.documents:,}", f"{made.tokens:,}", speed))
     if rows:
         print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))

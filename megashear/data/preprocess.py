@@ -21,7 +21,7 @@ from megashear.data.encoding import Encoded, Encoding, encode_all
 from megashear.data.jsonl import find_inputs
 from megashear.data.token_files import SUFFIXES, Fingerprint, token_type
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
-from megashear.data.unfinished import Unfinished, is_kept, workplace
+from megashear.data.unfinished import Unfinished, folder_of, id_of, is_kept, workplace
 from megashear.errors import DataError, PlatformError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
@@ -88,18 +88,22 @@ def tokenize_files(
     job = _job(files, known, field, valid_fraction)
     encoding = Encoding(str(tokenizer), str(job["tokenizer"]), field, valid_fraction or 0.0)
     keep = all(file.is_file() for file in files)  # not of a pipe
+    made = _made_before(prefixes, id_of(job))
+    if made and not folder_of(str(output)).exists():
+        return TokenizeReport(made)
     try:
         with workplace(str(output)) as folder, _way_on(folder, progress):
             work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep=keep)
             if not work.progress.finished:
-                if made := _made_before(prefixes, work.job_id):
+                if made:
                     return TokenizeReport(made)
                 _refuse_existing(prefixes, overwrite)
                 if work.note and progress:
                     print(f"{output}: {work.note}", file=sys.stderr)
                 start = work.progress.end
                 with work, _progress(size, start.read, progress) as bar:
-                    _fill(work, encode_all(files, start, encoding, workers), bar)
+                    encoded = encode_all(files, start, encoding, workers)
+                    _fill(work, encoded, bar, str(output))
                     work.finish(known)
             work.publish()
     except OSError as error:
@@ -165,7 +169,9 @@ def _default_workers(size: int) -> int:
     return min(cpus, 1 + size // BYTES_PER_WORKER)
 
 
-def _fill(work: Unfinished, encoded: Generator[Encoded, None, None], bar: tqdm) -> None:
+def _fill(
+    work: Unfinished, encoded: Generator[Encoded, None, None], bar: tqdm, output: str
+) -> None:
     """Write all documents. Problems are gathered and raised together."""
     problems: list[str] = []
     with closing(encoded):
@@ -182,15 +188,17 @@ def _fill(work: Unfinished, encoded: Generator[Encoded, None, None], bar: tqdm) 
         found = problems[:MAX_PROBLEMS]
         lines = "line" if len(found) == 1 else "lines"
         more = "; there may be more" if len(found) == MAX_PROBLEMS else ""
-        head = f"{len(found)} malformed {lines}; their domain was not written{more}:"
+        head = f"{len(found)} malformed {lines}; {output} was not written{more}:"
         raise DataError("\n  ".join([head, *found]))
     counts, empty = work.progress.counts, work.progress.empty
     documents = sum(count.documents for count in counts)
+    if documents == 0:
+        raise DataError(f"the input of {output} holds no text ({empty:,} empty documents)")
     for prefix, count in zip(work.prefixes, counts, strict=True):
         if count.documents == 0:
             raise DataError(
-                f"none of {documents:,} documents ({empty:,} empty ones besides) is for {prefix}. "
-                "Give more text" + (", or another valid fraction" * bool(documents))
+                f"none of {documents:,} documents is for {prefix}. Give more text, or another "
+                "valid fraction"
             )
 
 
@@ -209,7 +217,8 @@ def _way_on(folder: Path, shown: bool) -> Iterator[None]:
 
 def _progress(size: int, done: int, shown: bool) -> tqdm:
     """Bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
-    plain = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": "{l_bar}{r_bar}\n"}
-    style: dict[str, Any] = {} if sys.stderr.isatty() else plain
-    style |= {"unit": "B", "unit_scale": True, "leave": False, "miniters": 1}
+    line = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    plain = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": line, "leave": True}
+    style: dict[str, Any] = {"leave": False} if sys.stderr.isatty() else plain
+    style |= {"unit": "B", "unit_scale": True, "miniters": 1}
     return tqdm(total=size, initial=done, disable=not shown, **style)

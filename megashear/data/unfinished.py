@@ -56,6 +56,16 @@ class Progress:
     finished: bool = False
 
 
+def folder_of(output: str) -> Path:
+    """Where the unfinished files of PREFIX are."""
+    return Path(output).with_name(f".{Path(output).name}.tokenize")
+
+
+def id_of(job: dict[str, Any]) -> str:
+    """Hash of a job."""
+    return hashlib.sha256(json.dumps(job).encode()).hexdigest()
+
+
 @contextmanager
 def workplace(output: str) -> Iterator[Path]:
     """The folder for the unfinished files of PREFIX, for one process at a time.
@@ -65,7 +75,7 @@ def workplace(output: str) -> Iterator[Path]:
     Raises:
         DataError: another process is at work there.
     """
-    folder = Path(output).with_name(f".{Path(output).name}.tokenize")
+    folder = folder_of(output)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
         _lock(lock, output)
@@ -109,7 +119,6 @@ class Unfinished:
     Attributes:
         prefixes: as given.
         progress: what is in the files.
-        job_id: hash of the job.
         note: how it begins, where that is not at the beginning, or in spite of a journal.
     """
 
@@ -123,7 +132,6 @@ class Unfinished:
         keep: bool,
     ) -> None:
         self.folder, self.note = folder, ""
-        self.job_id = hashlib.sha256(json.dumps(job).encode()).hexdigest()
         self.prefixes, self._job, self._dtype, self._keep = prefixes, job, dtype, keep
         self.progress = self._read()
         self._files: list[TokenFile] = []
@@ -143,6 +151,8 @@ class Unfinished:
                 stack.callback(file.close)
             if kind in (KeyboardInterrupt, PlatformError):
                 self.save()
+            elif kind is DataError:  # the input must change, and then this is of another
+                (self.folder / _JOURNAL).unlink(missing_ok=True)
 
     def add(self, parts: Sequence[Documents], end: Place, empty: int) -> None:
         """Append documents to each file: all of the input up to `end`."""
@@ -175,7 +185,7 @@ class Unfinished:
         known = (tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         self.save()
         for file, counts in zip(self._files, self.progress.counts, strict=True):
-            file.finish(Fingerprint(*known, **asdict(counts), made_from=self.job_id))
+            file.finish(Fingerprint(*known, **asdict(counts), made_from=id_of(self._job)))
         self.progress = replace(self.progress, finished=True)
         self.save()
 
