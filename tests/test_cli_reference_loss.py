@@ -21,6 +21,7 @@ from tests.distributed import run_distributed
 from tests.hf_models import save_llama
 from tests.make_data import random_documents, write_tokens
 from tests.reference.published import LLAMA2_7B, LOSSES, PARAMETERS, REFERENCES
+from tests.report.figures import saved_figures
 
 NAMES = ("7B", "13B", "70B")
 TARGET = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 5504}
@@ -71,14 +72,22 @@ def references(file: str) -> dict[str, float]:
 def test_scaling_gives_a_run_the_references_for_its_target(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scaling("--out", "references.yaml")
+    with saved_figures() as figures:
+        scaling("--out", "references.yaml")
     assert references("references.yaml") == REFERENCES["1.3B"]
     out = capsys.readouterr().out
+    assert "residuals of 0 say nothing" in out
     assert "target: 1,345,423,360 parameters, 5.0 times fewer than the smallest model" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert lines["cc"].endswith("1.9643  unphysical: E = -2.8 is negative")
     assert lines["wiki"].endswith("+0.0000 +0.0000 +0.0000     1.7590")
-    assert Path("references.png").stat().st_size > 10_000
+    flag = "unphysical: E = -2.8 is negative"
+    text = Path("references.yaml").read_text()
+    assert text.splitlines()[2] == f"# warning: cc: {flag}"
+    flags = [law["flag"] for law in yaml.safe_load(text)["laws"].values()]
+    assert flags == [flag, "", "", "", "", "", ""]
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles == ["cc (unphysical)", *list(LOSSES)[1:]] and Path("references.png").exists()
 
     run = yaml.safe_load(Path("prune.yaml").read_text())
     expected = run["data"].pop("domains")
@@ -104,6 +113,31 @@ def test_targets_are_a_number_or_sizes_or_a_sparsity() -> None:
     Path("sparse.yaml").write_text(yaml.safe_dump({**run, "target_sparsity": sparsity}))
     scaling("--out", "c.yaml", "--target", "sparse.yaml")
     assert references("c.yaml") == REFERENCES["1.3B"]
+
+
+def test_losses_that_do_not_fit_are_said_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models of one size leave residuals: three sizes alone do not make a fit exact."""
+    tree = yaml.safe_load(Path("models.yaml").read_text())
+    again = {**tree["models"][0], "losses": {n: v + 0.1 for n, v in losses_of(0).items()}}
+    tree["models"].append(again)
+    tree["models"][2]["losses"]["wiki"] = 1.45  # above 13B
+    Path("models.yaml").write_text(yaml.safe_dump(tree))
+    with saved_figures() as figures:
+        scaling("--out", "a.yaml")
+    out = capsys.readouterr().out
+    assert "say nothing" not in out
+    assert out.count("does not fit: residuals of up to 0.050") == len(LOSSES)
+    assert [axes.get_title() for axes in figures[0].axes] == [f"{n} (does not fit)" for n in LOSSES]
+    text = Path("a.yaml").read_text()
+    rise = "does not fit: the loss rises from 13,015,864,320 to 68,976,648,192 parameters"
+    assert f"# warning: wiki: {rise}; does not fit: res" in text
+    assert yaml.safe_load(text)["laws"]["wiki"]["flag"].startswith(rise)
+
+
+def test_without_the_source_the_size_of_the_target_can_be_given() -> None:
+    Path("7b/checkpoint.json").unlink()
+    with pytest.raises(DataError, match=r"7b: is neither(.|\n)* --parameters N"):
+        scaling("--out", "a.yaml")
 
 
 def test_a_fourth_model_leaves_residuals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +174,13 @@ def test_an_existing_result_is_kept_unless_it_may_be_replaced() -> None:
     with pytest.raises(DataError, match=r"references\.yaml: there already"):
         scaling("--out", "references.yaml")
     assert Path("references.yaml").read_text() == "mine"
+    Path("references.png").write_text("mine")
+    with pytest.raises(DataError) as refused:
+        scaling("--out", "references")
+    assert [line.split(": ")[1] for line in str(refused.value).splitlines()] == [
+        "is read by a run as a .yaml file. Name it so",
+        "there already. Replace by --overwrite",
+    ]
     scaling("--out", "references.yaml", "--overwrite")
     assert references("references.yaml") == REFERENCES["1.3B"]
 
@@ -156,8 +197,11 @@ def test_without_matplotlib_there_is_the_file_and_a_way_to_the_plot(
     assert not list(Path().glob("*.png"))
 
 
-def execute(*arguments: str) -> None:
-    cli.execute(arguments)
+def execute(*arguments: str) -> list[str]:
+    """The labels of the bars that the command draws."""
+    with saved_figures() as figures:
+        cli.execute(arguments)
+    return [text.get_text() for figure in figures for text in figure.axes[0].texts]
 
 
 def test_what_source_measures_is_what_evaluate_measures_and_what_scaling_reads(
@@ -173,15 +217,18 @@ def test_what_source_measures_is_what_evaluate_measures_and_what_scaling_reads(
     for seed, layers in enumerate((1, 2, 3)):
         save_llama(directory / f"hf{layers}", seed=seed, num_hidden_layers=layers)
         command = ["reference-loss", "source", f"hf{layers}", *where, "--out", f"{layers}.yaml"]
-        run_distributed(execute, 1, *command)
+        (drawn,) = run_distributed(execute, 1, *command)
         measured.append(yaml.safe_load(Path(f"{layers}.yaml").read_text()))
+        losses = measured[-1]["models"][0]["losses"]
+        assert drawn == [f"{loss:.4f}" for loss in losses.values()]
+        assert Path(f"{layers}.png").exists()
     assert "these are the sequences of an evaluation in a run" in capfd.readouterr().out
-    assert Path("3.png").stat().st_size > 5_000
     models = [f"hf{layers}" for layers in (1, 2, 3)]
     run_distributed(execute, 1, "evaluate", *models, *where, "--json", "all.json")
     evaluated = json.loads(Path("all.json").read_text())["models"]
     for tree, record in zip(measured, evaluated, strict=True):
         assert tree["models"] == [record]
+        assert [domain["weight"] for domain in tree["domains"]] == [0.5, 0.5]
         found = {domain["name"]: domain["reference_loss"] for domain in tree["domains"]}
         assert found == pytest.approx(record["losses"], abs=1e-6)
     assert len({record["parameters"] for record in evaluated}) == 3

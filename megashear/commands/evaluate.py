@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from megashear import console
 from megashear.config.loader import load_domains
-from megashear.config.schema import ParallelConfig, PlatformConfig, RunConfig, TrainerConfig
+from megashear.config.schema import ParallelConfig, RunConfig, TrainerConfig
 from megashear.config.validate import CHOICES
+from megashear.errors import DataError
 
 if TYPE_CHECKING:
     from megashear.training.measure import Measured
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="what to measure")
     add_options(parser, "what the first MODEL was trained with, if it is a run directory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same, for programs")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     parser.set_defaults(run=run)
 
 
@@ -47,8 +49,8 @@ def add_options(parser: argparse.ArgumentParser, default: str) -> None:
         "--domains",
         type=Path,
         metavar="PATH",
-        help="a run's YAML file, a run directory, or a YAML file of domains; it also says how long "
-        f"sequences are, how many, and under which masks (default: {default})",
+        help="a run's YAML file, a run directory, or a YAML file of domains; of a run it also says "
+        f"how long sequences are, how many, which masks and platform (default: {default})",
     )
     sizes = {
         "sequences": "of a domain, at most, as a run takes them",
@@ -59,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser, default: str) -> None:
         option(f"--{name}", type=positive, metavar="N", help=text)
     option("--masks", choices=CHOICES["evaluation.masks"], help="of a checkpoint of stage prune")
     for name in ("device", "precision"):
-        option(f"--{name}", choices=CHOICES[f"platform.{name}"], default="auto", help="as of a run")
+        option(f"--{name}", choices=CHOICES[f"platform.{name}"], help="in place of the run's")
     for name in ("tensor", "pipeline", "context"):
         text = f"{name}-parallel processes (the others are data-parallel)"
         option(f"--{name}", type=positive, default=1, metavar="N", help=text)
@@ -67,17 +69,18 @@ def add_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 def positive(text: str) -> int:
     """A number of something, for argparse; `1.3e9` too."""
-    number = int(float(text))
-    if number < 1:
+    number = float(text)
+    if not number >= 1 or number % 1:  # of infinity NaN, which is true
         raise ValueError
-    return number
+    return int(number)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure every model and print its table."""
     from megashear.platform import parallel
 
-    args.domains = args.domains or Path(args.models[0])
+    with parallel.said_once():
+        check_outputs([args.json] if args.json else [], args.overwrite)
     config, measured = measure_all(args.models, args)
     if parallel.launched_rank() > 0:
         return
@@ -103,6 +106,9 @@ def measure_all(
     from megashear.training.measure import check, measure
 
     with parallel.said_once():
+        model = Path(models[0])
+        run = model.absolute().parent.parent if model.name.startswith("step-") else model
+        args.domains = args.domains or run
         config = configuration(args, parallel.world_size())
         check(models, config)
     platform = parallel.start(config.platform, config.parallel, seed=0)
@@ -117,10 +123,31 @@ def measure_all(
     return config, measured
 
 
+def check_outputs(files: Sequence[Path], overwrite: bool, problems: Sequence[str] = ()) -> None:
+    """Refuse, before anything is measured, files that could not be written.
+
+    Raises:
+        DataError: names all that is wrong with them, after the `problems` found already.
+    """
+    found = list(problems)
+    for file in files:
+        if file.is_dir():
+            found.append(f"{file}: is a directory")
+        elif file.exists() and not overwrite:
+            found.append(f"{file}: there already. Replace by --overwrite")
+        if not file.parent.is_dir():
+            found.append(f"{file.parent}: there is no such directory")
+    if found:
+        raise DataError("\n".join(dict.fromkeys(found)))
+
+
 def configuration(args: argparse.Namespace, processes: int) -> RunConfig:
     """The run of which an evaluation is what the options ask for."""
     given = load_domains(args.domains)
     micro = args.micro_batch_size or given.trainer.micro_batch_size
+    platform = replace(given.platform, loader="torch")  # of training batches, which there are none
+    if args.device:  # what was chosen by name may need another one
+        platform = replace(platform, device=args.device, layers="auto", kernels="auto")
     return RunConfig(
         stage="continue",
         run_dir="evaluation",
@@ -137,7 +164,7 @@ def configuration(args: argparse.Namespace, processes: int) -> RunConfig:
         ),
         trainer=TrainerConfig(micro_batch_size=micro, global_batch_size=micro * processes),
         parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, context=args.context),
-        platform=PlatformConfig(device=args.device, precision=args.precision),
+        platform=replace(platform, precision=args.precision or platform.precision),
     )
 
 

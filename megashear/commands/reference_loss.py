@@ -13,21 +13,16 @@ from typing import Any
 import yaml
 
 from megashear import console
-from megashear.commands.evaluate import (
-    add_options,
-    measure_all,
-    measured_table,
-    positive,
-    record,
-)
+from megashear.commands import evaluate
 from megashear.config.loader import load_domains, load_target
 from megashear.config.schema import Domain, ModelShape
-from megashear.errors import DataError
+from megashear.errors import DataError, ShearError
 
 EPILOG = """\
 Both write a YAML file that a run takes as `data.domains_from` (or copy its `domains` into the
-run's data.domains), and beside it a plot. Its `models` are what `scaling` reads; losses that were
-measured elsewhere, or published, are written the same way:
+run's data.domains), and beside it a plot. Weights are those that the run of --domains began with.
+Its `models` are what `scaling` reads; losses that were measured elsewhere, or published, are
+written the same way:
 
   models:
     - {name: 7B, parameters: 6738415616, losses: {cc: 1.7520, wiki: 1.4844}}
@@ -59,7 +54,7 @@ def add(commands: Any) -> None:
         **form,
     )
     source.add_argument("model", metavar="MODEL", help="as of `megashear evaluate`")
-    add_options(source, "that of MODEL, if it is a run directory")
+    evaluate.add_options(source, "that of MODEL, if it is a run directory")
     source.set_defaults(run=run_source)
     scaling = ways.add_parser(
         "scaling",
@@ -85,7 +80,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a run's YAML file with a target, or the sizes of a model (default: --domains)",
     )
-    target.add_argument("--parameters", type=positive, metavar="N", help="in place of a target")
+    target.add_argument(
+        "--parameters", type=evaluate.positive, metavar="N", help="in place of a target"
+    )
     scaling.set_defaults(run=run_scaling)
     for parser in (source, scaling):
         parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
@@ -96,20 +93,18 @@ def run_source(args: argparse.Namespace) -> None:
     """Measure one model, and write its losses as references."""
     from megashear.platform import parallel
 
-    args.domains = args.domains or Path(args.model)
     with parallel.said_once():
         _check_output(args)
-    config, (measured,) = measure_all([args.model], args)
+    config, (measured,) = evaluate.measure_all([args.model], args)
     if parallel.launched_rank() > 0:
         return
     print("these are the sequences of an evaluation in a run with the same `data`, `evaluation`\n")
-    print(measured_table(measured, config))
-    losses = {name: domain.loss for name, domain in measured.domains.items()}
-    content = {
-        "domains": _referring(config.data.domains, losses),
-        "models": [record(measured, config)],
-    }
-    _write(args, content, lambda plots, file: plots.domain_losses(file, measured.model, losses))
+    print(evaluate.measured_table(measured, config))
+    model, domains = evaluate.record(measured, config), config.data.domains
+    losses = model["losses"]
+    earlier = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
+    content = {"domains": _referring(domains, losses), "models": [model]}
+    _write(args, content, lambda p, file: p.domain_losses(file, measured.model, losses, earlier))
 
 
 def run_scaling(args: argparse.Namespace) -> None:
@@ -132,34 +127,39 @@ def run_scaling(args: argparse.Namespace) -> None:
         fitted = f"{law.E:.4f}", f"{law.A:.4g}", f"{law.b:.4f}", residuals
         rows.append((name, *fitted, f"{losses[name]:.4f}", law.flag))
     print(console.table(rows, ("domain", "E", "A", "b", "residuals", "reference", "")))
-    if len(models) == PARAMETERS:
-        print("as many models as parameters of a law, so residuals say nothing of how well it fits")
+    if len(set(sizes)) == PARAMETERS and any(law.misfit < 1e-6 for law in laws.values()):
+        print("as many sizes as parameters of a law: residuals of 0 say nothing of the fit")
+    warnings = [f"warning: {name}: {law.flag}" for name, law in laws.items() if law.flag]
     if len({(model.seq_length, model.sequences_per_domain) for model in models}) > 1:
-        print("warning: the models were measured on different sequences", file=sys.stderr)
+        warnings.append("warning: the models were measured on different sequences")
+        print(warnings[-1], file=sys.stderr)
     content = {
         "domains": _referring(domains, losses),
         "parameters": target,
-        "laws": {name: {"E": law.E, "A": law.A, "b": law.b} for name, law in laws.items()},
+        "laws": {n: {"E": f.E, "A": f.A, "b": f.b, "flag": f.flag} for n, f in laws.items()},
         "models": [asdict(model) for model in models],
     }
-    _write(args, content, lambda plots, file: plots.scaling_laws(file, laws, target))
+    _write(args, content, lambda plots, file: plots.scaling_laws(file, laws, target), warnings)
 
 
 def _parameters(file: Path) -> int:
     """Parameters of the target that a run's YAML file, or one of sizes, names.
 
     Raises:
-        ShearError: it names none, or the source of the run cannot be read.
+        DataError: it names none, or the source of the run cannot be read.
     """
     from megashear.checkpoint.manager import read_shape
     from megashear.pruning.counting import parameter_count
     from megashear.pruning.masks import resolve_target
 
-    named = load_target(file)
-    if isinstance(named, ModelShape):
-        return parameter_count(named)
-    assert named.init_from is not None
-    source = read_shape(named.init_from)
+    try:
+        named = load_target(file)
+        if isinstance(named, ModelShape):
+            return parameter_count(named)
+        assert named.init_from is not None
+        source = read_shape(named.init_from)
+    except ShearError as error:
+        raise DataError(f"{error}\nOr give the target's size: --parameters N") from error
     if named.target is None:
         return round((1 - (named.target_sparsity or 0)) * parameter_count(source))
     return parameter_count(resolve_target(source, named.target, named.pruning.head_unit))
@@ -179,32 +179,29 @@ def _referring(domains: Sequence[Domain], losses: Mapping[str, float]) -> list[d
 
 
 def _plot(args: argparse.Namespace) -> Path:
-    return Path(args.out).with_suffix(".png")
+    return Path(args.out.parent, f"{args.out.stem}.png")
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Refuse what could not be written, before anything is measured."""
-    existing = [str(file) for file in (args.out, _plot(args)) if file.exists()]
-    if existing and not args.overwrite:
-        raise DataError(f"{', '.join(existing)}: there already. Replace by --overwrite")
-    if not args.out.parent.is_dir():
-        raise DataError(f"{args.out}: there is no directory {args.out.parent}")
-    if args.out.suffix not in (".yaml", ".yml"):
-        raise DataError(f"{args.out}: is read by a run as a .yaml file. Name it so")
+    named = args.out.suffix in (".yaml", ".yml")
+    problems = [] if named else [f"{args.out}: is read by a run as a .yaml file. Name it so"]
+    evaluate.check_outputs([args.out, _plot(args)], args.overwrite, problems)
 
 
 def _write(
-    args: argparse.Namespace, content: dict[str, Any], draw: Callable[[Any, Path], None]
+    args: argparse.Namespace,
+    content: dict[str, Any],
+    draw: Callable[[Any, Path], None],
+    warnings: Sequence[str] = (),
 ) -> None:
     """The YAML file, and its plot where matplotlib is installed."""
     from megashear.checkpoint.manager import write_durably
     from megashear.report import plots
 
     text = yaml.safe_dump(content, sort_keys=False, width=100)
-    comment = (
-        f"# megashear {shlex.join(sys.argv[1:])}\n# for a run: data.domains_from: {args.out}\n"
-    )
-    write_durably(args.out, comment + text)
+    use = f"for a run: data.domains_from: {args.out}"
+    head = [f"megashear {shlex.join(sys.argv[1:])}", use, *warnings]
+    write_durably(args.out, "".join(f"# {line}\n" for line in head) + text)
     print(f"\nwritten to {args.out}: for a run, data.domains_from={args.out}")
     try:
         draw(plots, _plot(args))

@@ -66,22 +66,22 @@ def load_domains(path: Path) -> RunConfig:
     """What a run's YAML file, a run directory or a YAML file of domains says of validation.
 
     Only what stands in the file is checked: files, models and references may be missing still. Of
-    domains alone, the rest of the configuration is at its defaults.
+    a run directory, weights are those it began with; of domains alone, the rest is at its defaults.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     found: list[Problem] = []
     file = path / "config.yaml" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        text = "is not there: this is no run directory. Give one, or a run's YAML file, or a YAML "
+        raise ConfigError(str(path), [("config.yaml", f"{text}file of domains, as --domains")])
     tree = _read_yaml(file, "", found)
     if isinstance(tree, list) or (isinstance(tree, dict) and "domains" in tree):
         domains = _read_domains(tree, "domains", found)
         config = RunConfig(stage="continue", run_dir="", data=DataConfig(domains=domains))
     else:
         config = _read(RunConfig, tree, "", found)
-        if path.is_dir() and not found:
-            data = replace(config.data, domains=(), domains_from=str(path))
-            config = replace(config, data=data)
         if not isinstance(config, Faulty):
             config = _with_domains_from(config, found, check_files=True)
     if found:
@@ -101,15 +101,14 @@ def load_target(path: Path) -> RunConfig | ModelShape:
     tree = None if path.is_dir() else _read_yaml(path, "", found)
     if isinstance(tree, dict) and "num_layers" in tree:
         shape: ModelShape = _read(ModelShape, tree, "", found)
-        if not found:
-            return shape
-    else:
-        config = load_domains(path)
-        if config.model or ((config.target or config.target_sparsity) and config.init_from):
-            return config.model or config
-        text = "names no target: give a run of stage prune or pretrain, or the sizes of a model"
-        found.append(("target", text))
-    raise ConfigError(str(path), found)
+        if found:
+            raise ConfigError(str(path), found)
+        return shape
+    config = load_domains(path)
+    if config.model or ((config.target or config.target_sparsity) and config.init_from):
+        return config.model or config
+    text = "names no target: give a run of stage prune or pretrain, or the sizes of a model"
+    raise ConfigError(str(path), [("target", text)])
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -304,7 +303,10 @@ def _with_domains_from(config: RunConfig, found: list[Problem], check_files: boo
 
 def _read_domains(tree: Any, path: str, found: list[Problem]) -> Any:
     """Domains out of a list of them, or of a mapping that has one as `domains`."""
-    tree = tree.get("domains") if isinstance(tree, dict) else tree
+    if isinstance(tree, dict) and "domains" not in tree:
+        found.append((path, "has no list `domains`"))
+        return _FAULTY
+    tree = tree["domains"] if isinstance(tree, dict) else tree
     return _read(tuple[Domain, ...], tree, path, found)
 
 

@@ -6,7 +6,7 @@ Imports yaml, `config` and `errors` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,30 +54,22 @@ def read_models(files: Sequence[Path], domains: Sequence[str]) -> list[Model]:
             found.append((str(file), "has no list `models`. See megashear reference-loss --help"))
             continue
         for index, record in enumerate(records):
-            wrong = list(_problems(record, domains))
-            found += [(f"{file}: models[{index}].{path}", text) for path, text in wrong]
-            if not wrong:
-                losses = {name: _number(record["losses"][name]) for name in domains}
+            given = record["losses"] if isinstance(record.get("losses"), Mapping) else {}
+            values = {"parameters": record.get("parameters")}
+            values |= {f"losses.{name}": given.get(name) for name in domains}
+            for path, value in values.items():
+                if not 0 < _number(value) < math.inf:
+                    text = f"= {show(value)}: expected a number above 0"
+                    found.append((f"{file}: models[{index}].{path}", text))
+            parameters, *losses = map(_number, values.values())
+            if not found:
                 name = str(record.get("name", f"{file} {index}"))
-                text = [record.get(key) for key in ("seq_length", "sequences_per_domain")]
-                models.append(Model(name, int(_number(record["parameters"])), losses, *text))
+                measured_on = map(record.get, ("seq_length", "sequences_per_domain"))
+                by_domain = dict(zip(domains, losses, strict=True))
+                models.append(Model(name, int(parameters), by_domain, *measured_on))
     if found:
         raise ConfigError("models", found)
     return models
-
-
-def _problems(record: Mapping[str, Any], domains: Sequence[str]) -> Iterator[Problem]:
-    losses = record.get("losses")
-    values = (
-        {f"losses.{name}": losses.get(name) for name in domains}
-        if isinstance(losses, Mapping)
-        else {}
-    )
-    for path, value in {"parameters": record.get("parameters"), **values}.items():
-        if not 0 < _number(value) < math.inf:
-            yield path, f"= {show(value)}: expected a number above 0"
-    if not values:
-        yield "losses", f"= {show(losses)}: expected nats per token by domain"
 
 
 def _number(value: Any) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,9 @@ PARAMETERS = 3
 EXPONENTS = (1e-3, 10.0)
 """Where b is looked for. At the lower end the loss is linear in log N, at the upper one it has
 reached E at all but the smallest size: a fit that ends there has not found b."""
+
+MISFIT = 0.02
+"""Of a residual, in nats: a fit with a larger one is flagged."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,27 @@ class Fit:
         return [loss - self.loss(N) for N, loss in zip(self.sizes, self.losses, strict=True)]
 
     @property
+    def misfit(self) -> float:
+        """The largest residual's size."""
+        return max(map(abs, self.residuals))
+
+    @property
     def flag(self) -> str:
         """What must be said of the fit before its losses are believed; empty if nothing."""
-        lowest, highest = EXPONENTS
+        (lowest, highest), found = EXPONENTS, []
+        by_size = sorted(zip(self.sizes, self.losses, strict=True))
+        for (N, loss), (larger, other) in pairwise(by_size):
+            if larger > N and other > loss:
+                found.append(f"does not fit: the loss rises from {N:,} to {larger:,} parameters")
+        if self.misfit > MISFIT:
+            found.append(f"does not fit: residuals of up to {self.misfit:.3f}")
         if self.b > 0.99 * highest:
-            return "b is not identifiable: only the smallest model's loss differs"
-        if self.b < 1.01 * lowest:
-            return "unphysical: the loss falls by log N or faster, E and b are not identifiable"
-        return f"unphysical: E = {self.E:.3g} is negative" if self.E < 0 else ""
+            found.append("b is not identifiable: only the smallest model's loss differs")
+        elif self.b < 1.01 * lowest:
+            found.append("unphysical: the loss falls by log N or faster, E and b are not known")
+        elif self.E < 0:
+            found.append(f"unphysical: E = {self.E:.3g} is negative")
+        return "; ".join(found)
 
 
 def fit_domains(sizes: Sequence[float], losses: Mapping[str, Sequence[float]]) -> dict[str, Fit]:

@@ -43,7 +43,7 @@ def scaling_laws(file: Path, laws: Mapping[str, Law], target: float) -> None:
         axes.axvline(target, color=GREY, linewidth=0.8, linestyle=":")
         axes.plot([target], [reference], "*", color="black", markersize=11, label="target")
         axes.annotate(f"{reference:.4f}", (target, reference), (8, 3), textcoords="offset points")
-        axes.set_xscale("log")
+        _label_sizes(axes, decades=np.log10(ends[1] / ends[0]))
         note = law.flag.split(":")[0]
         axes.set_title(f"{name} ({note})" if note else name, fontsize=10, color=color)
         axes.grid(alpha=0.25)
@@ -53,20 +53,35 @@ def scaling_laws(file: Path, laws: Mapping[str, Law], target: float) -> None:
     _save(figure, file)
 
 
-def domain_losses(file: Path, title: str, losses: Mapping[str, float]) -> None:
-    """A bar for the loss of each domain.
+def domain_losses(
+    file: Path, title: str, losses: Mapping[str, float], earlier: Mapping[str, float]
+) -> None:
+    """A bar for the loss of each domain, with the earlier reference where there is one.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure, (axes,) = _panels(1, height=1 + 0.3 * len(losses))
     bars = axes.barh(list(losses), list(losses.values()), color=BLUE)
-    axes.bar_label(bars, fmt="%.4f", padding=3)
-    axes.margins(x=0.15)
+    axes.bar_label(bars, fmt="%.4f", label_type="center", color="white")
+    if earlier:
+        axes.plot(list(earlier.values()), list(earlier), "D", color=RED, label="earlier reference")
+        figure.legend(loc="outside lower right", fontsize=8)
     axes.invert_yaxis()  # the first domain on top
     axes.set_xlabel("loss (nats per token)")
     axes.set_title(title, fontsize=10)
     _save(figure, file)
+
+
+def _label_sizes(axes: Any, decades: float) -> None:
+    """A logarithmic axis with labels like 7B: few, where it covers many decades."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    short = EngFormatter(sep="")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axes.xaxis.set_major_formatter(lambda N, _: short(N).replace("G", "B").replace("k", "K"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _panels(count: int, height: float = 2.6) -> tuple[Any, list[Any]]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from megashear.checkpoint.extraction import read_pruned
 from megashear.checkpoint.load import load_model
 from megashear.checkpoint.manager import is_huggingface, read_info, read_shape
-from megashear.config.schema import DataConfig, ModelShape, RunConfig
+from megashear.config.schema import RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import Problem
 from megashear.data.dataset import build_valid_datasets
-from megashear.data.token_files import Fingerprint, check_one_tokenizer
+from megashear.data.token_files import check_one_tokenizer
 from megashear.errors import ConfigError, ShearError
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
@@ -57,23 +56,10 @@ def check(models: Sequence[str], config: RunConfig) -> None:
             continue
         for path, text in problems(config, shapes[-1], world_size(), check_files=False):
             found.append((model if path == "init_from" else path, text))
-        found += [(model, text) for text in _foreign(config.data, shapes[-1])]
     if found:
         raise ConfigError("evaluation", list(dict.fromkeys(found)))
     check_one_tokenizer([domain.valid for domain in config.data.domains])
-    build_valid_datasets(config.data, shapes[0].vocab_size)
-
-
-def _foreign(data: DataConfig, shape: ModelShape) -> list[str]:
-    """The validation files that hold, by their fingerprints, tokens of a larger vocabulary."""
-    prefixes = [d.valid for d in data.domains if Path(f"{d.valid}.json").exists()]
-    sizes = {prefix: Fingerprint.read(prefix).vocab_size for prefix in prefixes}
-    return [
-        f"has a vocabulary of {shape.vocab_size}, and {prefix} was made with one of {size}. "
-        "Tokenize the domain with the model's own tokenizer"
-        for prefix, size in sizes.items()
-        if size > shape.vocab_size
-    ]
+    build_valid_datasets(config.data, min(shape.vocab_size for shape in shapes))
 
 
 def measure(model: str, config: RunConfig, platform: Platform) -> Measured:

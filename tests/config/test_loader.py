@@ -311,6 +311,9 @@ class TestDomainsFrom:
         Path("references.yaml").write_text("domains: {cc: 1.5}\n", encoding="utf-8")
         found = problems(self.TEXT.replace("earlier", "references.yaml"))
         assert found["references.yaml"] == "= {'cc': 1.5}: expected a list"
+        Path("references.yaml").write_text("models: []\n", encoding="utf-8")
+        found = problems(self.TEXT.replace("earlier", "references.yaml"))
+        assert found["references.yaml"] == "has no list `domains`"
 
     def test_says_where_the_file_would_come_from(self) -> None:
         found = problems(self.TEXT)
@@ -406,14 +409,15 @@ class TestLoadDomains:
         ]
         assert config.data.seq_length == 128
 
-    def test_of_a_run_directory_with_its_newest_weights(self) -> None:
+    def test_of_a_run_directory_with_the_weights_that_it_began_with(self) -> None:
         config = load(PRUNE)
         newest = [dataclasses.replace(domain, weight=0.5) for domain in config.data.domains]
         Path("earlier").mkdir()
         Path("earlier", "config.yaml").write_text(to_yaml(config))
         Path("earlier", DOMAINS_FILE).write_text(domains_to_yaml(newest))
-        found = load_domains(Path("earlier"))
-        assert found.data == dataclasses.replace(config.data, domains=tuple(newest))
+        assert load_domains(Path("earlier")) == config
+        with pytest.raises(ConfigError, match="no run directory"):
+            load_domains(Path("."))
 
     def test_of_domains_alone_the_rest_is_as_a_run_has_it(self) -> None:
         Path("domains.yaml").write_text(domains_to_yaml(TestDomainsFrom.DOMAINS))

@@ -38,6 +38,7 @@ def test_everything_wrong_is_named(tmp_path: Path) -> None:
         "a.yaml: models[0].parameters",
         "a.yaml: models[0].losses.cc",
         "a.yaml: models[0].losses.wiki",
-        "a.yaml: models[1].losses",
+        "a.yaml: models[1].losses.cc",
+        "a.yaml: models[1].losses.wiki",
         *("b.yaml", "c.yaml", "d.yaml"),
     ]

@@ -92,6 +92,16 @@ def test_an_exponent_that_the_points_do_not_tell_is_flagged() -> None:
     assert "b is not identifiable" in fit([1e9, 4e9, 16e9], [2.0, 1.5, 1.5]).flag
 
 
+def test_losses_that_no_law_fits_are_flagged() -> None:
+    sizes = [16e9, 1e9, 4e9]
+    assert fit(sizes, [1.79, 2.0, 1.8]).flag == ""
+    rising = fit(sizes, [1.81, 2.0, 1.8]).flag
+    assert rising.startswith("does not fit: the loss rises from 4,000,000,000.0 to 16,000,000,000")
+    assert "residuals" not in rising
+    law = fit([1e9, 2e9, 4e9, 8e9], [2.0, 1.9, 1.7, 1.69])
+    assert law.flag == f"does not fit: residuals of up to {law.misfit:.3f}" and law.misfit > 0.02
+
+
 def test_too_few_sizes_are_refused() -> None:
     with pytest.raises(DataError, match="2 sizes of models are fewer than the 3 parameters"):
         fit_domains([1e9, 4e9, 4e9], {"cc": [2.0, 1.5, 1.6]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.nn import functional
 from megashear import cli
 from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.config.loader import domains_to_yaml
+from megashear.config.loader import domains_to_yaml, load_domains
 from megashear.config.schema import Domain, RunConfig
 from megashear.data.dataset import build_valid_datasets
+from megashear.data.token_files import Fingerprint
 from megashear.errors import ConfigError, DataError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
@@ -28,11 +29,15 @@ from tests.make_data import random_documents, write_tokens
 from tests.runs import GQA, prune_options, run_config, write_domains, write_source
 
 
-def prune(config: RunConfig) -> None:
-    """A short pruning run, extracted and exported."""
+def train(config: RunConfig) -> None:
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     Trainer(config, platform).run()
     parallel.stop()
+
+
+def prune(config: RunConfig) -> None:
+    """A short pruning run, extracted and exported."""
+    train(config)
     run = Path(config.run_dir)
     dense = extract_checkpoint(read_pruned(run), run / "extracted")
     export_huggingface(dense, run / "hf", dtype="float32", tokenizer=None)
@@ -60,7 +65,8 @@ def execute(*arguments: str) -> None:
 def evaluate(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     """The records that the command writes."""
     file = Path(str(arguments[0])).parent / "evaluated.json"
-    run_distributed(execute, ranks, "evaluate", *map(str, arguments), "--json", str(file))
+    command = [*map(str, arguments), "--overwrite"]
+    run_distributed(execute, ranks, "evaluate", *command, "--json", str(file))
     records: list[dict[str, Any]] = json.loads(file.read_text())["models"]
     return records
 
@@ -86,10 +92,28 @@ def test_a_checkpoint_has_the_losses_that_its_run_logged(layout: Any, run: Path)
     """Domains, lengths and masks are those of the run; the layout and micro-batches are free."""
     ranks, *options = layout
     logged = last_evaluation(run)
-    (found,) = evaluate(ranks, run, *options, "--micro-batch-size", 3)
+    model = run if options else run / "checkpoints" / "step-00000006"
+    (found,) = evaluate(ranks, model, *options, "--micro-batch-size", 3)
     assert found["losses"] == pytest.approx(logged["losses"], rel=1e-6)
     assert found["tokens"] == {"first": 4 * 16, "second": 4 * 16}
     assert found["name"].endswith("step-00000006 (prune, step 6, current masks)")
+
+
+def test_a_run_in_bf16_is_measured_in_bf16(run: Path) -> None:
+    """The platform is the run's as well, unless an option says otherwise."""
+    config = load_domains(run)
+    trainer = replace(config.trainer, steps=2, save_interval=2)
+    pruning = replace(config.pruning, sparsity_warmup_steps=1)
+    platform = replace(config.platform, precision="bf16")
+    config = replace(config, trainer=trainer, pruning=pruning, platform=platform)
+    config = replace(config, run_dir=str(run.parent / "bf16"))
+    run_distributed(train, 1, config)
+    expected = last_evaluation(run.parent / "bf16")["losses"]
+    (found,) = evaluate(1, run.parent / "bf16")
+    assert found["losses"] == pytest.approx(expected, rel=1e-7)
+    (found,) = evaluate(1, run.parent / "bf16", "--precision", "fp32", "--device", "cpu")
+    assert found["losses"] == pytest.approx(expected, rel=1e-2)
+    assert found["losses"] != pytest.approx(expected, rel=1e-5)
 
 
 def test_target_extracted_and_exported_are_one_and_what_transformers_finds(run: Path) -> None:
@@ -108,13 +132,17 @@ def test_target_extracted_and_exported_are_one_and_what_transformers_finds(run: 
         assert abs(masked["losses"][name] - loss) > 1e-4  # other masks, other sequences
 
 
+TEXTS = {"big": 300, "small": 65}
+"""Tokens of two domains."""
+
+
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML file of domains of text in the vocabulary of a Hugging Face model."""
     directory = tmp_path_factory.mktemp("domains")
     files = {
         name: write_tokens(directory / name, random_documents(tokens, 96, seed=tokens), 96)
-        for name, tokens in {"big": 300, "small": 65}.items()
+        for name, tokens in TEXTS.items()
     }
     file = directory / "domains.yaml"
     records = [
@@ -156,20 +184,24 @@ def test_everything_wrong_with_models_and_options_is_said_at_once(
     assert "does not divide the 1 processes" in found["parallel.tensor"]
 
 
-def test_text_of_a_larger_vocabulary_is_refused(domains: Path, tmp_path: Path) -> None:
+def test_text_of_a_larger_vocabulary_is_refused_by_its_ids(domains: Path, tmp_path: Path) -> None:
+    """Not by the tokenizer's size: it may have entries (a pad token) that no text holds."""
     save_llama(tmp_path / "hf", vocab_size=80)
-    command = ["evaluate", f"{tmp_path}/hf", "--domains", str(domains), "--seq-length", "16"]
+    options = ["--domains", str(domains), "--seq-length", "16"]
+    command = ["evaluate", f"{tmp_path}/hf", *options]
     with pytest.raises(DataError, match=r"big\.bin holds token id \d+, but the vocabulary ends"):
         run_in_this_process(command)
-    fingerprint = {"tokenizer_sha256": "0", "vocab_size": 96, "bos_id": None, "eos_id": 0}
-    for name in ("big", "small"):
-        text = json.dumps({**fingerprint, "documents": 1, "tokens": 1})
-        domains.with_name(f"{name}.json").write_text(text)
-    with pytest.raises(ConfigError) as refused:
-        cli.execute(command)
-    texts = [text for _, text in refused.value.problems]
-    assert len(texts) == 2
-    assert all("has a vocabulary of 80, and" in text and "one of 96" in text for text in texts)
+    save_llama(tmp_path / "larger", vocab_size=96)
+    for name, tokens in TEXTS.items():
+        documents = random_documents(tokens, 96, seed=tokens)
+        counts, highest = (len(documents), tokens), max(map(max, documents))
+        fingerprint = Fingerprint("0", 100, None, 0, *counts, highest_id=highest)
+        domains.with_name(f"{name}.json").write_text(json.dumps(asdict(fingerprint)))
+    with pytest.raises(DataError) as refused:
+        cli.execute(["evaluate", f"{tmp_path}/larger", *command[1:]])
+    assert str(refused.value).count("but the vocabulary ends at 79") == 2
+    (found,) = evaluate(1, tmp_path / "larger", *options)
+    assert found["tokens"]["small"] == 64
 
 
 def run_in_this_process(command: list[str]) -> None:
@@ -192,5 +224,25 @@ def test_validation_files_that_are_missing_are_named_all_at_once(tmp_path: Path)
 
 def test_without_domains_the_model_has_to_be_a_run(tmp_path: Path) -> None:
     save_llama(tmp_path / "hf")
-    with pytest.raises(ConfigError, match=r"hf/config\.yaml.*\n.*does not exist"):
+    with pytest.raises(ConfigError, match=r"hf: .*\n.* no run directory.* as --domains"):
         cli.execute(["evaluate", f"{tmp_path}/hf"])
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "losses.json").write_text("mine")
+    for file, text in {
+        "losses.json": "there already. Replace by --overwrite",
+        "gone/losses.json": "no such directory",
+        ".": "is a directory",
+    }.items():
+        with pytest.raises(DataError, match=text):
+            cli.execute(["evaluate", "no model", "--json", str(tmp_path / file)])
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "1.9", "0", "-1", "many"])
+def test_numbers_are_whole(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.execute(["evaluate", "no model", f"--tensor={number}"])
+    assert "argument --tensor: invalid positive value" in capsys.readouterr().err
