@@ -62,12 +62,10 @@ class Order:
 
     Attributes:
         steps: the first global sample of each step.
-        micro_batch_size: samples located at a time.
     """
 
     def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
         self._dataset, self._sizes = dataset, sizes
-        self.micro_batch_size = sizes[1]
         self.steps = range(0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -28,6 +28,11 @@ def device_of_rank(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """What a GPU's work is queued in; None for a CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory allocated on a GPU so far; on a CPU the process's peak resident set (GiB)."""
     if device.type == "cuda":

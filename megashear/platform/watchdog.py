@@ -93,19 +93,8 @@ def _take_children_along() -> None:
     They have its connections open too: as long as one lives, the other ranks do not see it end.
     """
     if sys.platform == "linux":
-        _prctl()  # found before there is a fork
-        os.register_at_fork(after_in_child=end_with_parent)
-
-
-def end_with_parent() -> None:
-    """Let the death of its parent kill this process (Linux)."""
-    pdeathsig = 1
-    _prctl()(pdeathsig, signal.SIGKILL)
-
-
-@functools.cache
-def _prctl() -> Any:
-    return ctypes.CDLL(None).prctl
+        prctl, pdeathsig = ctypes.CDLL(None).prctl, 1
+        os.register_at_fork(after_in_child=lambda: prctl(pdeathsig, signal.SIGKILL))
 
 
 class _Watchdog:
