@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="what to measure")
-    add_options(parser, "what the first MODEL was trained with, if it is a run directory")
+    add_options(parser, "the run that the first MODEL is, or is a checkpoint of")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same, for programs")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     parser.set_defaults(run=run)
@@ -145,27 +145,25 @@ def configuration(args: argparse.Namespace, processes: int) -> RunConfig:
     """The run of which an evaluation is what the options ask for."""
     given = load_domains(args.domains)
     micro = args.micro_batch_size or given.trainer.micro_batch_size
-    platform = replace(given.platform, loader="torch")  # of training batches, which there are none
-    if args.device:  # what was chosen by name may need another one
-        platform = replace(platform, device=args.device, layers="auto", kernels="auto")
+    # What the run names may need its device; of training batches, and their loader, there are none.
+    free = {"layers": "auto", "kernels": "auto"} if args.device else {}
+    platform = {"loader": "torch", "device": args.device, "precision": args.precision, **free}
+    evaluation = {"sequences_per_domain": args.sequences, "masks": args.masks}
     return RunConfig(
         stage="continue",
         run_dir="evaluation",
         init_from="model",
-        data=replace(
-            given.data,
-            rule="constant",  # which needs no references
-            seq_length=args.seq_length or given.data.seq_length,
-        ),
-        evaluation=replace(
-            given.evaluation,
-            sequences_per_domain=args.sequences or given.evaluation.sequences_per_domain,
-            masks=args.masks or given.evaluation.masks,
-        ),
+        data=_changed(given.data, rule="constant", seq_length=args.seq_length),  # no references
+        evaluation=_changed(given.evaluation, **evaluation),
         trainer=TrainerConfig(micro_batch_size=micro, global_batch_size=micro * processes),
         parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, context=args.context),
-        platform=replace(platform, precision=args.precision or platform.precision),
+        platform=_changed(given.platform, **platform),
     )
+
+
+def _changed(section: Any, **options: Any) -> Any:
+    """A section of a configuration with the options that are given."""
+    return replace(section, **{k: v for k, v in options.items() if v is not None})
 
 
 def measured_table(measured: Measured, config: RunConfig) -> str:

@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         **form,
     )
     source.add_argument("model", metavar="MODEL", help="as of `megashear evaluate`")
-    evaluate.add_options(source, "that of MODEL, if it is a run directory")
+    evaluate.add_options(source, "the run that MODEL is, or is a checkpoint of")
     source.set_defaults(run=run_source)
     scaling = ways.add_parser(
         "scaling",
