@@ -58,7 +58,6 @@ def encode_all(
         return
     # Spawned, not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -70,8 +69,6 @@ def encode_all(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # the pool sends SIGTERM, which they do not get, and waits for them
         raise PlatformError(
             "a tokenizing process was killed, perhaps for want of memory. Use fewer --workers"
         ) from error
@@ -117,7 +114,7 @@ def _is_valid(text: str, fraction: float) -> bool:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait, and a process that is started within never gets them.
+    """Ctrl-C and SIGTERM wait, and a process that is started within has them blocked.
 
     It is its parent's to stop. While it imports, or if the parent were interrupted while it starts
     one, it would die with a traceback of its own.
@@ -139,7 +136,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    """Use one thread, and do not outlive a parent that is killed."""
+    """Use one thread, end when the parent says so, and do not outlive one that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -148,4 +145,11 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    def leave_when_parent_says() -> None:
+        # SIGTERM is blocked here (`_signals_held`): a scheduler sends it to the whole job.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(1)
+
+    for wait in (leave_with_parent, leave_when_parent_says):
+        threading.Thread(target=wait, daemon=True).start()
