@@ -12,15 +12,8 @@ from megashear.config.schema import ModelShape, RunConfig
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 from tests.make_tokenizer import REPOSITORY
+from tests.reference.published import LLAMA2_7B
 
-LLAMA2_7B = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    num_attention_heads=32,
-    ffn_hidden_size=11008,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-)
 PARAMETERS = {"1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
 START = {
     **{"cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02, "wiki": 0.045},

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.config.schema import (
     Domain,
     EvaluationConfig,
-    ModelShape,
     ParallelConfig,
     RunConfig,
     TrainerConfig,
@@ -31,17 +29,12 @@ from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.make_data import write_tokens
 from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains
+from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 SHAPE = replace(GQA, num_layers=4, tied_embeddings=True)
 LENGTH = 16
 SEQUENCES = {"first": 5, "second": 3}
 """Whole validation sequences of each domain: no multiple of the 2 or 4 that go through at once."""
-
-
-def write_source(directory: Path, shape: ModelShape) -> None:
-    info = CheckpointInfo(shape=shape, stage="imported")
-    write_model(directory, info, random_weights(shape, seed=0).items())
 
 
 def valid_tokens(name: str) -> np.ndarray:
@@ -53,7 +46,7 @@ def valid_tokens(name: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     directory = tmp_path_factory.mktemp("evaluation")
-    run_distributed(write_source, 1, directory / "source", SHAPE)
+    run_distributed(write_source, 1, directory, SHAPE)
     domains = tuple(
         replace(d, valid=write_tokens(directory / f"{d.name}_one", [valid_tokens(d.name)], 64))
         for d in write_domains(directory)
