@@ -18,7 +18,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## install everything into .venv, with pinned versions
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt tests/requirements-files.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
 	  { echo "error: $(PYTHON) is not Python 3.10 to 3.12. Name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
@@ -27,6 +27,7 @@ $(STAMP): setup.py constraints.txt
 	@# On its own first: whatever build of torch the index offers for the pinned version is kept.
 	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,dali]'
+	$(BIN)/python -m pip install -qq --no-deps -r tests/requirements-files.txt
 	@touch $@
 
 demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machine

@@ -54,6 +54,7 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "dev": [
             "codespell>=2.3",
+            "ctranslate2>=4.5",  # another engine, to run what was exported
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy>=1.10",

@@ -166,9 +166,9 @@ def family_of(config: Mapping[str, Any], source: object = "config.json") -> Fami
     refuse(source, [f"{text}; supported: {', '.join(FAMILIES)}"])
 
 
-def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, int]:
+def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """The fields of the shape that are sizes; a wrong one stands as 1 and is in `problems`."""
-    sizes = dict.fromkeys(SIZES, 1)
+    sizes: dict[str, Any] = dict.fromkeys(SIZES, 1)
     for field, key in SIZES.items():
         value = settings.get(key)
         largest = 2**31 if key == "max_position_embeddings" else LARGEST

@@ -12,6 +12,28 @@ STAGES = ("pretrain", "prune", "continue")
 QUERY_GROUP, QUERY_HEAD = HEAD_UNITS = ("query_group", "query_head")
 
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures by their model_type in Hugging Face's terms."""
+ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary embeddings are stretched over longer texts, in config.json's terms.
+
+    `dynamic` acts beyond `max_position_embeddings` only, which no text here is; of `llama3`,
+    Megatron-Core knows low_freq_factor 1, high_freq_factor 4 and 8192 original positions alone.
+    """
+
+    rope_type: str  # linear | dynamic | llama3 | yarn
+    factor: float
+    original_max_position_embeddings: int | None = None  # llama3, yarn
+    beta_fast: float = 32.0  # yarn, as all below
+    beta_slow: float = 1.0
+    truncate: bool = True  # whether the bounds of the ramp are rounded
+    attention_factor: float | None = None  # of cos and sin; default: 0.1 ln(factor) + 1
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes that define a LLaMA-architecture model, under Megatron-Core's names.
@@ -32,9 +54,16 @@ class ModelShape:
     layernorm_epsilon: float = 1e-5
     tied_embeddings: bool = False
     qkv_bias: bool = False  # of linear_qkv alone
+    proj_bias: bool = False  # of linear_proj
+    mlp_bias: bool = False  # of linear_fc1 and linear_fc2
     qk_norm: bool = False  # an RMSNorm over each query and key head, one weight for all heads
+    rotary_scaling: RotaryScaling | None = None
+    sliding_window: int | None = None  # tokens that a token sees, itself among them; default: all
+    family: str = "llama"  # to be exported as, where that architecture has all that the model has
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_scaling, dict):  # as checkpoint.json has it
+            object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         if self.num_query_groups == 0:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels == 0 and self.num_attention_heads > 0:

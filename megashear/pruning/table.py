@@ -163,18 +163,19 @@ def layer_rows(shape: ModelShape, layer: int, head_unit: str = QUERY_GROUP) -> t
         channels = Axis(None, shape.kv_channels)  # one norm for all heads
         rows.append(row("self_attention.q_layernorm.weight", channels))
         rows.append(row("self_attention.k_layernorm.weight", channels))
-    return (
-        *rows,
-        row("self_attention.linear_proj.weight", residual, heads, scaled_by_layer=True),
-        row("mlp.linear_fc1.layer_norm_weight", residual, norm=True),
-        row("mlp.linear_fc1.weight", Axis(INTERMEDIATE, ffn, tile=2, parallel=True), cut),
-        row(
-            "mlp.linear_fc2.weight",
-            residual,
-            Axis(INTERMEDIATE, ffn, scaled=True, parallel=True),
-            scaled_by_layer=True,
-        ),
-    )
+    rows.append(row("self_attention.linear_proj.weight", residual, heads, scaled_by_layer=True))
+    if shape.proj_bias:
+        rows.append(row("self_attention.linear_proj.bias", residual, scaled_by_layer=True))
+    gate_and_up = Axis(INTERMEDIATE, ffn, tile=2, parallel=True)
+    rows.append(row("mlp.linear_fc1.layer_norm_weight", residual, norm=True))
+    rows.append(row("mlp.linear_fc1.weight", gate_and_up, cut))
+    if shape.mlp_bias:
+        rows.append(row("mlp.linear_fc1.bias", gate_and_up))
+    intermediate = Axis(INTERMEDIATE, ffn, scaled=True, parallel=True)
+    rows.append(row("mlp.linear_fc2.weight", residual, intermediate, scaled_by_layer=True))
+    if shape.mlp_bias:
+        rows.append(row("mlp.linear_fc2.bias", residual, scaled_by_layer=True))
+    return tuple(rows)
 
 
 def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:

@@ -442,7 +442,7 @@ class TestLoadTarget:
         assert isinstance(found, RunConfig) and found.target == load(PRUNE).target
 
     def test_of_sizes(self) -> None:
-        text = "".join(f"{k}: {v}\n" for k, v in dataclasses.asdict(SOURCE).items())
+        text = yaml.safe_dump(dataclasses.asdict(SOURCE))
         Path("sizes.yaml").write_text(text, encoding="utf-8")
         assert load_target(Path("sizes.yaml")) == SOURCE
         Path("sizes.yaml").write_text(text.replace("hidden_size: 64", "hidden_size: x"))
