@@ -1,11 +1,11 @@
 """Epochs of a token file, with Megatron's index of each kept on disk for all who read it.
 
 Ranks, workers and later runs map the same files, so an index is built once and its memory shared.
-An entry is a directory named by what its index is computed from (lengths of the documents,
-`seq_length`, the shuffle's seed, Megatron-Core's release), not by where the tokens are: text that
-was tokenized anew never meets an old index. It is written beside its place and renamed, so it is
-whole or not there; one that was damaged since does not match its checksums, and is built again.
-An epoch takes 12 bytes a sample and 4 a document.
+An entry is a file named by what its index is computed from (lengths of the documents, `seq_length`,
+the shuffle's seed, Megatron-Core's release), not by where the tokens are: text that was tokenized
+anew never meets an old index. It is written beside its place and renamed, so it is whole or not
+there; one that was damaged since does not match the checksum that it begins with, and is built
+again. An epoch takes 12 bytes a sample and 4 a document.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import functools
 import hashlib
 import logging
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 from megatron.core.datasets import gpt_dataset
@@ -34,8 +33,9 @@ CACHED_FROM = 100_000
 """Documents and samples of an epoch; an index of fewer takes milliseconds, and is not kept."""
 
 Index = tuple[np.ndarray, np.ndarray, np.ndarray]
-_FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
-_CHECKSUMS = "sha256"
+"""Of documents, samples and the shuffle, as GPTDataset has them."""
+
+_DIGEST = 32  # bytes of SHA-256 at the beginning of an entry
 
 log = logging.getLogger("megashear")
 # Megatron knows nothing of this cache, and warns that it keeps each index in memory.
@@ -54,17 +54,26 @@ class IndexCache:
     """
 
     def __init__(self, directory: Path, name: str, lengths: np.ndarray) -> None:
-        self._place = directory / name
+        self._directory, self._name = directory, name
         self._lengths = hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
-        self._writable = _writable(directory)
 
     def get(self, settings: tuple[object, ...], build: Callable[[], Index]) -> Index:
         """The index that `settings` and the documents' lengths determine; built where missing."""
         key = hashlib.sha256(repr((self._lengths, *settings)).encode()).hexdigest()
-        entry = self._place.with_name(f"{self._place.name}-{key[:24]}")
+        entry = self._directory / f"{self._name}-{key[:24]}.index"
         if index := _read(entry):
             return index
-        return _build_alone(entry, build) if self._writable else build()
+        with _lock(entry):
+            if index := _read(entry):  # another process made it meanwhile
+                return index
+            if os.path.exists(entry):
+                log.warning("%s is damaged: this index is built again", entry)
+            index = build()
+            try:
+                _write(entry, index)
+            except OSError as error:
+                _say_unwritable(self._directory, error.strerror)
+            return _read(entry) or index
 
 
 class EpochDataset(GPTDataset):
@@ -117,60 +126,63 @@ class EpochDataset(GPTDataset):
 def _read(entry: Path) -> Index | None:
     """The index of an entry, mapped; None where there is none, or a damaged one."""
     try:
-        if (entry / _CHECKSUMS).read_text() != _checksums(entry):
-            return None
-        document, sample, shuffle = (
-            np.load(entry / name, mmap_mode="r", allow_pickle=False) for name in _FILES
-        )
-    except (OSError, ValueError):
+        with entry.open("rb") as file:
+            if file.read(_DIGEST) != _digest(file):
+                return None
+            file.seek(_DIGEST)
+            return _map(file), _map(file), _map(file)
+    except OSError:
         return None
-    # As plain arrays: each access to a memmap makes a new one.
-    return document.view(np.ndarray), sample.view(np.ndarray), shuffle.view(np.ndarray)
 
 
-def _checksums(entry: Path) -> str:
-    """As `sha256sum` writes and checks them."""
-    lines = []
-    for name in _FILES:
-        digest = hashlib.sha256()
-        with open(entry / name, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        lines.append(f"{digest.hexdigest()}  {name}\n")
-    return "".join(lines)
+def _digest(file: BinaryIO) -> bytes:
+    """Of the rest of a file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.digest()
 
 
-def _build_alone(entry: Path, build: Callable[[], Index]) -> Index:
-    """Build an index and keep it, or take the one that another process made meanwhile."""
-    with _lock(entry):
-        if index := _read(entry):
-            return index
-        if entry.exists():
-            log.warning("%s is damaged: this index is built again", entry)
-        index = build()
-        try:
-            _write(entry, index)
-        except OSError as error:
-            log.warning("%s cannot be written (%s): this index stays in memory", entry, error)
-            return index
-        return _read(entry) or index
+def _map(file: BinaryIO) -> np.ndarray:
+    """The next array of a file; a plain one, since each access to a memmap makes a new one."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    start = file.tell()
+    array = np.memmap(file, dtype, "r", start, shape)
+    file.seek(start + array.nbytes)
+    return array.view(np.ndarray)
+
+
+def _write(entry: Path, index: Index) -> None:
+    """Put an index in its place.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    partial = entry.with_name(f".{entry.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        with partial.open("w+b") as file:
+            file.write(bytes(_DIGEST))
+            for array in index:
+                np.save(file, array, allow_pickle=False)
+            file.seek(_DIGEST)
+            digest = _digest(file)
+            file.seek(0)
+            file.write(digest)
+        partial.replace(entry)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @functools.cache
-def _writable(directory: Path) -> bool:
-    """Make sure of the directory; where that fails, say so once."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        log.warning(
-            "%s cannot be written (%s): each process keeps indices that are missing there in its "
-            "own memory. Name another directory by data.index_cache",
-            directory,
-            error.strerror,
-        )
-        return False
-    return True
+def _say_unwritable(directory: Path, reason: str) -> None:
+    """Once for a directory, not for each index."""
+    log.warning(
+        "%s cannot be written (%s): each process keeps indices that are missing there in its own "
+        "memory. Name another directory by data.index_cache",
+        directory,
+        reason,
+    )
 
 
 @contextlib.contextmanager
@@ -178,36 +190,14 @@ def _lock(entry: Path) -> Iterator[None]:
     """Wait until no other process builds this entry.
 
     One byte of a lock file stands for it, so that an end of the process ends the lock. Where the
-    file system has no locks, or the file is another user's, processes build side by side, and the
-    first to be done counts.
+    file system has no locks, or the file is another user's, processes build side by side, and each
+    puts the same index in the place.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(entry.parent / ".lock", "ab"))
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(entry.name[-8:], 16))
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(entry.stem[-8:], 16))
             for left in entry.parent.glob(f".{entry.name}.*"):  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                left.unlink()
         yield
-
-
-def _write(entry: Path, index: Index) -> None:
-    """Put an index in its place, unless a whole one is there.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left.
-    """
-    partial = entry.with_name(f".{entry.name}.{socket.gethostname()}-{os.getpid()}")
-    try:
-        partial.mkdir()
-        for name, array in zip(_FILES, index, strict=True):
-            np.save(partial / name, array, allow_pickle=False)
-        (partial / _CHECKSUMS).write_text(_checksums(partial))
-        if entry.exists() and _read(entry) is None:
-            shutil.rmtree(entry)
-        try:
-            partial.rename(entry)
-        except OSError:
-            if _read(entry) is None:
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

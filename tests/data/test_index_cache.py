@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ VOCAB, SEQ = 300, 8
 @pytest.fixture(autouse=True)
 def everything_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "CACHED_FROM", 0)
-    index_cache._writable.cache_clear()
+    index_cache._say_unwritable.cache_clear()
 
 
 @pytest.fixture
@@ -116,18 +116,17 @@ def test_text_tokenized_anew_under_the_same_name_never_meets_an_old_index(
 
 
 def damage(entry: Path, how: str) -> None:
-    file = entry / "sample_index.npy"
-    whole = file.read_bytes()
-    if how == "lost":
-        file.unlink()
-    elif how == "checksums":
-        (entry / "sha256").write_bytes(b"\xff\xfe")
+    whole = entry.read_bytes()
+    if how.startswith("flipped"):
+        place = {"flipped checksum": 5, "flipped header": 50, "flipped": len(whole) // 2}[how]
+        entry.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
-        flipped = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
-        file.write_bytes({"empty": b"", "cut": whole[:-1], "flipped": flipped}[how])
+        entry.write_bytes({"empty": b"", "short": whole[:20], "cut": whole[:-1]}[how])
 
 
-@pytest.mark.parametrize("how", ["lost", "checksums", "empty", "cut", "flipped"])
+@pytest.mark.parametrize(
+    "how", ["empty", "short", "cut", "flipped checksum", "flipped header", "flipped"]
+)
 def test_a_damaged_entry_is_built_again_and_that_is_said_once(
     prefix: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,10 +159,9 @@ def test_a_full_disk_leaves_nothing_half(
 ) -> None:
     expected = without_cache(prefix, monkeypatch)
 
-    def full(file: Path, array: Any, **_: Any) -> None:
-        Path(file).write_bytes(b"\x93NUMPY")
-        if "shuffle" in str(file):
-            raise OSError(28, "No space left on device")
+    def full(file: BinaryIO, array: Any, **_: Any) -> None:
+        file.write(b"\x93NUMPY")
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
@@ -178,7 +176,7 @@ def test_what_a_killed_builder_left_is_removed(prefix: str) -> None:
     entry = entries(prefix)[0]
     left = entry.with_name(f".{entry.name}.host-1")
     entry.rename(left)
-    (left / "sample_index.npy").write_bytes(b"half")
+    left.write_bytes(b"half")
     assert read(prefix) == expected
     assert entry.exists() and not left.exists()
 
