@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,23 +13,24 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from megashear.config.schema import QUERY_GROUP, ModelShape, ParallelConfig
+from megashear.config.schema import QUERY_GROUP, ModelShape, ParallelConfig, RotaryScaling
 from megashear.model.masked_gpt import BoundRow, MaskedGPTModel
 from megashear.model.specs import block_spec
 from megashear.platform.parallel import Platform
 
 
 def transformer_config(
-    shape: ModelShape, platform: Platform, parallel: ParallelConfig
+    shape: ModelShape, platform: Platform, parallel: ParallelConfig, seq_length: int
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a LLaMA-architecture model.
+    """Megatron-Core's configuration of a LLaMA-architecture model, for sequences of this length.
 
     The loss is summed over tokens and divided once by the number of tokens of the whole step
     (`calculate_per_token_loss`), so that it does not depend on how samples are spread.
     """
     fused = platform.layers == "transformer_engine"
     on_cpu = platform.device.type == "cpu"
-    return TransformerConfig(
+    window = shape.sliding_window
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -41,7 +43,9 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=shape.mlp_bias,  # MaskedSelfAttention has its own
+        # Left out where it hides nothing: attention without one is faster.
+        window_size=(window - 1, 0) if window and window < seq_length else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **_layout(parallel),
@@ -60,6 +64,46 @@ def transformer_config(
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
     )
+    if shape.rotary_scaling and shape.rotary_scaling.rope_type == "yarn":
+        for name, value in _yarn(shape.rotary_scaling).items():
+            setattr(config, f"yarn_{name}", value)
+        config.apply_rope_fusion = False  # the fused kernel does not scale cos and sin
+    return config
+
+
+def _yarn(scaling: RotaryScaling) -> dict[str, Any]:
+    """What Megatron-Core reads off its configuration (under `yarn_`), which has no fields for it.
+
+    It knows no attention factor, but `0.1 mscale ln(factor) + 1` over the same of mscale_all_dim.
+    """
+    mscale = 1.0
+    if scaling.attention_factor is not None and scaling.factor > 1:
+        mscale = (scaling.attention_factor - 1) / (0.1 * math.log(scaling.factor))
+    return {
+        "rotary_scaling_factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": mscale,
+        "mscale_all_dim": 0.0,
+        "correction_range_round_to_int": scaling.truncate,
+    }
+
+
+def _rotary(shape: ModelShape) -> dict[str, Any]:
+    """Arguments of Megatron-Core's model for the position embedding."""
+    arguments = {"position_embedding_type": "rope", "rotary_base": shape.rotary_base}
+    scaling = shape.rotary_scaling
+    if scaling is None:
+        return arguments
+    match scaling.rope_type:
+        case "linear":
+            arguments["seq_len_interpolation_factor"] = scaling.factor
+        case "llama3":
+            arguments |= {"rope_scaling": True, "rope_scaling_factor": scaling.factor}
+        case "yarn":
+            arguments["position_embedding_type"] = "yarn"
+    return arguments
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, Any]:
@@ -100,7 +144,7 @@ def build_model(
     Megatron-Core's Float16Module; `unwrap` gives the MaskedGPTModel. Where it will be given
     attention masks, `masked_attention` says so: Transformer Engine must know.
     """
-    config = transformer_config(shape, platform, parallel)
+    config = transformer_config(shape, platform, parallel, seq_length)
     interleaved = parallel.virtual_pipeline > 1
     stages = range(parallel.virtual_pipeline) if interleaved else (None,)
     return [
@@ -121,17 +165,14 @@ def _build_chunk(
     num_layers = get_num_layers_to_build(config, vp_stage)
     model = MaskedGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(
-            platform.layers, num_layers, shape.qk_norm, masked_attention
-        ),
+        transformer_layer_spec=block_spec(platform.layers, num_layers, shape, masked_attention),
         vocab_size=shape.vocab_size,
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rotary_base,
         vp_stage=vp_stage,
+        **_rotary(shape),
     )
     model.shape = shape
     model.to(platform.device)

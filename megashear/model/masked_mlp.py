@@ -16,7 +16,9 @@ class MaskedMLP(MLP):
         """Rows of the table, by their names within a layer, and the modules that hold them."""
         modules = {
             "mlp.linear_fc1.weight": self.linear_fc1,
+            "mlp.linear_fc1.bias": self.linear_fc1,
             "mlp.linear_fc2.weight": self.linear_fc2,
+            "mlp.linear_fc2.bias": self.linear_fc2,
         }
         if hasattr(self.linear_fc1, "layer_norm_weight"):  # Transformer Engine fuses the norm
             modules["mlp.linear_fc1.layer_norm_weight"] = self.linear_fc1

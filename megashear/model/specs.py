@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megashear.config.schema import ModelShape
 from megashear.model.masked_attention import MaskedSelfAttention
 from megashear.model.masked_gpt import MaskedTransformerLayer
 from megashear.model.masked_mlp import MaskedMLP
@@ -20,43 +21,40 @@ from megashear.platform import layers
 
 
 def block_spec(
-    backend: str, num_layers: int, qk_norm: bool, masked_attention: bool
+    backend: str, num_layers: int, shape: ModelShape, masked_attention: bool
 ) -> TransformerBlockSubmodules:
     """The decoder of a masked model on this rank.
 
     Args:
         backend: `torch` or `transformer_engine` (see `platform.layers`).
         num_layers: transformer layers that this rank holds.
-        qk_norm: whether queries and keys are normed, head by head.
+        shape: says what modules and biases a layer has.
         masked_attention: whether the model will be given attention masks.
     """
     if backend == "transformer_engine":
-        layer, norm = (
-            layers.transformer_engine_spec(qk_norm, masked_attention),
-            layers.transformer_engine_norm(),
-        )
-        submodules = layer.submodules
-        attention = submodules.self_attention.submodules
+        norm = layers.transformer_engine_norm()
+        spec = layers.transformer_engine_spec(shape.qk_norm, masked_attention)
+        submodules, attention = spec.submodules, spec.submodules.self_attention
     else:
         norm = layers.RMSNorm
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         submodules = dataclasses.replace(
-            layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm
+            spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm
         )
-        attention = dataclasses.replace(
+        within = dataclasses.replace(
             submodules.self_attention.submodules,
             core_attention=layers.SDPAttention,
-            **(dict.fromkeys(("q_layernorm", "k_layernorm"), norm) if qk_norm else {}),
+            **(dict.fromkeys(("q_layernorm", "k_layernorm"), norm) if shape.qk_norm else {}),
         )
+        attention = dataclasses.replace(submodules.self_attention, submodules=within)
+    params = {**attention.params, "proj_bias": shape.proj_bias}
     masked = dataclasses.replace(
         submodules,
-        self_attention=dataclasses.replace(
-            submodules.self_attention, module=MaskedSelfAttention, submodules=attention
-        ),
+        self_attention=dataclasses.replace(attention, module=MaskedSelfAttention, params=params),
         mlp=_masked_mlp(submodules.mlp),
     )
-    spec = ModuleSpec(module=MaskedTransformerLayer, submodules=masked)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+    layer = ModuleSpec(module=MaskedTransformerLayer, submodules=masked)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _masked_mlp(mlp: Any) -> Any:

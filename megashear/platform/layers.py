@@ -6,6 +6,7 @@ ones do not serve: its norm refuses sequence parallelism, its attention material
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class RMSNorm(nn.Module):
 class SDPAttention(MegatronModule):
     """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU).
 
-    A mask, if there is one, is causal itself: [b, 1, s, s], True where a query must not look.
+    A mask, if there is one, is causal itself: [b, 1, s, s], True where a query must not look. Of
+    `config.window_size` (w - 1, 0) a query sees the w keys that end with its own.
 
     Under context parallelism a rank has two blocks of each sequence, one from either end
     (Megatron's order, which balances the work). Their queries see the keys and values of all ranks,
@@ -60,6 +62,7 @@ class SDPAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         self.softmax_scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None
         self.context_group = parallel_state.get_context_parallel_group(check_initialized=False)
 
     def forward(
@@ -68,20 +71,14 @@ class SDPAttention(MegatronModule):
         """Attend: query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn]."""
         seen = None if attention_mask is None else ~attention_mask
         if self.config.context_parallel_size == 1:
-            return self._attend(query, key, value, seen)
+            return self._attend(0, query, key, value, seen)
         ranks, rank = self.context_group.size(), self.context_group.rank()
         key, value = (self._gather_in_order(t) for t in (key, value))
         length = query.shape[0] // 2
         masks = (None, None) if seen is None else seen.chunk(2, dim=2)
         blocks = (rank, 2 * ranks - 1 - rank)
-        parts = []
-        for block, part, mask in zip(blocks, query.chunk(2), masks, strict=True):
-            end = (block + 1) * length
-            if mask is None:
-                mask = torch.ones(length, end, dtype=torch.bool, device=query.device)
-                mask = mask.tril(end - length)
-            parts.append(self._attend(part, key[:end], value[:end], mask[..., :end]))
-        return torch.cat(parts)
+        parts = zip(blocks, query.chunk(2), masks, strict=True)
+        return torch.cat([self._attend(n * length, q, key, value, mask) for n, q, mask in parts])
 
     def _gather_in_order(self, part: Tensor) -> Tensor:
         """This rank's two blocks -> all blocks of the sequence; gradients are summed back."""
@@ -90,9 +87,17 @@ class SDPAttention(MegatronModule):
         return torch.cat([*blocks[0::2], *reversed(blocks[1::2])])
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+        self, first: int, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
     ) -> Tensor:
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, hn]
+        """Queries from position `first` on see the keys of their window, and of the mask."""
+        end = first + query.shape[0]
+        window = min(self.window or end, end)
+        mask = None if seen is None else seen[..., :end]
+        if window < end or (mask is None and first > 0):
+            in_window = _in_window(first, end, window, query.device)
+            mask = in_window if mask is None else mask & in_window
+        # [b, n, s, hn]
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key[:end], value[:end]))
         context = functional.scaled_dot_product_attention(
             query,
             key,
@@ -103,6 +108,13 @@ class SDPAttention(MegatronModule):
             enable_gqa=True,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same: of a sequence, or of a context rank's blocks
+def _in_window(first: int, end: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a query from `first` on sees, those of its window: bool [end - first, end]."""
+    ones = torch.ones(end - first, end, dtype=torch.bool, device=device)
+    return ones.tril(first).triu(first + 1 - window)
 
 
 def context_part(sequences: Tensor) -> Tensor:
