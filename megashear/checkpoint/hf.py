@@ -19,7 +19,6 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megashear.checkpoint.hf_config import (
-    family_of,
     hf_config,
     read_json,
     refuse,
@@ -67,9 +66,7 @@ class HuggingFaceReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         file = self.directory / "config.json"
-        config = read_json(file)
-        self.family = family_of(config, file)
-        self.shape = shape_from_hf_config(config, file)
+        self.shape = shape_from_hf_config(read_json(file), file)
         self._index = _read_index(self.directory)
 
     def check(self) -> None:
@@ -87,7 +84,7 @@ class HuggingFaceReader:
         Raises:
             CheckpointError: as `check`, or the tensor cannot be read or is not finite.
         """
-        return to_megatron(self.shape, name, self._tensor, self.family)
+        return to_megatron(self.shape, name, self._tensor)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the table, in its order, one in memory at a time."""
@@ -113,7 +110,7 @@ class HuggingFaceReader:
         if self.shape.num_layers > len(found):  # and never list what a wrong number implies
             text = f"num_hidden_layers = {self.shape.num_layers} in config.json, but the files"
             return [f"{text} hold only {len(found)} tensors"]
-        expected = hf_tensors(self.shape, self.family)
+        expected = hf_tensors(self.shape)
         problems = [f"{name} is missing" for name in expected if name not in found]
         if self.shape.tied_embeddings:
             expected[HEAD] = expected[EMBEDDING]

@@ -3,7 +3,8 @@
 A setting is taken in one of three ways and never ignored: it becomes a field of the shape; it is in
 `FIXED` and must have a value written there; or it is in `NEUTRAL`, the keys known not to change the
 mathematics. Any other key that is set to something is an error, because only its author knows what
-it does to the logits. Imports neither Megatron nor transformers.
+it does to the logits. What sets families apart is in `mapping.FAMILIES`, rotary embeddings are read
+by `hf_rotary`. Imports neither Megatron nor transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megashear.checkpoint.mapping import FAMILIES, LLAMA, Family
+from megashear.checkpoint.hf_rotary import NESTED, THETA, positive, read_rotary, rotary_settings
+from megashear.checkpoint.mapping import FAMILIES, PARTS, Family
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 
@@ -38,8 +40,8 @@ SIZES = {
 DERIVED = ("num_key_value_heads", "head_dim")
 """Sizes that follow from the others where they are left out."""
 
-NO_BIAS = "biases are not supported"
-NO_WINDOW = "attention over a sliding window is not supported"
+NO_BIAS = "this architecture has no such biases in transformers"
+NO_WINDOW = "this architecture has no sliding window in transformers"
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only the gated SiLU feed-forward is supported"),
     "attention_bias": ((False,), NO_BIAS),
@@ -50,6 +52,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1,), "only rotary embeddings of the whole head are supported"),
     "sliding_window": ((), NO_WINDOW),
     "use_sliding_window": ((False,), NO_WINDOW),
+    "use_mrope": ((False,), "only rotary embeddings of one position are supported"),
     "quantization_config": ((), "quantised weights are not supported; dequantise them first"),
     "auto_map": ((), "the model comes with code of its own, which is never run"),
     "is_encoder_decoder": ((False,), "only decoders are supported"),
@@ -83,9 +86,8 @@ OTHER_MODELS = (
 NEUTRAL = frozenset(f"{ORIGIN} {RUNNING} {GENERATION} {OTHER_MODELS}".split())
 """Keys known not to change the mathematics of a causal language model, whatever their value."""
 
-NORM, TIED, THETA = "rms_norm_eps", "tie_word_embeddings", "rope_theta"
-NESTED = ("rope_parameters", "rope_scaling")  # of transformers 5, and of older ones
-PLAIN = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+NORM, TIED, LAYER_TYPES = "rms_norm_eps", "tie_word_embeddings", "layer_types"
+FULL, SLIDING = "full_attention", "sliding_attention"
 EMPTY: tuple[Any, ...] = (None, {}, [], "")
 
 
@@ -126,21 +128,29 @@ def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.jso
     Raises:
         CheckpointError: listing everything in it that is missing, impossible or not understood.
     """
-    defaults = family_of(config, source).defaults
-    config = {key: value for key, value in config.items() if value is not None}
-    settings = {**defaults, **config}
+    family = family_of(config, source)
+    settings = {**family.defaults, **config}
     problems: list[str] = []
-    shape = ModelShape(
-        **_sizes(settings, problems),
-        rotary_base=_rotary_base(config, defaults[THETA], problems),
-        layernorm_epsilon=_positive(settings[NORM], NORM, problems),
-        tied_embeddings=settings[TIED],
-        qkv_bias=False,  # the keys that would say so are refused
-        qk_norm=False,
+    sizes = _sizes(settings, problems)
+    rotary_base, rotary_scaling = read_rotary(
+        config, family.defaults[THETA], sizes["max_position_embeddings"], problems
     )
-    if not isinstance(shape.tied_embeddings, bool):
-        problems.append(f"{TIED} = {shape.tied_embeddings!r} must be true or false")
-    problems += _not_understood(config)
+    switched = {
+        part
+        for key, parts in family.switches.items()
+        for part in (parts if _boolean(settings, key, problems) else ())
+    }
+    shape = ModelShape(
+        **sizes,
+        **dict.fromkeys(switched | family.always, True),
+        rotary_base=rotary_base,
+        rotary_scaling=rotary_scaling,
+        layernorm_epsilon=positive(settings[NORM], NORM, problems),
+        tied_embeddings=_boolean(settings, TIED, problems),
+        sliding_window=_window(settings, family, sizes["num_layers"], problems),
+        family=family.model_type,
+    )
+    problems += _not_understood(config, family)
     if not problems:
         problems += _impossible(shape)
     if problems:
@@ -162,8 +172,10 @@ def family_of(config: Mapping[str, Any], source: object = "config.json") -> Fami
             and (architectures or model_type)
         ):
             return family
-    text = f"architectures = {architectures!r} with model_type = {model_type!r} is not supported"
-    refuse(source, [f"{text}; supported: {', '.join(FAMILIES)}"])
+    named = f"architectures = {reprlib.repr(architectures)} with model_type = "
+    text = f"{named}{reprlib.repr(model_type)} is not supported"
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    refuse(source, [f"{text}; supported: {supported}"])
 
 
 def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -177,47 +189,54 @@ def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         elif value is None:
             problems.append(f"{key} is missing")
         elif type(value) is not int or not 1 <= value <= largest:
-            problems.append(f"{key} = {value!r} must be a whole number from 1 to {largest}")
+            text = f"{key} = {reprlib.repr(value)} must be a whole number from 1 to {largest}"
+            problems.append(text)
         else:
             sizes[field] = value
     return sizes
 
 
-def _positive(value: Any, path: str, problems: list[str]) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        problems.append(f"{path} = {value!r} must be a number above 0")
-        return 1.0
-    return float(value)
+def _boolean(settings: Mapping[str, Any], key: str, problems: list[str]) -> bool:
+    if not isinstance(settings[key], bool):
+        problems.append(f"{key} = {reprlib.repr(settings[key])} must be true or false")
+    return settings[key] is True
 
 
-def _rotary_base(config: Mapping[str, Any], default: float, problems: list[str]) -> float:
-    """The base of plain rotary embeddings, from the form of transformers 5 or the older one."""
-    places = {THETA: config.get(THETA)}
-    for key in NESTED:
-        settings = config.get(key) or {}
-        if not isinstance(settings, dict):
-            problems.append(f"{key} = {reprlib.repr(settings)} must be a mapping")
-            continue
-        places[f"{key}.{THETA}"] = settings.get(THETA)
-        problems += [
-            f"{key}.{name} = {value!r} is not supported; only plain rotary embeddings are"
-            for name, value in settings.items()
-            if name != THETA and value is not None and PLAIN.get(name, EMPTY) != value
-        ]
-    bases = {
-        path: _positive(value, path, problems)
-        for path, value in places.items()
-        if value is not None
-    }
-    if len(set(bases.values())) > 1 or all(config.get(key) for key in NESTED):
-        given = ", ".join(f"{path} = {base:g}" for path, base in bases.items())
-        problems.append(f"the rotary embedding is given more than once: {given}; keep one")
-    return next(iter(bases.values()), default)
+def _window(
+    settings: Mapping[str, Any], family: Family, num_layers: int, problems: list[str]
+) -> int | None:
+    """The tokens that a token sees in every layer, None for all; not in some layers only."""
+    window = settings.get("sliding_window") if family.window else None
+    if "use_sliding_window" in family.window:
+        window = window if _boolean(settings, "use_sliding_window", problems) else None
+    if window is not None and (type(window) is not int or not 1 <= window <= 2**31):
+        problems.append(f"sliding_window = {reprlib.repr(window)} must be a whole number above 0")
+        return None
+    full_layers = num_layers if window is None else 0
+    if window is not None and "max_window_layers" in family.window:
+        full_layers = settings["max_window_layers"]  # the first ones
+        if type(full_layers) is not int or full_layers < 0:
+            text = f"max_window_layers = {reprlib.repr(full_layers)} must be a whole number"
+            problems.append(text)
+            return None
+    implied = [FULL if layer < full_layers else SLIDING for layer in range(num_layers)]
+    types = settings.get(LAYER_TYPES) or implied
+    if types != implied and LAYER_TYPES not in family.window:
+        text = f"is not what this architecture does with sliding_window = {window}"
+        problems.append(f"{LAYER_TYPES} = {reprlib.repr(types)} {text}")
+    elif types == [FULL] * num_layers:
+        return None
+    elif window is None or types != [SLIDING] * num_layers:
+        text = "a sliding window in some of the layers only, or of no size, is not supported"
+        key = LAYER_TYPES if settings.get(LAYER_TYPES) else "max_window_layers"
+        problems.append(f"{key} = {reprlib.repr(settings.get(key))}: {text}")
+    return window
 
 
-def _not_understood(config: Mapping[str, Any]) -> list[str]:
+def _not_understood(config: Mapping[str, Any], family: Family) -> list[str]:
     """Settings that are refused for their value, and keys that nobody has looked at."""
-    understood = {*NEUTRAL, *SIZES.values(), *NESTED, NORM, TIED, THETA}
+    understood = {*NEUTRAL, *SIZES.values(), *NESTED, NORM, TIED, THETA, LAYER_TYPES}
+    understood |= {*family.switches, *family.window}
     problems = []
     for key, value in config.items():
         if key in understood or value in EMPTY:
@@ -243,28 +262,55 @@ def _impossible(shape: ModelShape) -> list[str]:
     return problems
 
 
-def hf_config(shape: ModelShape, family: Family = LLAMA) -> dict[str, Any]:
+def hf_config(shape: ModelShape) -> dict[str, Any]:
     """What config.json says about a shape, in a form that transformers 4 and 5 both read.
 
+    Of the architectures that have all that the model has and nothing else, it is the shape's own
+    family or else the first: a LLaMA with q/k norms is a Qwen3.
+
     Raises:
-        CheckpointError: transformers would refuse the shape.
+        CheckpointError: there is none.
     """
-    if shape.hidden_size % shape.num_attention_heads:
-        raise CheckpointError(
-            f"transformers loads a {family.architecture} only where hidden_size "
-            f"({shape.hidden_size}) is a multiple of num_attention_heads "
-            f"({shape.num_attention_heads}); choose such a target shape"
-        )
-    return {
+    candidates = sorted(FAMILIES.values(), key=lambda family: family.model_type != shape.family)
+    unfit = {family.architecture: _unfit(family, shape) for family in candidates}
+    family = next((family for family in candidates if not unfit[family.architecture]), None)
+    if family is None:
+        reasons = [f"{name}: {', '.join(texts)}" for name, texts in unfit.items()]
+        refuse("no supported architecture of transformers is this model", reasons)
+    config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{key: getattr(shape, field) for field, key in SIZES.items()},
         "hidden_act": "silu",
         NORM: shape.layernorm_epsilon,
-        THETA: shape.rotary_base,
-        "rope_parameters": {THETA: shape.rotary_base, "rope_type": "default"},
+        **rotary_settings(shape),
         TIED: shape.tied_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **{key: getattr(shape, min(parts)) for key, parts in family.switches.items()},
         "attention_dropout": 0.0,
     }
+    if family.window:
+        config["sliding_window"] = shape.sliding_window
+    if "use_sliding_window" in family.window:
+        windowed = shape.sliding_window is not None
+        full_layers = 0 if windowed else shape.num_layers
+        config |= {"use_sliding_window": windowed, "max_window_layers": full_layers}
+    return config
+
+
+def _unfit(family: Family, shape: ModelShape) -> list[str]:
+    """Why an architecture is not that of a shape."""
+    has = {part for part in PARTS if getattr(shape, part)}
+    may_have = family.always.union(*family.switches.values())
+    problems = [f"has no {PARTS[part]}" for part in PARTS if part in has - may_have]
+    problems += [f"always has {PARTS[part]}" for part in sorted(family.always - has)]
+    problems += [
+        f"has {' and '.join(PARTS[part] for part in sorted(parts))} together"
+        for parts in family.switches.values()
+        if parts & has and not parts <= has
+    ]
+    if shape.sliding_window is not None and not family.window:
+        problems.append("has no sliding window")
+    if family.whole_heads and shape.hidden_size % shape.num_attention_heads:
+        sizes = f"hidden_size ({shape.hidden_size}) to be a multiple of num_attention_heads"
+        problems.append(f"needs {sizes} ({shape.num_attention_heads})")
+    return problems

@@ -1,15 +1,15 @@
 """Names and layouts of Hugging Face tensors in Megatron's terms, and back.
 
-A family of models is one entry of `FAMILIES`. Parameters go by their names in `pruning.table` and
-are whole, not split by tensor parallelism. Rotary embeddings rotate halves in both: no row moves.
-What config.json says is the matter of `hf_config`. Imports neither Megatron nor transformers.
+`WEIGHTS` has a line for each parameter, `FAMILIES` an entry for each family of models. Parameters
+go by their names in `pruning.table` and are whole, not split by tensor parallelism. Rotary
+embeddings rotate halves in both: no row moves. Imports neither Megatron nor transformers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,75 +70,134 @@ class GatedMLP(Weights):
 
 
 def _layer(weights: type[Weights], name: str, *hf_names: str) -> Weights:
-    hf = tuple(f"model.layers.*.{hf_name}.weight" for hf_name in hf_names)
+    hf = tuple(f"model.layers.*.{hf_name}" for hf_name in hf_names)
     return weights(f"decoder.layers.*.{name}", hf)
 
 
-LLAMA_WEIGHTS: tuple[Weights, ...] = (
+def _linear(weights: type[Weights], name: str, *hf_names: str) -> Iterator[Weights]:
+    """The weight of a linear layer, and its bias, whose rows lie alike."""
+    for kind in ("weight", "bias"):
+        yield _layer(weights, f"{name}.{kind}", *(f"{hf_name}.{kind}" for hf_name in hf_names))
+
+
+WEIGHTS: tuple[Weights, ...] = (
     Weights("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    _layer(Weights, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm"),
-    _layer(QKV, "self_attention.linear_qkv.weight", *(f"self_attn.{n}_proj" for n in "qkv")),
-    _layer(Weights, "self_attention.linear_proj.weight", "self_attn.o_proj"),
-    _layer(Weights, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
-    _layer(GatedMLP, "mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj"),
-    _layer(Weights, "mlp.linear_fc2.weight", "mlp.down_proj"),
+    _layer(Weights, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    *_linear(QKV, "self_attention.linear_qkv", *(f"self_attn.{n}_proj" for n in "qkv")),
+    _layer(Weights, "self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+    _layer(Weights, "self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+    *_linear(Weights, "self_attention.linear_proj", "self_attn.o_proj"),
+    _layer(Weights, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+    *_linear(GatedMLP, "mlp.linear_fc1", "mlp.gate_proj", "mlp.up_proj"),
+    *_linear(Weights, "mlp.linear_fc2", "mlp.down_proj"),
     Weights("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Weights("output_layer.weight", ("lm_head.weight",)),
 )
+"""Every parameter that a model may have; where families share a part they share its names."""
+
+PARTS = {
+    "qkv_bias": "biases of queries, keys and values",
+    "proj_bias": "a bias of the attention's output",
+    "mlp_bias": "biases of the feed-forward",
+    "qk_norm": "q/k norms",
+}
+"""What some models have and others lack: flags of ModelShape, in words."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share an architecture's code in transformers."""
+    """An architecture of transformers: what its config.json says beyond the sizes."""
 
-    architecture: str  # the class in transformers
+    architecture: str  # the class
     model_type: str
-    defaults: Mapping[str, Any]  # what transformers takes for a key that config.json leaves out
-    weights: tuple[Weights, ...]  # of every parameter
+    defaults: Mapping[str, Any]  # what transformers takes for a key that is left out
+    always: frozenset[str] = frozenset()  # PARTS that every such model has
+    switches: Mapping[str, frozenset[str]] = field(default_factory=dict)  # keys, and their PARTS
+    window: tuple[str, ...] = ()  # keys that say which layers attend over a sliding window
+    whole_heads: bool = False  # whether hidden_size must be a multiple of num_attention_heads
 
 
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    defaults={
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
-    weights=LLAMA_WEIGHTS,
-)
-FAMILIES = {family.architecture: family for family in (LLAMA,)}
+_ATTENTION_BIAS = frozenset(("qkv_bias", "proj_bias"))
+_EVERYWHERE = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+_QWEN = {
+    **_EVERYWHERE,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_QWEN_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            defaults={
+                **_EVERYWHERE,
+                "max_position_embeddings": 2048,
+                "attention_bias": False,
+                "mlp_bias": False,
+            },
+            switches={"attention_bias": _ATTENTION_BIAS, "mlp_bias": frozenset(("mlp_bias",))},
+            whole_heads=True,
+        ),
+        Family(
+            architecture="MistralForCausalLM",
+            model_type="mistral",
+            defaults={
+                **_EVERYWHERE,
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+            },
+            window=("sliding_window",),
+        ),
+        Family(
+            architecture="Qwen2ForCausalLM",
+            model_type="qwen2",
+            defaults=_QWEN,
+            always=frozenset(("qkv_bias",)),
+            window=_QWEN_WINDOW,
+        ),
+        Family(
+            architecture="Qwen3ForCausalLM",
+            model_type="qwen3",
+            defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
+            always=frozenset(("qk_norm",)),
+            switches={"attention_bias": _ATTENTION_BIAS},
+            window=_QWEN_WINDOW,
+        ),
+    )
+}
 
 
-def _find(name: str, family: Family) -> tuple[Weights, list[str]]:
+def _find(name: str) -> tuple[Weights, list[str]]:
     """The mapping of a parameter, and its Hugging Face names with the layer written out."""
     layer = "".join(_LAYER_NUMBER.findall(name))
     pattern = _LAYER_NUMBER.sub("*", name)
-    weights = next(weights for weights in family.weights if weights.name == pattern)
+    weights = next(weights for weights in WEIGHTS if weights.name == pattern)
     return weights, [hf_name.replace("*", layer) for hf_name in weights.hf_names]
 
 
-def to_megatron(
-    shape: ModelShape, name: str, hf_read: Callable[[str], Tensor], family: Family = LLAMA
-) -> Tensor:
+def to_megatron(shape: ModelShape, name: str, hf_read: Callable[[str], Tensor]) -> Tensor:
     """The parameter `name`, made of Hugging Face tensors."""
-    weights, hf_names = _find(name, family)
+    weights, hf_names = _find(name)
     return weights.join(shape, [hf_read(hf_name) for hf_name in hf_names])
 
 
-def to_hf(
-    shape: ModelShape, name: str, whole: Tensor, family: Family = LLAMA
-) -> Iterator[tuple[str, Tensor]]:
+def to_hf(shape: ModelShape, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors, by name, that the parameter `name` consists of."""
-    weights, hf_names = _find(name, family)
+    weights, hf_names = _find(name)
     yield from zip(hf_names, weights.split(shape, whole), strict=True)
 
 
-def hf_tensors(shape: ModelShape, family: Family = LLAMA) -> dict[str, tuple[int, ...]]:
+def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face model."""
     shapes: dict[str, tuple[int, ...]] = {}
     for row in table(shape):
         whole = torch.empty(row.shape(), device="meta")
-        shapes |= {name: tuple(p.shape) for name, p in to_hf(shape, row.name, whole, family)}
+        shapes |= {name: tuple(part.shape) for name, part in to_hf(shape, row.name, whole)}
     return shapes
