@@ -6,15 +6,13 @@ Imports `errors`, zstandard and the standard library only.
 from __future__ import annotations
 
 import glob
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from io import BufferedReader
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -25,12 +23,7 @@ _BLOCK_BYTES = 1 << 17  # of compressed data, read at a time
 _GZIP = b"\x1f\x8b"
 # A frame of data, or one to skip, with which some writers begin.
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
-_UNREADABLE = {
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "zip",
-    b"PAR1": "parquet",
-}
+_UNREADABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,11 @@ class Place:
     Attributes:
         file: number of the file among all.
         line: lines of that file before it.
-        byte: plain bytes of these.
         read: bytes on disk (compressed ones, if so) before it, of all files.
     """
 
     file: int = 0
     line: int = 0
-    byte: int = 0
     read: int = 0
 
 
@@ -101,25 +92,24 @@ def read_chunks(files: Sequence[Path], start: Place = START) -> Iterator[Chunk]:
 
 def _read_file(file: Path, start: Place, before: int) -> Iterator[Chunk]:
     """The lines of one file; `before` are the bytes of the files before it."""
-    number, byte, kind = start.line, start.byte, ""
+    number, kind, size = start.line, "", 0
     lines: list[bytes] = []
 
     def chunk() -> Chunk:
         read = before + (raw.tell() if raw.seekable() else 0)  # a pipe has no place
-        end = Place(start.file, number, byte, read)
-        return Chunk(str(file), number - len(lines) + 1, lines, end)
+        return Chunk(str(file), number - len(lines) + 1, lines, Place(start.file, number, read))
 
     try:
         with file.open("rb") as raw:
             kind = _kind(file, raw.peek(6))
-            for line in _plain(raw, kind, start.byte):
-                number, byte = number + 1, byte + len(line)
+            for line in islice(_lines(_unpacked(raw, kind)) if kind else raw, start.line, None):
+                number, size = number + 1, size + len(line)
                 lines.append(line)
-                if byte - start.byte >= CHUNK_BYTES:
+                if size >= CHUNK_BYTES:
                     yield chunk()
-                    start, lines = replace(start, byte=byte), []
+                    lines, size = [], 0
             yield chunk()
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{file}: damaged {kind} data after line {number:,} ({error}). Fetch or compress it "
             f"again; `{kind} -t` tells whether it is whole"
@@ -140,46 +130,27 @@ def _kind(file: Path, head: bytes) -> str:
     return kind
 
 
-def _plain(raw: BufferedReader, kind: str, skip: int) -> Iterable[bytes]:
-    """The lines of an open file, after `skip` plain bytes."""
-    if not kind:
-        if skip:
-            raw.seek(skip)
-        return raw
-    stream = gzip.GzipFile(fileobj=raw) if kind == "gzip" else BufferedReader(_Zstd(raw), 1 << 20)
-    while skip and (block := stream.read(min(skip, 1 << 20))):
-        skip -= len(block)
-    return stream
+def _unpacked(raw: BinaryIO, kind: str) -> Iterator[bytes]:
+    """Plain blocks of gzip members or zstd frames. Zstd's own reader takes a cut file for whole."""
+    # Any window: frames of `zstd --long=31` need 2 GiB.
+    zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    packed, frame = b"", None
+    while packed := packed or raw.read(_BLOCK_BYTES):
+        frame = frame or (zlib.decompressobj(31) if kind == "gzip" else zstd.decompressobj())
+        yield frame.decompress(packed)
+        packed = frame.unused_data
+        frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("it ends within a frame")
 
 
-class _Zstd(io.RawIOBase):
-    """Plain bytes of zstd frames. The library's own reader takes a file that was cut for whole."""
-
-    def __init__(self, raw: BufferedReader) -> None:
-        self._raw = raw
-        self._plain = memoryview(b"")
-        # Any window: frames of `zstd --long=31` need 2 GiB.
-        self._library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame = self._library.decompressobj()
-        self._packed, self._within = b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._packed = self._packed or self._raw.read(_BLOCK_BYTES)
-            if not self._packed:
-                if self._within:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            self._plain = memoryview(self._frame.decompress(self._packed))
-            self._packed, self._within = self._frame.unused_data, not self._frame.eof
-            if self._frame.eof:
-                self._frame = self._library.decompressobj()
-        size = min(len(buffer), len(self._plain))
-        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
-        return size
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+    if rest:
+        yield rest
 
 
 def text_of(line: bytes, field: str) -> str:
@@ -197,13 +168,13 @@ def text_of(line: bytes, field: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON that can be read: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {_KINDS[type(record)]}, not an object with a field {field!r}")
+        raise ValueError(f"{_short(record)} is not an object with a field {field!r}")
     if field not in record:
         others = ", ".join(map(repr, list(record)[:6])) or "none"
         raise ValueError(f"no field {field!r}; the record's fields: {others}")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is {_KINDS[type(text)]}, not a string")
+        raise ValueError(f"field {field!r} is {_short(text)}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -211,12 +182,5 @@ def text_of(line: bytes, field: str) -> str:
     return text
 
 
-_KINDS = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "boolean",
-    type(None): "null",
-}
+def _short(value: Any) -> str:
+    return {dict: "an object", list: "an array"}.get(type(value)) or json.dumps(value)[:40]
