@@ -9,8 +9,9 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
@@ -33,9 +34,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.checkpoints import layout_of_newer_release, weights_only
-from megashear.pruning.table import table
+from megashear.pruning.table import Row, table
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)")
+_WEIGHT = re.compile(r"^(embedding|decoder|mtp|output_layer)\.(?!.*_extra_state)")
 
 # What the pickled table of contents of a torch_dist checkpoint may name: plain descriptions, which
 # do no harm whatever they are called with. Of these modules only the classes they define.
@@ -115,7 +118,9 @@ def _files_cut_short(directory: Path, metadata: Metadata) -> list[str]:
     for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     sizes = {
-        name: (directory / name).stat().st_size for name in ends if (directory / name).is_file()
+        name: (directory / name).stat().st_size
+        for name in ends
+        if (directory / name).is_file() and name == Path(name).name  # not of another directory
     }
     return [name for name, end in sorted(ends.items()) if sizes.get(name, -1) < end]
 
@@ -155,40 +160,68 @@ def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
+class _Stored(NamedTuple):
+    """Where a tensor of a model lies: under which key, and in which layer if the key holds all."""
+
+    key: str
+    layer: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _stored_weights(metadata: Metadata, num_layers: int) -> dict[str, _Stored]:
+    """Tensors of a model by their names in the table; of stacked layers one more than there are."""
+    stored = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) or not _WEIGHT.match(key):
+            continue
+        if (stacked := _STACKED.match(key)) is None:
+            stored[key] = _Stored(key, (), tuple(entry.size))
+            continue
+        for layer in range(min((*entry.size[:1], num_layers + 1))):
+            name = f"{stacked.group()}{layer}.{key[stacked.end() :]}"
+            stored[name] = _Stored(key, (layer,), tuple(entry.size[1:]))
+    return stored
+
+
+def _fits(row: Row, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape holds the parameter; the vocabulary may be padded there."""
+    expected = row.shape()
+    if row.axes[0].vocabulary and shape >= expected:
+        shape = expected[:1] + shape[1:]
+    return shape == expected
+
+
 class WeightsReader:
     """Reads the weights of a checkpoint tensor by tensor, in one process and without a group.
+
+    The checkpoint may be Megatron-LM's own: layers stacked or apart, the vocabulary padded (what is
+    beyond it is not read), an optimizer's state beside the weights.
 
     Args:
         directory: a torch_dist checkpoint of a model's weights.
         shape: of the model in it.
 
     Raises:
-        CheckpointError: it is no such checkpoint, or lacks tensors of this shape (all are named).
+        CheckpointError: it is no such checkpoint, or its weights are not those of this shape: some
+            are missing, or more, or of another shape (all are named).
     """
 
     def __init__(self, directory: Path, shape: ModelShape) -> None:
-        metadata = check_metadata(directory)
         self.directory = directory
+        self._metadata = check_metadata(directory)
         self._reader = FileSystemReader(directory)
-        self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._stored = _stored_weights(self._metadata, shape.num_layers)
         self.rows = {row.name: row for row in table(shape)}
-        problems = [
-            f"{name} {row.shape()}: {self._stored(name) or 'missing'}"
-            for name, row in self.rows.items()
-            if self._stored(name) != row.shape()
-        ]
+        problems = []
+        for name in {**self.rows, **self._stored}:
+            row, found = self.rows.get(name), self._stored.get(name)
+            if row is None or found is None or not _fits(row, found.shape):
+                is_there = found.shape if found else "missing"
+                problems.append(f"{name}: {is_there}, expected {row.shape() if row else 'none'}")
         if problems:
-            raise CheckpointError(f"{directory}: lacks tensors:\n  " + "\n  ".join(problems))
-
-    def _stored(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor on disk, without the axis of the layers."""
-        key, layer = place_on_disk(name)
-        entry = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
-            return None
-        stacked, shape = entry.size[: len(layer)], entry.size[len(layer) :]
-        return tuple(shape) if layer < tuple(stacked) or not layer else None
+            what = "does not hold the tensors of the model's shape"
+            raise CheckpointError(f"{directory}: {what}:\n  " + "\n  ".join(problems))
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the dtype it is stored in.
@@ -196,7 +229,7 @@ class WeightsReader:
         Raises:
             CheckpointError: its file is missing or damaged.
         """
-        key, layer = place_on_disk(name)
+        key, layer, _ = self._stored[name]
         entry: Any = self._metadata.state_dict_metadata[key]
         shape = self.rows[name].shape()
         tensor = torch.empty(shape, dtype=entry.properties.dtype)
@@ -204,9 +237,12 @@ class WeightsReader:
         offsets = torch.Size((*layer, *(0 for _ in shape)))
         chunk = ChunkStorageMetadata(offsets, target.shape)
         items = create_read_items_for_chunk_list(key, entry, [chunk])
+        held = sum(prod(item.lengths) for item in items)
         try:
+            if held != tensor.numel():
+                raise EOFError(f"its parts hold {held:,} of {tensor.numel():,} elements")
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # a damaged checkpoint can fail in any way
             reason = _reason(error)
             raise CheckpointError(f"{self.directory}: cannot read {name}: {reason}") from error
         return tensor

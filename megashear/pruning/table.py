@@ -59,7 +59,8 @@ class Axis:
         fixed: positions after each block that no unit switches (the group's key and value).
         tile: how often the whole pattern stands in the axis (2 in fc1: gate rows, then up rows).
         scaled: whether the mask multiplies the parameter along this axis; if not it only cuts.
-        parallel: whether tensor parallelism splits the axis, between blocks.
+        parallel: whether tensor parallelism splits the axis, between blocks. Where they do not
+            divide evenly (the vocabulary), padding makes the last shards as long as the others.
     """
 
     mask: str | None
@@ -72,13 +73,18 @@ class Axis:
     parallel: bool = False
 
     @property
+    def vocabulary(self) -> bool:
+        """Whether it is that of the vocabulary."""
+        return self.mask is None and self.parallel
+
+    @property
     def block_length(self) -> int:
         """Positions of a block, with those after it that no unit switches."""
         return self.block * self.repeat + self.fixed
 
     def blocks(self, ranks: int = 1) -> int:
         """Blocks in one tile on one of `ranks` tensor-parallel ranks."""
-        return self.units // self.block // (ranks if self.parallel else 1)
+        return -(-self.units // self.block // (ranks if self.parallel else 1))
 
     def length(self, ranks: int = 1) -> int:
         """Positions along the axis on one of `ranks` tensor-parallel ranks."""
@@ -88,7 +94,8 @@ class Axis:
         """int64 [length]: the unit of each position of this rank's shard, or -1 for none."""
         share = self.blocks(ranks) * self.block
         first = rank * share if self.parallel else 0
-        units = torch.arange(first, first + share).repeat_interleave(self.repeat)
+        units = torch.arange(first, first + share)
+        units = units.masked_fill(units >= self.units, -1).repeat_interleave(self.repeat)
         blocks = units.view(-1, self.block * self.repeat)
         return functional.pad(blocks, (0, self.fixed), value=-1).flatten().repeat(self.tile)
 
@@ -127,12 +134,16 @@ class Row:
         return tuple(axis.length(ranks) for axis in self.axes)
 
     def shard(self, tensor: Tensor, rank: int, ranks: int) -> Tensor:
-        """One tensor-parallel rank's part of the whole parameter."""
+        """One tensor-parallel rank's part of the whole parameter; padding is 0."""
         for dim, axis in enumerate(self.axes):
             if axis.parallel and ranks > 1:
                 share = axis.blocks(ranks)
                 blocks = tensor.unflatten(dim, (axis.tile, -1, axis.block_length))
-                tensor = blocks.narrow(dim + 1, rank * share, share).flatten(dim, dim + 2)
+                first = min(rank * share, axis.blocks())
+                number = min(share, axis.blocks() - first)
+                padding = (0, 0) * (blocks.dim() - dim - 2) + (0, share - number)
+                part = functional.pad(blocks.narrow(dim + 1, first, number), padding)
+                tensor = part.flatten(dim, dim + 2)
         return tensor
 
     def units(self, axis: Axis, masks: Mapping[str, Tensor]) -> Tensor:

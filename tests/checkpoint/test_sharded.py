@@ -16,12 +16,16 @@ from megatron.core import package_info
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megashear.checkpoint import sharded, writing
+from megashear.checkpoint.load import fill_from_reader, sharded_weights
+from megashear.checkpoint.optimizer_state import optimizer_state
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.checkpoint.stream import processes, write_weights
-from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
+from megashear.config.schema import ModelShape, OptimizerConfig, ParallelConfig, PlatformConfig
 from megashear.errors import CheckpointError
 from megashear.model.build import build_model
 from megashear.platform import parallel
+from megashear.pruning.table import table
+from megashear.training.optimizer import WeightOptimizer
 from tests.distributed import run_distributed
 from tests.reference_llama import random_weights
 from tests.runs import GQA
@@ -94,11 +98,96 @@ def test_what_any_layout_saves_is_read_as_it_was_written(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+MEGATRON_LM = {
+    "stacked": (replace(GQA, vocab_size=128), {}),
+    "apart": (replace(GQA, vocab_size=128), {"non_homogeneous_layers": True}),
+    "apart-tied": (replace(SHAPE, vocab_size=66), {"non_homogeneous_layers": True}),
+}
+
+
+def save_as_megatron_lm(source: Path, out: Path, shape: ModelShape, metadata: Any) -> None:
+    """As its training script does: the padded model with its `_extra_state`, and an optimizer."""
+    layout = ParallelConfig(tensor=2)
+    platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
+    chunks = build_model(shape, platform, layout, seq_length=8)
+    fill_from_reader(chunks, WeightsReader(source, shape).read, platform)
+    state = chunks[0].sharded_state_dict(metadata=metadata or None)
+    assert any(name.endswith("_extra_state") for name in state)
+    moments = optimizer_state(
+        sharded_weights(chunks), WeightOptimizer(chunks, OptimizerConfig(), layout, 2).megatron
+    )
+    writing.save({"model": state, "optimizer": moments}, out)
+    parallel.stop()
+
+
+@pytest.mark.parametrize("case", MEGATRON_LM)
+def test_megatron_lms_own_checkpoint_is_read_up_to_the_vocabulary(
+    case: str, tmp_path: Path
+) -> None:
+    shape, metadata = MEGATRON_LM[case]
+    run_distributed(write, 1, tmp_path / "source", shape)
+    run_distributed(save_as_megatron_lm, 2, tmp_path / "source", tmp_path / "out", shape, metadata)
+    keys = sharded.check_metadata(tmp_path / "out").state_dict_metadata
+    assert ("decoder.layers.1.mlp.linear_fc2.weight" in keys) == bool(metadata)
+    assert f"optimizer.state.exp_avg.{EMBEDDING}" in keys
+    for vocabulary in (shape.vocab_size, 65, 5):
+        reader = WeightsReader(tmp_path / "out", replace(shape, vocab_size=vocabulary))
+        found = dict(reader.items())
+        for row in table(shape):
+            expected = random_weights(shape, seed=0)[row.name]
+            if row.axes[0].vocabulary:
+                expected = expected[:vocabulary]
+            assert torch.equal(found[row.name], expected), row.name
+
+
+OTHERS = {
+    "larger vocabulary": ({"vocab_size": 65}, [EMBEDDING]),
+    "fewer layers": ({"num_layers": 2}, ["decoder.layers.2."]),
+    "no more bias": ({"qkv_bias": False}, ["linear_qkv.bias"]),
+    "no more head": ({"tied_embeddings": True}, ["output_layer.weight"]),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_nothing_in_a_checkpoint_is_left_out_silently(what: str, tmp_path: Path) -> None:
+    shape = replace(GQA, qkv_bias=True)
+    run_distributed(write, 1, tmp_path / "model", shape)
+    changes, names = OTHERS[what]
+    with pytest.raises(CheckpointError) as refused:
+        WeightsReader(tmp_path / "model", replace(shape, **changes))
+    lines = str(refused.value).splitlines()[1:]
+    expected = [row.name for row in table(shape) if any(name in row.name for name in names)]
+    if what == "larger vocabulary":
+        expected += ["output_layer.weight"]
+    assert sorted(line.split(":")[0].strip() for line in lines) == sorted(expected)
+
+
+def test_a_tensor_with_a_hole_is_refused(copy: Path) -> None:
+    """Memory that nothing was read into would be taken for weights."""
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop(1)
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    reader = WeightsReader(copy, SHAPE)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.linear_fc2.weight: .* 0 of"):
+        dict(reader.items())
+
+
+def test_a_file_of_another_directory_is_not_the_checkpoints(copy: Path) -> None:
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    for index, place in metadata.storage_data.items():
+        outside = "../" + place.relative_path
+        metadata.storage_data[index] = replace(place, relative_path=outside)
+        shutil.copy(copy / place.relative_path, copy / outside)
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"missing or cut short: .*\.\./__0_1\.distcp"):
+        WeightsReader(copy, SHAPE)
+
+
 def test_a_checkpoint_of_another_shape_names_every_tensor(written: Path) -> None:
     other = replace(SHAPE, num_layers=4, ffn_hidden_size=40, tied_embeddings=False)
     with pytest.raises(CheckpointError) as refused:
         WeightsReader(written, other)
-    lines = [line.split()[0] for line in str(refused.value).splitlines()[1:]]
+    lines = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]]
     mlp = [f"decoder.layers.{n}.mlp.linear_{f}.weight" for n in range(4) for f in ("fc1", "fc2")]
     last = [name for name in random_weights(other, 0) if name.startswith("decoder.layers.3.")]
     assert sorted(lines) == sorted({*mlp, *last, "output_layer.weight"})
@@ -196,7 +285,7 @@ def test_objects_in_the_place_of_tensors_are_refused_and_not_run(copy: Path) -> 
     put_foreign_object(copy, EMBEDDING, flag)
     loaded, read = run_distributed(refusals, 1, copy)[0]
     assert f"holds pickled objects instead of tensors as {EMBEDDING}" in loaded
-    assert f"{EMBEDDING} (64, 32): missing" in read
+    assert f"{EMBEDDING}: missing, expected (64, 32)" in read
     assert not flag.exists()
 
 

@@ -66,7 +66,7 @@ def test_keys_and_values_belong_to_no_query_head() -> None:
 
 @given(
     ranks=st.integers(1, 4),
-    blocks=st.integers(1, 3),
+    blocks=st.integers(1, 9),
     block=st.integers(1, 3),
     repeat=st.integers(1, 3),
     fixed=st.integers(0, 3),
@@ -76,13 +76,27 @@ def test_keys_and_values_belong_to_no_query_head() -> None:
 def test_a_shard_holds_the_positions_that_its_rank_is_told(
     ranks: int, blocks: int, block: int, parallel: bool, **sizes: int
 ) -> None:
-    axis = Axis("head", ranks * blocks * block, block=block, parallel=parallel, **sizes)
+    """Padding, which is 0, and positions of no unit are not told apart here: both are -1."""
+    axis = Axis("head", blocks * block, block=block, parallel=parallel, **sizes)
     row = Row("", (Axis(None, 2), axis))
-    whole = axis.unit_of_position().expand(2, -1)
+    whole = axis.unit_of_position().expand(2, -1) + 1
     for rank in range(ranks):
         shard = row.shard(whole, rank, ranks)
         assert shard.shape == row.shape(ranks)
-        assert shard[1].tolist() == axis.unit_of_position(rank, ranks).tolist()
+        assert shard[1].tolist() == (axis.unit_of_position(rank, ranks) + 1).tolist()
+
+
+@given(size=st.integers(1, 12), ranks=st.integers(1, 5))
+def test_a_vocabulary_is_padded_with_zeros_at_its_end_and_no_further(size: int, ranks: int) -> None:
+    shape = replace(SHAPE, vocab_size=size)
+    for row in (row for row in table(shape) if row.axes[0].vocabulary):
+        whole = torch.rand(row.shape()) + 1
+        shards = [row.shard(whole, rank, ranks) for rank in range(ranks)]
+        assert {shard.shape for shard in shards} == {row.shape(ranks)}
+        together = torch.cat(shards)
+        assert torch.equal(together[:size], whole)
+        assert not together[size:].any()
+        assert len(together) - size < ranks
 
 
 @pytest.mark.parametrize("head_unit", HEAD_UNITS)
