@@ -71,9 +71,7 @@ def attention(
         shape.num_attention_heads // shape.num_query_groups,
         shape.kv_channels,
     )
-    qkv = x @ weights[prefix + "linear_qkv.weight"].T
-    if shape.qkv_bias:
-        qkv = qkv + weights[prefix + "linear_qkv.bias"]
+    qkv = linear(weights, prefix + "linear_qkv", x)
     qkv = qkv.view(b, s, groups, per_group + 2, channels).permute(0, 2, 3, 1, 4)  # [b,G,q+2,s,c]
     q, k, v = qkv[:, :, :per_group], qkv[:, :, per_group, None], qkv[:, :, per_group + 1, None]
     if shape.qk_norm:
@@ -85,7 +83,13 @@ def attention(
     out = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
     out = out * head_GQ.view(1, groups, -1, 1, 1)
     out = out.permute(0, 3, 1, 2, 4).reshape(b, s, groups * per_group * channels)
-    return out @ weights[prefix + "linear_proj.weight"].T
+    return linear(weights, prefix + "linear_proj", out)
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """The matrix of that name, and its bias where there is one."""
+    out = x @ weights[name + ".weight"].T
+    return out + weights[name + ".bias"] if name + ".bias" in weights else out
 
 
 def head_norm(shape: ModelShape, x: Tensor, weight: Tensor) -> Tensor:
@@ -106,9 +110,9 @@ def rotate(shape: ModelShape, x: Tensor) -> Tensor:
 
 def mlp(weights: Weights, prefix: str, x: Tensor, intermediate_M: Tensor) -> Tensor:
     """SwiGLU [b, s, d]; the mask multiplies the activations between the two projections."""
-    gate, up = (x @ weights[prefix + "linear_fc1.weight"].T).chunk(2, dim=-1)
+    gate, up = linear(weights, prefix + "linear_fc1", x).chunk(2, dim=-1)
     hidden = torch.nn.functional.silu(gate) * up * intermediate_M
-    return hidden @ weights[prefix + "linear_fc2.weight"].T
+    return linear(weights, prefix + "linear_fc2", hidden)
 
 
 def random_weights(

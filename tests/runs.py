@@ -38,23 +38,18 @@ GQA = ModelShape(
     vocab_size=64,
 )
 QWEN = replace(GQA, qkv_bias=True, qk_norm=True)
+BIASES = replace(GQA, qkv_bias=True, proj_bias=True, mlp_bias=True)
 GQA_QUERY_HEAD = replace(GQA, num_attention_heads=12)  # three heads in a group, to keep two
 TARGETS = {
-    MHA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=2, ffn_hidden_size=32),
-    GQA: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32),
-    QWEN: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=4, ffn_hidden_size=32),
-    GQA_QUERY_HEAD: TargetShape(
-        num_layers=2, hidden_size=24, num_attention_heads=8, ffn_hidden_size=32
-    ),
+    shape: TargetShape(num_layers=2, hidden_size=24, num_attention_heads=heads, ffn_hidden_size=32)
+    for shape, heads in ((MHA, 2), (GQA, 4), (GQA_QUERY_HEAD, 8))
 }
-HEAD_UNITS = {GQA_QUERY_HEAD: QUERY_HEAD}
-"""Where it is not the query group."""
 
 
 def prune_options(shape: ModelShape) -> dict[str, Any]:
-    """What makes a run one that prunes this shape, tied or not, with any number of layers."""
-    plain = replace(shape, tied_embeddings=False, num_layers=MHA.num_layers)
-    head_unit = HEAD_UNITS.get(plain, QUERY_GROUP)
+    """What makes a run one that prunes a shape, which has the heads of one of these."""
+    (plain,) = (s for s in TARGETS if s.num_attention_heads == shape.num_attention_heads)
+    head_unit = QUERY_HEAD if plain is GQA_QUERY_HEAD else QUERY_GROUP
     return {
         "stage": "prune",
         "target": TARGETS[plain],

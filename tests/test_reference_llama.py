@@ -10,7 +10,8 @@ from megashear.config.schema import ModelShape
 from tests.reference_llama import forward, random_weights
 
 
-def _hf_weights(shape: ModelShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def hf_weights(shape: ModelShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by transformers' names, in its layouts; biases where the shape has them."""
     embedding = weights["embedding.word_embeddings.weight"]
     named = {
         "model.embed_tokens.weight": embedding,
@@ -19,43 +20,44 @@ def _hf_weights(shape: ModelShape, weights: dict[str, Tensor]) -> dict[str, Tens
     }
     for layer in range(shape.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        qkv = weights[ours + "self_attention.linear_qkv.weight"].view(
-            shape.num_query_groups, -1, shape.kv_channels, shape.hidden_size
-        )
-        gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
-        parts = {
-            "self_attn.q_proj": qkv[:, :-2].reshape(-1, shape.hidden_size),
-            "self_attn.k_proj": qkv[:, -2].reshape(-1, shape.hidden_size),
-            "self_attn.v_proj": qkv[:, -1].reshape(-1, shape.hidden_size),
-            "self_attn.o_proj": weights[ours + "self_attention.linear_proj.weight"],
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": weights[ours + "mlp.linear_fc2.weight"],
-            "input_layernorm": weights[ours + "self_attention.linear_qkv.layer_norm_weight"],
-            "post_attention_layernorm": weights[ours + "mlp.linear_fc1.layer_norm_weight"],
-        }
-        if shape.qk_norm:
-            parts["self_attn.q_norm"] = weights[ours + "self_attention.q_layernorm.weight"]
-            parts["self_attn.k_norm"] = weights[ours + "self_attention.k_layernorm.weight"]
-        named |= {f"{theirs}{name}.weight": value for name, value in parts.items()}
-        if shape.qkv_bias:
-            bias = weights[ours + "self_attention.linear_qkv.bias"].view(
-                shape.num_query_groups, -1, shape.kv_channels
-            )
-            parts = {
-                "q": bias[:, :-2].flatten(),
-                "k": bias[:, -2].flatten(),
-                "v": bias[:, -1].flatten(),
-                "o": torch.zeros(shape.hidden_size),
-            }
-            named |= {f"{theirs}self_attn.{n}_proj.bias": value for n, value in parts.items()}
+        for kind in ("weight", "bias"):
+            parts = _parts(shape, weights, ours, kind)
+            named |= {f"{theirs}{name}.{kind}": value for name, value in parts.items()}
     return named
+
+
+def _parts(
+    shape: ModelShape, weights: dict[str, Tensor], prefix: str, kind: str
+) -> dict[str, Tensor]:
+    """The weights or biases of a layer, by its modules in transformers."""
+    found = {}
+    qkv = weights.get(f"{prefix}self_attention.linear_qkv.{kind}")
+    if qkv is not None:
+        groups = qkv.unflatten(0, (shape.num_query_groups, -1, shape.kv_channels))
+        for name, rows in (("q", groups[:, :-2]), ("k", groups[:, -2:-1]), ("v", groups[:, -1:])):
+            found[f"self_attn.{name}_proj"] = rows.flatten(0, 2)
+    fc1 = weights.get(f"{prefix}mlp.linear_fc1.{kind}")
+    if fc1 is not None:
+        found["mlp.gate_proj"], found["mlp.up_proj"] = fc1.chunk(2)
+    for name, module in (
+        ("self_attention.linear_proj", "self_attn.o_proj"),
+        ("self_attention.q_layernorm", "self_attn.q_norm"),
+        ("self_attention.k_layernorm", "self_attn.k_norm"),
+        ("mlp.linear_fc2", "mlp.down_proj"),
+        ("self_attention.linear_qkv.layer_norm", "input_layernorm"),
+        ("mlp.linear_fc1.layer_norm", "post_attention_layernorm"),
+    ):
+        separator = "_" if name.endswith("layer_norm") else "."
+        value = weights.get(f"{prefix}{name}{separator}{kind}")
+        if value is not None:
+            found[module] = value
+    return found
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
 @pytest.mark.parametrize(("groups", "tied"), [(4, False), (2, True)])
 def test_dense_logits_are_those_of_transformers(groups: int, tied: bool, architecture: str) -> None:
-    """Qwen3 has the q/k norms, and here also the attention bias, of which that of o_proj is 0."""
+    """Untied, with the biases that the architecture may have; Qwen3 with its q/k norms."""
     import transformers
 
     qwen = architecture == "Qwen3"
@@ -70,7 +72,9 @@ def test_dense_logits_are_those_of_transformers(groups: int, tied: bool, archite
         rotary_base=5000.0,
         layernorm_epsilon=1e-2,
         tied_embeddings=tied,
-        qkv_bias=qwen,
+        qkv_bias=not tied,
+        proj_bias=not tied,
+        mlp_bias=not tied and not qwen,
         qk_norm=qwen,
     )
     config = getattr(transformers, f"{architecture}Config")(
@@ -85,11 +89,12 @@ def test_dense_logits_are_those_of_transformers(groups: int, tied: bool, archite
         rope_theta=5000.0,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=tied,
-        attention_bias=qwen,
+        attention_bias=shape.qkv_bias,
+        mlp_bias=shape.mlp_bias,
     )
     weights = random_weights(shape, seed=0)
     theirs = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-    theirs.load_state_dict(_hf_weights(shape, weights))
+    theirs.load_state_dict(hf_weights(shape, weights))
     tokens = torch.randint(0, 50, (2, 17), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         forward(shape, weights, tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5

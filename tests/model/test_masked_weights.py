@@ -17,7 +17,7 @@ from megashear.platform.parallel import single_process
 from megashear.pruning.masks import Masks
 from tests.distributed import run_distributed
 from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, GQA_QUERY_HEAD, MHA, QWEN, masks_of
+from tests.runs import BIASES, GQA, GQA_QUERY_HEAD, MHA, QWEN, masks_of
 
 SHAPES = {
     "mha": MHA,
@@ -26,6 +26,9 @@ SHAPES = {
     "gqa-tied": replace(GQA, tied_embeddings=True),
     "query-head": GQA_QUERY_HEAD,
     "bias-norms": QWEN,
+    "biases": BIASES,
+    "attention-biases": replace(BIASES, mlp_bias=False),
+    "mlp-biases-tied": replace(GQA, mlp_bias=True, tied_embeddings=True),
 }
 
 

@@ -32,9 +32,9 @@ from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.runs import (
+    BIASES,
     GQA_QUERY_HEAD,
     MHA,
-    QWEN,
     prune_options,
     run_config,
     write_domains,
@@ -78,7 +78,7 @@ LAYOUTS = {
 }
 SHAPES = {
     "mha": replace(MHA, num_layers=4),
-    "qwen-tied": replace(QWEN, num_layers=4, tied_embeddings=True),
+    "biases-tied": replace(BIASES, num_layers=4, qk_norm=True, tied_embeddings=True),
     "query-head": replace(GQA_QUERY_HEAD, num_layers=4),
 }
 BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
@@ -88,7 +88,7 @@ ROWS = [
       for precision, names in (("fp32", LAYOUTS), ("bf16", BF16))
       for name in names
       for stage in ("prune", "continue")
-      for shape in ("mha", "qwen-tied")),
+      for shape in ("mha", "biases-tied")),
     *((name, "fp32", "prune", "query-head") for name in BY_QUERY_HEAD),
 ]  # fmt: skip
 # Of losses; of gradients at step 1; of weights after three steps; of masks and multipliers then.
