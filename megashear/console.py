@@ -10,12 +10,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from megashear.errors import RankError, ShearError
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 """Exit statuses: a negative answer, or a rank is lost; wrong use or input; Ctrl-C; the reader of
 our output left."""
+
+T = TypeVar("T")
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,6 +49,15 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = BROKEN_PIPE
     sys.exit(status)
+
+
+def progress(
+    items: Iterable[T], what: str, total: int, unit: str, *, speaks: bool = True
+) -> Iterable[T]:
+    """The same items, with a progress bar where somebody watches and this process `speaks`."""
+    from tqdm import tqdm
+
+    return tqdm(items, what, total, unit=f" {unit}", leave=False, disable=None if speaks else True)
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:

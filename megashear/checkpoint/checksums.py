@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megashear.checkpoint.agreement import on_each_process, on_first_process
+from megashear.console import progress
 from megashear.errors import CheckpointError
 
 FILE = "checksums.json"
@@ -44,7 +45,8 @@ def seal(directory: Path, known: Mapping[str, Checksum]) -> None:
         lambda: sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     )
     mine = [name for name in found if name not in known][dist.get_rank() :: dist.get_world_size()]
-    parts = on_each_process(lambda: {name: checksum(directory / name) for name in mine})
+    shown = progress(mine, "checksums", len(mine), "files", speaks=dist.get_rank() == 0)
+    parts = on_each_process(lambda: {name: checksum(directory / name) for name in shown})
     sums = dict(known)
     for part in parts:
         sums |= part
@@ -78,7 +80,9 @@ def _damage(directory: Path, parts: tuple[str, ...], rank: int, size: int) -> li
         return [f"{FILE}: missing"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         return [f"{FILE}: damaged: {error!r}"]
-    found = {name: _difference(directory / name, sums[name]) for name in names[rank::size]}
+    mine = names[rank::size]
+    shown = progress(mine, "checking", len(mine), "files", speaks=rank == 0)
+    found = {name: _difference(directory / name, sums[name]) for name in shown}
     return [f"{name}: {difference}" for name, difference in found.items() if difference]
 
 

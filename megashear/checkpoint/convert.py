@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from megashear.checkpoint.hf import VOCABULARIES, HuggingFaceReader, write_huggingface
-from megashear.checkpoint.manager import CheckpointInfo, open_weights, write_model
+from megashear.checkpoint.manager import (
+    HUGGINGFACE,
+    CheckpointInfo,
+    Record,
+    open_weights,
+    versions,
+    write_model,
+)
 from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import ModelShape
+from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import launched_rank, single_process
 from megashear.pruning.counting import parameter_count
@@ -37,7 +44,7 @@ def import_huggingface(
     info = CheckpointInfo(
         shape=reader.shape,
         stage="imported",
-        origin={"imported": str(directory)},
+        history=(Record(HUGGINGFACE, str(directory), reader.shape),),
         tokenizer=str(directory) if has_tokenizer else None,
     )
     with processes():
@@ -64,20 +71,13 @@ def export_huggingface(
         overwrite: whether an existing model there is replaced.
 
     Raises:
-        CheckpointError: the checkpoint is of a pruning run, or of a model that LLaMA's format has
-            no place for, or lacks a weight, or `out` exists.
+        CheckpointError: the checkpoint is of a pruning run, or of a model that no architecture of
+            transformers is, or lacks a weight, or `out` exists.
     """
     if info.stage == "prune":
         raise CheckpointError(
             f"{info.directory} is of a pruning run, whose model has masks. Cut the target model "
             "out first: python tools/checkpoint/extract.py --run <run>"
-        )
-    parts = {"attention bias": info.shape.qkv_bias, "q/k norms": info.shape.qk_norm}
-    if any(parts.values()):
-        has = " and ".join(part for part, there in parts.items() if there)
-        raise CheckpointError(
-            f"{info.directory} is of a model with {has}, which a Hugging Face LLaMA has no weights "
-            "for, and other architectures cannot be written yet. Use it as a Megatron checkpoint"
         )
     with single_process():
         reader = open_weights(info)
@@ -87,14 +87,28 @@ def export_huggingface(
             shown(reader.items(), "exporting", len(reader.rows)),
             dtype=dtype,
             tokenizer=tokenizer,
-            card=model_card(info),
+            card=model_card(info, Path(out).resolve().name),
             overwrite=overwrite,
         )
 
 
 def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
-    """What a command shows of a model."""
+    """What a command shows of a model: its sizes, and what else it has."""
+    biases = {
+        "query/key/value": shape.qkv_bias,
+        "attention output": shape.proj_bias,
+        "mlp": shape.mlp_bias,
+    }
+    scaling, window = shape.rotary_scaling, shape.sliding_window
+    features = {
+        "embeddings": "tied" if shape.tied_embeddings else "",
+        "bias": ", ".join(name for name, there in biases.items() if there),
+        "query/key norms": "one for all heads" if shape.qk_norm else "",
+        "rotary scaling": f"{scaling.rope_type}, factor {scaling.factor:g}" if scaling else "",
+        "sliding window": f"{window:,} tokens" if window else "",
+    }
     return [
+        ("family", shape.family),
         ("parameters", f"{parameter_count(shape):,}"),
         ("layers", f"{shape.num_layers:,}"),
         ("hidden", f"{shape.hidden_size:,}"),
@@ -103,34 +117,70 @@ def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
         ("head size", f"{shape.kv_channels:,}"),
         ("intermediate", f"{shape.ffn_hidden_size:,}"),
         ("vocabulary", f"{shape.vocab_size:,}"),
+        ("positions", f"{shape.max_position_embeddings:,}"),
+        ("rotary base", f"{shape.rotary_base:,g}"),
+        ("norm epsilon", f"{shape.layernorm_epsilon:g}"),
+        *((name, text) for name, text in features.items() if text),
     ]
 
 
-def model_card(info: CheckpointInfo) -> str:
-    """README.md of an exported model: what it is, where it comes from, how far it was trained."""
-    history = [(how, f"`{where}`") for how, where in info.origin.items()]
-    history += [("stage", info.stage), ("steps", f"{info.step:,}"), ("tokens", f"{info.tokens:,}")]
-    losses = info.progress.get("losses") or {}
+def model_card(info: CheckpointInfo, name: str) -> str:
+    """README.md of an exported model: what it is, where it comes from, how far it was trained.
+
+    The front matter has what is known; the license is for whoever publishes the model to state.
+    """
+    records = info.records
+    pruned = any(record.stage in ("prune", "pruned") for record in records)
     sections = [
-        "---\nlibrary_name: transformers\ntags: [megashear]\n---\n# Model card (stub)",
-        "A LLaMA-architecture language model, written by megashear.",
-        _section("Shape", shape_rows(info.shape)),
-        _section("History", history),
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"tags: [megashear{', pruned' if pruned else ''}]\n"
+        "# license: that of the source model binds this one too; state it before publishing\n---",
+        f"# {name}",
+        f"A language model of {parameter_count(info.shape):,} parameters, written by megashear "
+        f"{versions()['megashear']} after training on {sum(r.tokens for r in records):,} tokens. "
+        "This card is a stub: what the model is for, its data and its limits are yours to tell.",
+        _shapes(records[0].shape, info.shape),
+        _history(records),
     ]
-    if losses:
-        rows = [(domain, f"{loss:.4f}") for domain, loss in losses.items()]
-        sections.append(_section("Last validation losses (nats per token)", rows))
+    measured = [record for record in records if record.losses]
+    if measured:
+        losses = [(domain, f"{loss:.4f}") for domain, loss in measured[-1].losses.items()]
+        title = f"Validation losses (nats per token) at the end of stage {measured[-1].stage}"
+        sections.append(_section(title, ("domain", "loss"), losses))
     return "\n\n".join(sections) + "\n"
 
 
-def _section(title: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join([f"## {title}", "", "| | |", "| --- | ---: |", *lines])
+def _shapes(source: ModelShape | None, shape: ModelShape) -> str:
+    """The shape of the model, beside that of the one which it was made of if it differs."""
+    this = dict(shape_rows(shape))
+    if source in (None, shape):
+        return _section("Shape", ("", "this model"), this.items())
+    before = dict(shape_rows(source))
+    rows = [(name, before.get(name, ""), this.get(name, "")) for name in {**before, **this}]
+    return _section("Shape", ("", "source", "this model"), rows)
+
+
+def _history(records: Sequence[Record]) -> str:
+    rows = [
+        (
+            *(record.stage, f"{record.steps:,}", f"{record.tokens:,}"),
+            f"{parameter_count(record.shape):,}" if record.shape else "",
+            f"`{record.path}`",
+        )
+        for record in records
+    ]
+    return _section("History", ("stage", "steps", "tokens", "parameters", "path"), rows)
+
+
+def _section(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A heading and a table in Markdown, numbers to the right."""
+    columns = ["---", *("---:" for _ in header[1:])]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, columns, *rows)]
+    return "\n".join([f"## {title}", "", *lines])
 
 
 def shown(
     weights: Iterable[tuple[str, Tensor]], what: str, total: int
 ) -> Iterable[tuple[str, Tensor]]:
     """The same stream with a progress bar, where somebody watches the first process."""
-    hidden = None if launched_rank() == 0 else True
-    return tqdm(weights, what, total, unit=" tensors", leave=False, disable=hidden)
+    return progress(weights, what, total, "tensors", speaks=launched_rank() == 0)

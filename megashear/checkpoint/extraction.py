@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
@@ -36,6 +37,29 @@ from megashear.pruning.masks import Masks
 
 
 @dataclass(frozen=True)
+class MaskState:
+    """How far a mask has come: all of its rows that are on target, or one that is not.
+
+    Attributes:
+        mask: its name; of a row that is off target, with the row's.
+        rows: how many.
+        expected_sparsity: lowest and highest of the rows.
+        target: sparsity; None where the mask has none of its own.
+        kept: units that extraction keeps in a row, fewest and most; None for the whole model.
+        units: in a row.
+        off_target: whether it is.
+    """
+
+    mask: str
+    rows: int
+    expected_sparsity: tuple[float, float]
+    target: float | None
+    kept: tuple[int, int] | None
+    units: int | None
+    off_target: bool
+
+
+@dataclass(frozen=True)
 class PrunedRun:
     """A checkpoint of a pruning run with its masks.
 
@@ -43,13 +67,28 @@ class PrunedRun:
         info: of the checkpoint.
         masks: as learned so far.
         off_target: which masks are not where they should be, as text; empty if all are.
-        report: expected sparsity, target and kept units of every mask, as text.
+        states: of every mask.
     """
 
     info: CheckpointInfo
     masks: Masks
     off_target: str
-    report: str
+    states: list[MaskState]
+
+    @property
+    def report(self) -> str:
+        """Expected sparsity, target and kept units of every mask, as text."""
+        lines = [
+            (
+                state.mask if state.rows == 1 else f"{state.mask} ({state.rows} rows)",
+                _range(state.expected_sparsity, ".3f"),
+                "none" if state.target is None else f"{state.target:.3f}",
+                f"{_range(state.kept, 'd')} of {state.units}" if state.kept else "",
+                "OFF TARGET" if state.off_target else "",
+            )
+            for state in self.states
+        ]
+        return text_table(lines, ("mask", "expected sparsity", "target", "units kept", ""))
 
     @property
     def z(self) -> dict[str, Tensor]:
@@ -80,31 +119,35 @@ def read_pruned(path: Path) -> PrunedRun:
         raise CheckpointError(f"{file}: damaged or of another model: {error}") from error
     target_sparsity = config.get("target_sparsity")
     off = off_target(masks, target_sparsity=target_sparsity)
-    return PrunedRun(info, masks, format_off_target(off), _report(masks, off, target_sparsity))
+    return PrunedRun(info, masks, format_off_target(off), _states(masks, off, target_sparsity))
 
 
-def _report(masks: Masks, off: list[OffTarget], target_sparsity: float | None) -> str:
-    """A line for all rows of a mask that are on target, and one for each that is not."""
+def _states(masks: Masks, off: list[OffTarget], target_sparsity: float | None) -> list[MaskState]:
+    """For every mask its rows that are on target, as one, and each that is not."""
     targets, z = constraint_targets(masks, target_sparsity), masks.deterministic("target")
     wrong = {(mask, row): name for mask, row, _, _, name in off}
-    lines = []
+    states = []
     for mask, expected in {**masks.expected_sparsity(), **constraints(masks)}.items():
-        target = f"{targets[mask]:.3f}" if mask in targets else "none"
         good = [row for row in range(len(expected)) if (mask, row) not in wrong]
-        named = [(f"{mask} ({len(good)} rows)" if len(good) > 1 else mask, good, "")]
-        named += [(name, [row], "OFF TARGET") for (of, row), name in wrong.items() if of == mask]
-        for name, rows, flag in named if good else named[1:]:
-            units = ""
-            if mask in z:
-                kept = z[mask][rows].count_nonzero(1)
-                units = f"{_range(kept, 'd')} of {z[mask].shape[1]}"
-            lines.append((name, _range(expected[rows], ".3f"), target, units, flag))
-    return text_table(lines, ("mask", "expected sparsity", "target", "units kept", ""))
+        named = [(mask, good, False)] if good else []
+        named += [(name, [row], True) for (of, row), name in wrong.items() if of == mask]
+        for name, rows, is_off in named:
+            kept = _ends(z[mask][rows].count_nonzero(1)) if mask in z else None
+            units = z[mask].shape[1] if mask in z else None
+            sparsity = _ends(expected[rows])
+            states.append(
+                MaskState(name, len(rows), sparsity, targets.get(mask), kept, units, is_off)
+            )
+    return states
 
 
-def _range(values: Tensor, form: str) -> str:
-    ends = (format(end.item(), form) for end in values.aminmax())
-    return " to ".join(dict.fromkeys(ends))
+def _ends(values: Tensor) -> tuple[Any, Any]:
+    lowest, highest = values.aminmax()
+    return lowest.item(), highest.item()
+
+
+def _range(ends: tuple[float, float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(end, form) for end in ends))
 
 
 def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
@@ -124,10 +167,7 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
     dense = CheckpointInfo(
         shape=shape,
         stage="extracted",
-        step=info.step,
-        tokens=info.tokens,
-        origin={"pruned": str(info.directory), **info.origin},
-        progress={"losses": info.progress.get("losses", {})},
+        history=info.records,
         tokenizer=info.tokenizer,
     )
     with processes():

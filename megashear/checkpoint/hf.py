@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from megashear.checkpoint import shards
 from megashear.checkpoint.hf_config import (
     hf_config,
     read_json,
@@ -26,15 +26,14 @@ from megashear.checkpoint.hf_config import (
     write_json,
 )
 from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
+from megashear.checkpoint.shards import DTYPES
 from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import table
 
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of weights that are read, by their names in safetensors; others are quantised."""
+SINGLE = (shards.SINGLE, "pytorch_model.bin")
+INDICES = (shards.INDEX, "pytorch_model.bin.index.json")
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -230,7 +229,7 @@ def write_huggingface(
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     card: str | None = None,
-    max_shard_bytes: int = 2**30,
+    max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as transformers loads it; what is there is replaced only with `overwrite`.
@@ -238,7 +237,7 @@ def write_huggingface(
     Args:
         directory: where it is to lie.
         shape: of the model.
-        weights: every tensor of `table(shape)`, under its name; one file's worth is held.
+        weights: every tensor of `table(shape)`, under its name; one is held at a time.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
         tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
         card: text of README.md.
@@ -254,11 +253,10 @@ def write_huggingface(
         ids = NO_IDS if tokenizer is None else _copy_tokenizer(Path(tokenizer), partial)
         kept = None if dtype is None else getattr(torch, dtype)
         tensors = _hf_tensors_of(shape, weights, kept)
-        config["torch_dtype"] = _write_shards(partial, tensors, max_shard_bytes)
+        names = hf_tensors(shape)
+        config["torch_dtype"] = shards.write_shards(partial, tensors, names, max_shard_bytes)
         write_json(partial / "config.json", {**config, **ids})
         write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
-        for file in partial.glob("*.safetensors"):  # which the library makes for its owner alone
-            shutil.copymode(partial / "config.json", file)
         if card is not None:
             (partial / "README.md").write_text(card)
     return Path(directory)
@@ -306,41 +304,3 @@ def _hf_tensors_of(
             yield hf_name, tensor
     if expected:
         raise CheckpointError(f"weights are missing: {', '.join(expected)}")
-
-
-def _write_shards(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> str:
-    """Write tensors as files of bounded size, with an index if need be; returns their type."""
-    home: dict[str, int] = {}
-    dtypes: set[torch.dtype] = set()
-    total = count = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        save_file(shard, directory / f"{count}.part", metadata={"format": "pt"})
-        home |= dict.fromkeys(shard, count)
-        dtypes |= {tensor.dtype for tensor in shard.values()}
-        total += sum(tensor.nbytes for tensor in shard.values())
-        count += 1
-        shard.clear()  # before the next one is gathered
-    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-    files = files if count > 1 else [SINGLE[0]]
-    for number, file in enumerate(files):
-        (directory / f"{number}.part").rename(directory / file)
-    if count > 1:
-        weight_map = {name: files[number] for name, number in home.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / INDICES[0], index)
-    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in groups of at most so many bytes, but for one that is larger alone."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > most:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard

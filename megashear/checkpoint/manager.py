@@ -10,7 +10,8 @@
     run_dir/checkpoints/latest
 
 A dense model (imported or extracted) is a directory with `model/`, `checkpoint.json` and
-`checksums.json` alone.
+`checksums.json` alone. Of Megatron-LM's own checkpoints (`iter_0000100/`), which do not say what
+model they are of, the shape is told by a YAML file.
 """
 
 from __future__ import annotations
@@ -30,12 +31,42 @@ import megashear
 from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.config.loader import load_shape
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.files import write_whole
 
 FORMAT = 1
 INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
+HUGGINGFACE, MEGATRON_LM = "huggingface", "megatron-lm"
+"""Stages of models that were not made here."""
+ITERATION = "latest_checkpointed_iteration.txt"
+"""Beside the checkpoints of Megatron-LM: the number of the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One stage on the way to a checkpoint.
+
+    Attributes:
+        stage: as of CheckpointInfo, or huggingface.
+        path: where its result lay.
+        shape: of the weights in it; None where nobody wrote it down.
+        steps: of this stage alone, as tokens.
+        tokens: trained on.
+        losses: on validation text at its end, by domain, nats per token.
+    """
+
+    stage: str
+    path: str
+    shape: ModelShape | None = None
+    steps: int = 0
+    tokens: int = 0
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, dict):  # as checkpoint.json has it
+            object.__setattr__(self, "shape", ModelShape(**self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +75,11 @@ class CheckpointInfo:
 
     Attributes:
         shape: of the weights in it; in stage prune, of the source model.
-        stage: pretrain, prune, continue, imported or extracted.
-        step: optimizer steps done.
-        tokens: trained on in this run.
+        stage: pretrain, prune, continue, imported, extracted or megatron-lm.
+        step: optimizer steps done in this stage.
+        tokens: trained on in this stage.
         target: shape that the masks lead to (stage prune).
-        origin: where the weights came from.
+        history: the stages that led here, oldest first.
         progress: what the trainer needs to go on (position in the data, weights of domains).
         config: the run's resolved configuration, as YAML.
         tokenizer: file or directory of the tokenizer, for exports.
@@ -59,7 +90,7 @@ class CheckpointInfo:
     step: int = 0
     tokens: int = 0
     target: ModelShape | None = None
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: tuple[Record, ...] = ()
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: str | None = None
     tokenizer: str | None = None
@@ -75,7 +106,14 @@ class CheckpointInfo:
     @property
     def model_directory(self) -> Path:
         """The Megatron-Core checkpoint of the weights."""
-        return self.directory / "model"
+        return self.directory if self.stage == MEGATRON_LM else self.directory / "model"
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The stages that led here and, last, what this is itself."""
+        losses = self.progress.get("losses") or {}
+        this = (self.stage, str(self.directory), self.shape, self.step, self.tokens, losses)
+        return (*self.history, Record(*this))
 
 
 def versions() -> dict[str, str]:
@@ -103,6 +141,11 @@ def find(path: str | Path) -> Path:
         if (directory / INFO).is_file():
             return directory
         raise CheckpointError(f"{latest} names {directory}, which is no checkpoint")
+    if (path / ITERATION).is_file() or (path / ".metadata").is_file():
+        raise CheckpointError(
+            f"{path}: a checkpoint of Megatron-LM, which does not say its model's shape. "
+            "tools/checkpoint/ read it with --shape FILE.yaml"
+        )
     what = "is neither a checkpoint nor a run with one" if path.exists() else "does not exist"
     raise CheckpointError(
         f"{path}: {what}. Give a checkpoint directory (with {INFO}), or a run directory "
@@ -110,12 +153,19 @@ def find(path: str | Path) -> Path:
     )
 
 
-def read_info(path: str | Path) -> CheckpointInfo:
+def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInfo:
     """What the checkpoint at a path (its own or a run's directory) says of itself.
+
+    Args:
+        path: to read from.
+        shape_file: YAML of a model's sizes, where the checkpoint is Megatron-LM's own.
 
     Raises:
         CheckpointError: there is none, or its checkpoint.json is damaged or of another format.
+        ConfigError: the file of the shape is wrong.
     """
+    if shape_file is not None:
+        return _read_megatron_lm(Path(path), load_shape(shape_file))
     directory = find(path)
     file = directory / INFO
     try:
@@ -125,14 +175,49 @@ def read_info(path: str | Path) -> CheckpointInfo:
         fields["shape"] = ModelShape(**fields["shape"])
         if fields["target"] is not None:
             fields["target"] = ModelShape(**fields["target"])
+        if "origin" in fields:  # what was written before there was a history, newest first
+            origin = reversed(fields.pop("origin").items())
+            fields["history"] = tuple(Record(how, str(where)) for how, where in origin if where)
+        else:
+            fields["history"] = tuple(Record(**record) for record in fields["history"])
         return CheckpointInfo(**fields, directory=directory)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged: {error!r}") from error
 
 
+def _read_megatron_lm(path: Path, shape: ModelShape) -> CheckpointInfo:
+    """A checkpoint as Megatron-LM's training saves it, of a known shape."""
+    if (path / INFO).is_file() or (path / "checkpoints" / LATEST).is_file():
+        raise CheckpointError(f"{path}: says its model's shape itself. Leave --shape out")
+    number = path.name.removeprefix("iter_")
+    if (path / ITERATION).is_file():
+        number = (path / ITERATION).read_text(errors="replace").strip()
+        path = path / (f"iter_{int(number):07d}" if number.isdecimal() else number)
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(
+            f"{path}: no torch_dist checkpoint of Megatron-LM (no .metadata). Give the directory "
+            f"of an iteration, or the one with {ITERATION}"
+        )
+    step = int(number) if number.isdecimal() else 0
+    return CheckpointInfo(shape, MEGATRON_LM, step, directory=path)
+
+
 def is_huggingface(path: str | Path) -> bool:
     """Whether a path is a Hugging Face model directory."""
     return (Path(path) / "config.json").is_file()
+
+
+def history_of(path: str | Path | None) -> tuple[Record, ...]:
+    """The stages that led to the model at a path, as of `read_shape`; none to random weights.
+
+    Raises:
+        CheckpointError: as `read_shape`.
+    """
+    if path is None:
+        return ()
+    if is_huggingface(path):
+        return (Record(HUGGINGFACE, str(Path(path).resolve()), read_shape(path)),)
+    return read_info(path).records
 
 
 def read_shape(path: str | Path) -> ModelShape:
@@ -177,7 +262,8 @@ def open_weights(info: CheckpointInfo) -> sharded.WeightsReader:
     Raises:
         CheckpointError: they are damaged, or not of the shape that the checkpoint says.
     """
-    checksums.verify(info.directory, INFO, "model")
+    if info.stage != MEGATRON_LM:  # which has no checksums
+        checksums.verify(info.directory, INFO, "model")
     return sharded.WeightsReader(info.model_directory, info.shape)
 
 

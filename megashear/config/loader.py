@@ -100,15 +100,29 @@ def load_target(path: Path) -> RunConfig | ModelShape:
     found: list[Problem] = []
     tree = None if path.is_dir() else _read_yaml(path, "", found)
     if isinstance(tree, dict) and "num_layers" in tree:
-        shape: ModelShape = _read(ModelShape, tree, "", found)
-        if found:
-            raise ConfigError(str(path), found)
-        return shape
+        return load_shape(path)
     config = load_domains(path)
     if config.model or ((config.target or config.target_sparsity) and config.init_from):
         return config.model or config
     text = "names no target: give a run of stage prune or pretrain, or the sizes of a model"
     raise ConfigError(str(path), [("target", text)])
+
+
+def load_shape(path: Path) -> ModelShape:
+    """The shape in a YAML file of sizes, which are those of `model` in a run's.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    found: list[Problem] = []
+    shape: ModelShape = _read(ModelShape, _read_yaml(path, "", found), "", found)
+    if not isinstance(shape, Faulty):
+        run = RunConfig(stage="pretrain", run_dir="", model=shape)
+        prefix, of_run = "model.", problems(run, check_files=False)
+        found += [(at.removeprefix(prefix), text) for at, text in of_run if at.startswith(prefix)]
+    if found:
+        raise ConfigError(str(path), found)
+    return shape
 
 
 def to_yaml(config: RunConfig) -> str:

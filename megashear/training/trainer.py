@@ -78,6 +78,7 @@ class Trainer:
         if resumed is not None:
             _refuse_other_config(resumed, config)
         self.step = resumed.step if resumed else 0
+        self.history = resumed.history if resumed else manager.history_of(config.init_from)
         resumed_step = resumed.step if resumed else None
         self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, resumed_step)
         if passed_over:
@@ -306,7 +307,7 @@ class Trainer:
             step=self.step,
             tokens=self.step * config.trainer.global_batch_size * config.data.seq_length,
             target=self.objective.target,
-            origin={"init_from": config.init_from},
+            history=self.history,
             progress={"mixture": self.mixture.state_dict(), "losses": self.losses},
             config=to_yaml(config),
             tokenizer=self._tokenizer,

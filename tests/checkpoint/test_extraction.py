@@ -90,7 +90,9 @@ def test_it_is_what_the_table_says(one: Path) -> None:
     target = TARGETS[GQA]
     assert dense.shape.num_layers == target.num_layers
     assert dense.shape.ffn_hidden_size == target.ffn_hidden_size
-    assert (dense.stage, dense.step) == ("extracted", 1)
+    assert (dense.stage, dense.step) == ("extracted", 0)
+    stages = [(record.stage, record.steps, record.shape) for record in dense.history]
+    assert stages == [("imported", 0, SHAPE), ("prune", 1, SHAPE)]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_there_and_back(tmp_path: Path, tool: Tool) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     card = (out / "README.md").read_text()
-    assert f"| imported | `{source}` |" in card
+    assert f"| huggingface | 0 | 0 | {model.num_parameters():,} | `{source}` |" in card
     for pair in ((source, checkpoint), (checkpoint, out), (source, out)):
         status, output, _ = tool("verify", *pair, "--tokens", 100)
         assert status == 0, output
@@ -127,11 +127,11 @@ def test_existing_output_is_refused_without_overwrite(tmp_path: Path, tool: Tool
 
 
 def test_what_cannot_be_read_is_one_message(tmp_path: Path, tool: Tool) -> None:
-    save_llama(tmp_path / "odd", rope_parameters={"rope_type": "linear", "factor": 2.0})
+    save_llama(tmp_path / "odd", hidden_act="relu")
     (tmp_path / "not").mkdir()
     out = tmp_path / "out"
     for name, arguments, message in (
-        ("hf_to_megatron", ("--hf", tmp_path / "odd", "--out", out), "rope_type = 'linear'"),
+        ("hf_to_megatron", ("--hf", tmp_path / "odd", "--out", out), "hidden_act = 'relu'"),
         ("hf_to_megatron", ("--hf", tmp_path / "not", "--out", out), "config.json"),
         ("megatron_to_hf", ("--checkpoint", tmp_path / "not", "--out", out), "neither"),
         ("verify", (tmp_path / "not", tmp_path / "nowhere"), "neither"),
