@@ -102,16 +102,13 @@ class DomainDataset(Dataset[np.ndarray]):
     def _epoch(self, epoch: int) -> EpochDataset:
         """Index of an epoch; the one before it is kept too, for samples still on their way."""
         if epoch not in self._epochs:
-            kept = {e: index for e, index in self._epochs.items() if e == epoch - 1}
-            self._epochs = {**kept, epoch: self._build_epoch(epoch)}
+            key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
+            seed = int.from_bytes(key[:4], "little")
+            built = EpochDataset(self._text, self.prefix, self.seq_length, seed, self._cache)
+            assert len(built) == self.samples_per_epoch
+            before = {e: index for e, index in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**before, epoch: built}
         return self._epochs[epoch]
-
-    def _build_epoch(self, epoch: int) -> EpochDataset:
-        key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
-        seed = int.from_bytes(key[:4], "little")
-        built = EpochDataset(self._text, self.prefix, self.seq_length, seed, self._cache)
-        assert len(built) == self.samples_per_epoch
-        return built
 
 
 class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):

@@ -76,18 +76,16 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
 
 
 def check_fingerprint(prefix: str, documents: int, tokens: int, vocab_size: int) -> None:
-    """Refuse token files that PREFIX.json was not written with, or of another vocabulary.
-
-    Without PREFIX.json nothing is known.
+    """Refuse token files that PREFIX.json, where there is one, does not describe.
 
     Args:
         prefix: of the files.
-        documents: that PREFIX.idx describes.
-        tokens: in these.
+        documents: that PREFIX.idx describes, with so many `tokens`.
+        tokens: see there.
         vocab_size: of the model.
 
     Raises:
-        DataError: says which, and what to do.
+        DataError: they are not of one run, or of another vocabulary.
     """
     if not Path(f"{prefix}.json").exists():
         return
@@ -128,12 +126,15 @@ class Counts:
 
     def plus(self, new: Documents) -> Counts:
         """The same after some documents more."""
-        highest = int(new.tokens.max(initial=0))
-        return Counts(
-            self.documents + len(new.lengths),
-            self.tokens + len(new.tokens),
-            max(self.highest_id, highest),
-        )
+        highest = max(self.highest_id, int(new.tokens.max(initial=0)))
+        return Counts(self.documents + len(new.lengths), self.tokens + len(new.tokens), highest)
+
+    def sizes(self, dtype: np.dtype) -> dict[str, int]:
+        """Bytes of its unfinished files."""
+        return {
+            ".bin": self.tokens * dtype.itemsize,
+            ".lengths": self.documents * _LENGTH.itemsize,
+        }
 
 
 class TokenFile:
@@ -151,8 +152,8 @@ class TokenFile:
     def __init__(self, prefix: str, folder: Path, dtype: np.dtype, counts: Counts) -> None:
         self.prefix = prefix
         self._partial, self._dtype = str(folder / Path(prefix).name), dtype
-        self._tokens = _open_at(f"{self._partial}.bin", counts.tokens * dtype.itemsize)
-        self._lengths = _open_at(f"{self._partial}.lengths", counts.documents * _LENGTH.itemsize)
+        sizes = counts.sizes(dtype).items()
+        self._tokens, self._lengths = (_open_at(self._partial + kind, size) for kind, size in sizes)
 
     def add(self, documents: Documents) -> None:
         """Append documents."""
@@ -180,14 +181,13 @@ class TokenFile:
         write_whole(Path(f"{self._partial}.json"), text)
 
 
-def holds(partial: Path, counts: Counts, dtype: np.dtype) -> bool:
+def holds(folder: Path, prefix: str, counts: Counts, dtype: np.dtype) -> bool:
     """Whether unfinished files hold at least as much as they should."""
-    sizes = {
-        ".bin": counts.tokens * dtype.itemsize,
-        ".lengths": counts.documents * _LENGTH.itemsize,
-    }
-    files = [(Path(f"{partial}{suffix}"), size) for suffix, size in sizes.items()]
-    return all(file.is_file() and file.stat().st_size >= size for file, size in files)
+    for suffix, size in counts.sizes(dtype).items():
+        file = folder / (Path(prefix).name + suffix)
+        if not file.is_file() or file.stat().st_size < size:
+            return False
+    return True
 
 
 def publish(prefixes: Sequence[str], folder: Path) -> None:
@@ -196,17 +196,16 @@ def publish(prefixes: Sequence[str], folder: Path) -> None:
     Killed at any point, this leaves no .bin without .idx, no .idx beside another run's .bin, and
     PREFIX.json only where all of PREFIX is in place.
     """
-    places = {prefix: folder / Path(prefix).name for prefix in prefixes}
-    for prefix, partial in places.items():
-        for suffix in (".json", ".bin"):
-            if os.path.exists(
-                f"{partial}{suffix}"
-            ):  # else it is in its place, from an earlier call
-                Path(prefix + suffix).unlink(missing_ok=True)
-    for prefix, partial in places.items():
-        for suffix in (".idx", ".bin", ".json"):
-            if os.path.exists(f"{partial}{suffix}"):
-                os.replace(f"{partial}{suffix}", prefix + suffix)
+
+    def waiting(*suffixes: str) -> list[tuple[Path, Path]]:
+        """(file, its place) of all that no earlier call has moved."""
+        files = [Path(prefix + suffix) for prefix in prefixes for suffix in suffixes]
+        return [(folder / file.name, file) for file in files if (folder / file.name).exists()]
+
+    for _, place in waiting(".json", ".bin"):
+        place.unlink(missing_ok=True)
+    for partial, place in waiting(".idx", ".bin", ".json"):
+        partial.replace(place)
     flush(folder.parent)
 
 

@@ -21,14 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from megashear.data.jsonl import START, Place
-from megashear.data.token_files import (
-    Counts,
-    Documents,
-    Fingerprint,
-    TokenFile,
-    holds,
-    publish,
-)
+from megashear.data.token_files import Counts, Documents, Fingerprint, TokenFile, holds, publish
 from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError, PlatformError
 from megashear.files import write_whole
@@ -158,14 +151,11 @@ class Unfinished:
         """Append documents to each file: all of the input up to `end`."""
         for file, documents in zip(self._files, parts, strict=True):
             file.add(documents)
-        counts = tuple(
-            before.plus(documents)
-            for before, documents in zip(self.progress.counts, parts, strict=True)
-        )
+        now = zip(self.progress.counts, parts, strict=True)
+        counts = tuple(before.plus(documents) for before, documents in now)
+        empty += self.progress.empty
         # In one assignment, so that an interrupt leaves it as it was, or whole.
-        self.progress = replace(
-            self.progress, counts=counts, end=end, empty=self.progress.empty + empty
-        )
+        self.progress = replace(self.progress, counts=counts, end=end, empty=empty)
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 
@@ -205,7 +195,11 @@ class Unfinished:
             counts = tuple(Counts(**count) for count in saved.pop("counts"))
             progress = Progress(counts, Place(**saved.pop("end")), **saved)
             changed = [name for name, value in self._job.items() if job.get(name) != value]
-            wrong = f"of another {' and '.join(changed)}" if changed else self._damage(progress)
+            wrong = f"of another {' and '.join(changed)}" if changed else ""
+            if not (wrong or progress.finished):
+                kept = zip(self.prefixes, counts, strict=True)
+                held = all(holds(self.folder, *each, self._dtype) for each in kept)
+                wrong = "" if held else "damaged"
         except (ValueError, TypeError, KeyError, AttributeError):
             wrong = "damaged"
         if wrong:
@@ -214,11 +208,3 @@ class Unfinished:
         documents = sum(count.documents for count in counts)
         self.note = f"going on where it stopped, after {documents:,} documents"
         return progress
-
-    def _damage(self, progress: Progress) -> str:
-        """What is wrong with the files, if they hold less than the journal says."""
-        for prefix, counts in zip(self.prefixes, progress.counts, strict=True):
-            partial = self.folder / Path(prefix).name
-            if not progress.finished and not holds(partial, counts, self._dtype):
-                return "damaged"
-        return ""

@@ -8,7 +8,7 @@ import pytest
 
 from megashear.config.loader import load_config
 from megashear.errors import ConfigError
-from tests.config.test_validate import found, only
+from tests.config.rules import found, only
 
 
 @pytest.mark.parametrize(
