@@ -60,6 +60,32 @@ def _model(run: Run) -> Iterator[Problem]:
         yield "model.kv_channels", text
 
 
+def _biases(run: Run) -> Iterator[Problem]:
+    """Megatron-Core gives linear_qkv a bias wherever linear_proj has one."""
+    model = run.config.model
+    if model is not None and model.proj_bias and not model.qkv_bias:
+        yield "model.proj_bias", "= true needs model.qkv_bias = true. Write that, or false here"
+
+
+def _rotary_scaling(run: Run) -> Iterator[Problem]:
+    """What Megatron-Core has of rotary embeddings for longer texts."""
+    scaling = run.config.model.rotary_scaling if run.config.model is not None else None
+    if scaling is None:
+        return
+    original, factor = scaling.original_max_position_embeddings, scaling.attention_factor
+    if scaling.rope_type == "llama3" and original != 8192:
+        text = f"= {show(original)}: of llama3, Megatron-Core knows 8192 alone. Write that"
+        yield "model.rotary_scaling.original_max_position_embeddings", text
+    if scaling.rope_type == "yarn" and original is None:
+        text = "is missing: yarn needs the positions that the base and no factor were made for"
+        yield "model.rotary_scaling.original_max_position_embeddings", text
+    if 0 < scaling.factor < 1:
+        yield "model.rotary_scaling.factor", f"= {scaling.factor:g} must be >= 1"
+    elif scaling.rope_type == "yarn" and scaling.factor == 1 and factor not in (None, 1):
+        text = f"= {factor:g} needs a factor above 1. Raise that, or leave it out"
+        yield "model.rotary_scaling.attention_factor", text
+
+
 def _target(run: Run) -> Iterator[Problem]:
     """The target is no larger than the source, and its heads are what the head unit leaves."""
     target, source = run.config.target, run.source
@@ -203,6 +229,24 @@ def _positions(run: Run) -> Iterator[Problem]:
         yield "data.seq_length", f"{text} = {most}. Use at most {most}"
 
 
+def _context(run: Run) -> Iterator[Problem]:
+    """What the layers of a model cannot do where ranks share a sequence."""
+    config, shape = run.config, _trained(run)
+    context = config.parallel.context
+    if shape is None or context < 2:
+        return
+    scaling, window = shape.rotary_scaling, shape.sliding_window
+    yarn = scaling is not None and scaling.rope_type == "yarn"
+    original = scaling.original_max_position_embeddings if scaling is not None else None
+    # Megatron-Core makes yarn's embeddings of these positions, and shares them out, when it starts.
+    if yarn and original and original % (2 * context):
+        text = f"= {context}: the {original} original positions of the model's yarn embeddings "
+        yield "parallel.context", text + f"are not divisible by {2 * context}"
+    if window and window < config.data.seq_length and config.platform.layers != "torch":
+        text = f"= {context} needs platform.layers = 'torch' where data.seq_length is longer than "
+        yield "parallel.context", text + f"the model's sliding window = {window}"
+
+
 def _world(run: Run) -> Iterator[Problem]:
     parallel, ranks = run.config.parallel, run.world_size
     sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context")}
@@ -243,6 +287,8 @@ def _batches(run: Run) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     _model,
+    _biases,
+    _rotary_scaling,
     _target,
     _head_unit,
     _tensor_parallel,
@@ -250,6 +296,7 @@ CHECKS: tuple[Check, ...] = (
     _sequence,
     _overlap,
     _positions,
+    _context,
     _world,
     _batches,
 )

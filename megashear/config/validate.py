@@ -16,7 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megashear.config import shapes
-from megashear.config.schema import HEAD_UNITS, STAGES, ModelShape, RunConfig
+from megashear.config.schema import (
+    FAMILIES,
+    HEAD_UNITS,
+    ROPE_TYPES,
+    STAGES,
+    ModelShape,
+    RunConfig,
+)
 from megashear.config.values import (
     SIZES,
     Check,
@@ -33,6 +40,8 @@ from megashear.config.values import (
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
+    "model.family": FAMILIES,
+    "model.rotary_scaling.rope_type": ROPE_TYPES,
     "pruning.head_unit": HEAD_UNITS,
     "pruning.multipliers": ("shared", "per_layer"),
     "data.rule": ("paper", "reference_code", "constant"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from megashear.config.loader import load_config
+from megashear.config.schema import RotaryScaling
 from megashear.errors import ConfigError
-from tests.config.rules import found, only
+from tests.config.rules import MHA, found, only
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,19 @@ def test_sequence_shared_by_context_and_tensor_ranks() -> None:
     )
     for length in (32, 48):
         assert found(data__seq_length=length, **layout) == []
+
+
+def test_models_under_context_parallelism() -> None:
+    """Positions of yarn are shared out as a sequence is; Transformer Engine knows no windows."""
+    yarn = dataclasses.replace(MHA, rotary_scaling=RotaryScaling("yarn", 4.0, 2050))
+    words = "= 2: the 2050 original positions of the model's yarn embeddings are not divisible by 4"
+    only("parallel.context", words, source=yarn, parallel__context=2)
+    assert found(source=yarn) == []
+    window = {"source": dataclasses.replace(MHA, sliding_window=2048), "parallel__context": 2}
+    words = "longer than the model's sliding window = 2048"
+    only("parallel.context", "= 2 needs platform.layers = 'torch'", words, **window)
+    assert found(**window, platform__layers="torch") == []
+    assert found(**window, data__seq_length=2048) == []
 
 
 @pytest.mark.parametrize(

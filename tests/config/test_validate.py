@@ -14,6 +14,7 @@ from megashear.config.schema import (
     ModelShape,
     OptimizerConfig,
     PruningConfig,
+    RotaryScaling,
     TargetShape,
     TrainerConfig,
 )
@@ -38,7 +39,7 @@ def test_the_sparsity_warm_up_is_of_no_concern_elsewhere() -> None:
     only("optimizer.warmup_steps", "= 320", stage="continue", target=None, trainer__steps=100)
 
 
-@pytest.mark.parametrize("path", CHOICES)
+@pytest.mark.parametrize("path", [path for path in CHOICES if not path.startswith("model.")])
 def test_choices(path: str) -> None:
     options = CHOICES[path]
     only(path, f"= '{options[-1]}x' is no choice", f"Did you mean '{options[-1]}'", options[0],
@@ -147,11 +148,51 @@ class TestStages:
             ({"num_layers": -1}, "model.num_layers", "must be >= 1"),
             ({"rotary_base": 0.0}, "model.rotary_base", "must be > 0"),
             ({"layernorm_epsilon": 0.0}, "model.layernorm_epsilon", "must be > 0"),
+            ({"proj_bias": True}, "model.proj_bias", "= true needs model.qkv_bias = true"),
+            ({"sliding_window": 0}, "model.sliding_window", "must be >= 1"),
+            ({"family": "qwen"}, "model.family", "Use llama, mistral, qwen2 or qwen3"),
         ],
     )
     def test_model_fits_together(self, changes: dict[str, Any], path: str, words: str) -> None:
         model = dataclasses.replace(MHA, **changes)
         only(path, words, config=self.PRETRAIN, source=None, model=model)
+
+    @pytest.mark.parametrize(
+        ("scaling", "name", "words"),
+        [
+            (RotaryScaling("ntk", 2.0), "rope_type", "Use linear, dynamic, llama3 or yarn"),
+            (RotaryScaling("linear", 0.0), "factor", "must be > 0"),
+            (RotaryScaling("dynamic", 0.5), "factor", "must be >= 1"),
+            (RotaryScaling("llama3", 8.0, 4096), "original_max_position_embeddings", "8192 alone"),
+            (RotaryScaling("yarn", 8.0), "original_max_position_embeddings", "is missing: yarn"),
+            (RotaryScaling("yarn", 8.0, 4096, beta_fast=0.0), "beta_fast", "must be > 0"),
+            (
+                RotaryScaling("yarn", 1.0, 4096, attention_factor=1.5),
+                "attention_factor",
+                "= 1.5 needs a factor above 1",
+            ),
+        ],
+    )
+    def test_rotary_scaling(self, scaling: RotaryScaling, name: str, words: str) -> None:
+        model = dataclasses.replace(MHA, rotary_scaling=scaling)
+        path = f"model.rotary_scaling.{name}"
+        only(path, words, config=self.PRETRAIN, source=None, model=model)
+
+    def test_variants_that_fit(self) -> None:
+        for scaling in (
+            RotaryScaling("linear", 2.0),
+            RotaryScaling("llama3", 32.0, 8192),
+            RotaryScaling("yarn", 8.0, 4096, attention_factor=1.5),
+        ):
+            model = dataclasses.replace(
+                MHA,
+                rotary_scaling=scaling,
+                sliding_window=512,
+                family="mistral",
+                qkv_bias=True,
+                proj_bias=True,
+            )
+            assert found(self.PRETRAIN, None, model=model) == []
 
     @pytest.mark.parametrize("heads", [0, -4, 5000])
     def test_absurd_heads_do_not_break_the_checks(self, heads: int) -> None:
