@@ -13,19 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.convert import export_huggingface
 from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.checkpoint.hf import write_huggingface
 from megashear.checkpoint.load import load_model
 from megashear.checkpoint.sharded import WeightsReader
-from megashear.config.schema import ModelShape, ParallelConfig
-from megashear.errors import CheckpointError
+from megashear.config.schema import ModelShape, ParallelConfig, RotaryScaling
 from megashear.model.build import build_model
 from megashear.platform import parallel
 from megashear.pruning.table import HIDDEN
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.runs import (
+    BIASES,
     GQA,
     GQA_QUERY_HEAD,
     MHA,
@@ -40,9 +39,11 @@ SHAPES = {
     "mha": MHA,
     "gqa": GQA,
     "mha-tied": replace(MHA, tied_embeddings=True),
-    "gqa-tied": replace(GQA, tied_embeddings=True),
     "query-head": GQA_QUERY_HEAD,
-    "bias-norms": QWEN,
+    "biases": replace(BIASES, rotary_scaling=RotaryScaling("linear", 2.0)),
+    "mistral": replace(GQA, sliding_window=5, family="mistral"),
+    "qwen2-tied": replace(GQA, qkv_bias=True, tied_embeddings=True, family="qwen2"),
+    "qwen3": replace(QWEN, proj_bias=True, family="qwen3"),
 }
 TOKENS = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(16).expand(2, -1)
@@ -74,11 +75,8 @@ def prune_and_save(directory: Path, shape: ModelShape) -> Tensor:
 
 
 def extract_and_export(directory: Path) -> dict[str, Tensor]:
-    """Extract the run and export it, rightly and with the head folded twice; all their logits.
-
-    What cannot be exported is refused in one sentence.
-    """
-    from transformers import LlamaForCausalLM
+    """Extract the run and export it, rightly and with the head folded twice; all their logits."""
+    from transformers import AutoModelForCausalLM
 
     pruned = read_pruned(directory / "run")
     dense = extract_checkpoint(pruned, directory / "extracted")
@@ -87,11 +85,6 @@ def extract_and_export(directory: Path) -> dict[str, Tensor]:
         load_model(dense.directory, chunks, platform)
         with torch.no_grad():
             logits = {"extracted": model(TOKENS, POSITIONS, None)}
-    if dense.shape.qkv_bias:
-        with pytest.raises(CheckpointError, match="no supported architecture"):
-            export_huggingface(dense, directory / "hf")
-        assert not (directory / "hf").exists()
-        return logits
     weights = dict(WeightsReader(dense.model_directory, dense.shape).items())
     wrong = dict(weights)
     head = (
@@ -103,7 +96,7 @@ def extract_and_export(directory: Path) -> dict[str, Tensor]:
     wrong[head] = weights[head] * z_hidden[z_hidden > 0]
     for name, tensors in (("hf", weights), ("wrong", wrong)):
         write_huggingface(directory / name, dense.shape, tensors.items())
-        hf = LlamaForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
+        hf = AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
         with torch.no_grad():
             logits[name] = hf(TOKENS).logits
     return logits
@@ -117,6 +110,5 @@ def test_masked_extracted_and_exported_models_are_one(shape_name: str, tmp_path:
     others = run_distributed(extract_and_export, 1, tmp_path)[0]
     scale = masked.abs().max()
     assert (others["extracted"] - masked).abs().max() < 1e-4 * scale
-    if not shape.qkv_bias:
-        assert (others["hf"] - masked).abs().max() < 1e-4 * scale
-        assert (others["wrong"] - masked).abs().max() > 1e-2 * scale
+    assert (others["hf"] - masked).abs().max() < 1e-4 * scale
+    assert (others["wrong"] - masked).abs().max() > 1e-2 * scale
