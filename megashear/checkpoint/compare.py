@@ -5,6 +5,7 @@ The one module that runs transformers' models, so that imports and exports are h
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from megashear.checkpoint.extraction import read_pruned
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.load import fill_from_reader
-from megashear.checkpoint.manager import is_huggingface, open_weights, read_info
+from megashear.checkpoint.manager import is_huggingface, is_megatron_lm, open_weights, read_info
 from megashear.config.schema import ParallelConfig
+from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
@@ -75,16 +77,18 @@ def logits_difference(a: Tensor, b: Tensor) -> LogitsDifference:
     )
 
 
-def logits(path: str | Path, tokens: Tensor) -> Tensor:
+def logits(path: str | Path, tokens: Tensor, shape_file: Path | None = None) -> Tensor:
     """Logits [b, s, vocab] of int64 tokens [b, s], in fp32 on the CPU, of the model at a path.
 
-    The path is of a Hugging Face directory, a checkpoint or a run.
+    The path is of a Hugging Face directory, a checkpoint or a run; of Megatron-LM's own checkpoint,
+    and of no other, `shape_file` says the shape.
 
     Raises:
         CheckpointError: the model cannot be read.
     """
-    run = hf_logits if is_huggingface(path) else megatron_logits
-    return run(Path(path), tokens)
+    if is_huggingface(path):
+        return hf_logits(Path(path), tokens)
+    return megatron_logits(Path(path), tokens, shape_file if is_megatron_lm(path) else None)
 
 
 @torch.no_grad()
@@ -107,18 +111,21 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
     if wrong:
         raise CheckpointError(f"{directory}: transformers reports {'; '.join(wrong)}")
     model.float().eval()
-    return torch.cat([model(row[None]).logits for row in tokens])
+    return torch.cat([model(row[None]).logits for row in _shown(tokens, "transformers")])
+
+
+def _shown(tokens: Tensor, by: str) -> Iterable[Tensor]:
+    return progress(tokens, f"running by {by}", len(tokens), "sequences")
 
 
 @torch.no_grad()
-def megatron_logits(path: Path, tokens: Tensor) -> Tensor:
+def megatron_logits(path: Path, tokens: Tensor, shape_file: Path | None = None) -> Tensor:
     """Logits by Megatron-Core's model in one process; see `logits`.
 
     Of a pruning run they are those of the masked model, with the masks that extraction would cut
     by folded in as in training.
     """
-    info = read_info(path)
-    positions = torch.arange(tokens.shape[1])[None]
+    info, positions = read_info(path, shape_file), torch.arange(tokens.shape[1])[None]
     with single_process() as platform:
         chunks = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1])
         model = chunks[0].eval()
@@ -129,4 +136,5 @@ def megatron_logits(path: Path, tokens: Tensor) -> Tensor:
             weights = MaskedWeights(chunks, platform, head_unit=pruned.masks.head_unit)
             masked = weights.masked(pruned.z)
         with masked:
-            return torch.cat([model(row[None], positions, None) for row in tokens])
+            rows = _shown(tokens, "Megatron-Core")
+            return torch.cat([model(row[None], positions, None) for row in rows])

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megashear.checkpoint.checksums import verify
-from megashear.checkpoint.convert import shown
 from megashear.checkpoint.manager import (
     INFO,
     MASKS,
@@ -23,8 +22,10 @@ from megashear.checkpoint.manager import (
 )
 from megashear.checkpoint.stream import processes, share
 from megashear.config.schema import QUERY_GROUP
+from megashear.console import progress
 from megashear.console import table as text_table
 from megashear.errors import CheckpointError
+from megashear.platform.parallel import launched_rank
 from megashear.pruning.extract import (
     OffTarget,
     extract,
@@ -173,6 +174,5 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
     with processes():
         names = share(shape)
         weights = extract(info.shape, z, open_weights(info).read, head_unit, names)
-        return write_model(
-            out, dense, shown(weights, "extracting", len(names)), overwrite=overwrite
-        )
+        shown = progress(weights, "extracting", len(names), "tensors", speaks=launched_rank() == 0)
+        return write_model(out, dense, shown, overwrite=overwrite)

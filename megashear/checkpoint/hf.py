@@ -26,7 +26,7 @@ from megashear.checkpoint.hf_config import (
     write_json,
 )
 from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
-from megashear.checkpoint.shards import DTYPES
+from megashear.checkpoint.shards import DTYPES, dtype_names
 from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
@@ -75,7 +75,18 @@ class HuggingFaceReader:
             CheckpointError: listing every tensor that is missing, unexpected, of another shape
                 than config.json implies or of a type that holds no plain weights.
         """
-        _ = self._files
+        _ = self._held
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Types of its tensors; checks as `check`."""
+        return dtype_names(DTYPES[dtype] for _, _, dtype in self._held.values())
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The directory, if there is a tokenizer in it."""
+        directory = self.directory.resolve()
+        return str(directory) if any((directory / n).is_file() for n in VOCABULARIES) else None
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the type it is stored in.
@@ -91,19 +102,18 @@ class HuggingFaceReader:
             yield row.name, self.read(row.name)
 
     @functools.cached_property
-    def _files(self) -> dict[str, Path]:
-        """The file of each tensor, after the check."""
+    def _held(self) -> Found:
+        """What its files hold, after the check."""
         found, problems = _scan(self.directory, self._index)
         problems += self._misfits(found)
         if problems:
             refuse(self.directory, problems)
-        files = {name: file for name, (file, _, _) in found.items()}
-        if self.shape.tied_embeddings and HEAD in files:
-            head, embedding = (_read(files[name], name) for name in (HEAD, EMBEDDING))
+        if self.shape.tied_embeddings and HEAD in found:
+            head, embedding = (_read(found[name][0], name) for name in (HEAD, EMBEDDING))
             if not torch.equal(head, embedding):
                 text = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
                 refuse(self.directory, [f"{text}; one of the two is wrong"])
-        return files
+        return found
 
     def _misfits(self, found: Found) -> list[str]:
         if self.shape.num_layers > len(found):  # and never list what a wrong number implies
@@ -124,10 +134,11 @@ class HuggingFaceReader:
         return problems
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = _read(self._files[name], name)
+        file = self._held[name][0]
+        tensor = _read(file, name)
         lowest, highest = tensor.aminmax()
         if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-            raise CheckpointError(f"{self._files[name]}: {name} holds values that are not finite")
+            raise CheckpointError(f"{file}: {name} holds values that are not finite")
         return tensor
 
 

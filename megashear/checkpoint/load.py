@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megashear.checkpoint import checksums, sharded
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.manager import INFO, CheckpointInfo, is_huggingface, read_info
+from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.model.build import bound_rows
 from megashear.platform.parallel import Platform
@@ -31,7 +32,8 @@ def fill_from_reader(
     Raises:
         CheckpointError: a tensor has another shape than the model's.
     """
-    for bound in bound_rows(chunks):
+    rows = list(bound_rows(chunks))
+    for bound in progress(rows, "loading", len(rows), "tensors", speaks=platform.rank == 0):
         whole = read(bound.row.name)
         if tuple(whole.shape) != bound.row.shape():
             raise CheckpointError(

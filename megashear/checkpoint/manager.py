@@ -141,7 +141,7 @@ def find(path: str | Path) -> Path:
         if (directory / INFO).is_file():
             return directory
         raise CheckpointError(f"{latest} names {directory}, which is no checkpoint")
-    if (path / ITERATION).is_file() or (path / ".metadata").is_file():
+    if is_megatron_lm(path):
         raise CheckpointError(
             f"{path}: a checkpoint of Megatron-LM, which does not say its model's shape. "
             "tools/checkpoint/ read it with --shape FILE.yaml"
@@ -202,6 +202,11 @@ def _read_megatron_lm(path: Path, shape: ModelShape) -> CheckpointInfo:
     return CheckpointInfo(shape, MEGATRON_LM, step, directory=path)
 
 
+def is_megatron_lm(path: str | Path) -> bool:
+    """Whether a path is of checkpoints that Megatron-LM's training wrote, as torch_dist."""
+    return any((Path(path) / name).is_file() for name in (ITERATION, ".metadata"))
+
+
 def is_huggingface(path: str | Path) -> bool:
     """Whether a path is a Hugging Face model directory."""
     return (Path(path) / "config.json").is_file()
@@ -220,13 +225,17 @@ def history_of(path: str | Path | None) -> tuple[Record, ...]:
     return read_info(path).records
 
 
-def read_shape(path: str | Path) -> ModelShape:
+def read_shape(path: str | Path, shape_file: Path | None = None) -> ModelShape:
     """Shape of the model at a path: a checkpoint, a run, or a Hugging Face directory.
+
+    Of Megatron-LM's own checkpoint, and of no other, it is what `shape_file` says.
 
     Raises:
         CheckpointError: there is no such thing, or its description cannot be read.
     """
-    return HuggingFaceReader(Path(path)).shape if is_huggingface(path) else read_info(path).shape
+    if is_huggingface(path):
+        return HuggingFaceReader(Path(path)).shape
+    return read_info(path, shape_file if is_megatron_lm(path) else None).shape
 
 
 def write_model(

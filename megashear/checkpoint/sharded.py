@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megashear.checkpoint.shards import dtype_names
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.checkpoints import layout_of_newer_release, weights_only
@@ -222,6 +223,13 @@ class WeightsReader:
         if problems:
             what = "does not hold the tensors of the model's shape"
             raise CheckpointError(f"{directory}: {what}:\n  " + "\n  ".join(problems))
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Types of its tensors."""
+        stored: Any = self._metadata.state_dict_metadata
+        held = (stored[self._stored[name].key] for name in self.rows)
+        return dtype_names(entry.properties.dtype for entry in held)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the dtype it is stored in.

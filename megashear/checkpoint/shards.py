@@ -21,6 +21,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """`bfloat16` and the like, each once."""
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+
+
 class _Shard:
     """A file that grows by tensors; its header, written last, has the place kept for it."""
 
@@ -91,4 +96,4 @@ def write_shards(
         metadata = {"total_size": sum(shard.size for shard in shards)}
         index = {"metadata": metadata, "weight_map": {n: files[home[n]] for n in sorted(home)}}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+    return dtype_names([functools.reduce(torch.promote_types, dtypes)])[0]

@@ -21,7 +21,7 @@ class Tool:
 
     def __call__(self, name: str, *arguments: object) -> tuple[int, str, str]:
         """Exit status, output and messages."""
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -13,18 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megashear.config.shapes import allowed_layouts
 from megashear.console import FAILED, run, table
-
-if TYPE_CHECKING:
-    from megashear.config.schema import ModelShape
-
-SIZES = (
-    *("num_layers", "hidden_size", "num_attention_heads"),
-    *("num_query_groups", "ffn_hidden_size"),
-)
 
 
 def main() -> int:
@@ -48,6 +38,7 @@ def main() -> int:
 
 def extract(arguments: argparse.Namespace, speaks: bool) -> int:
     """Read the masks, say how near they are to their targets, cut, say what came of it."""
+    from megashear.checkpoint.description import compared_rows, layout_rows
     from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 
     pruned = read_pruned(arguments.run)
@@ -64,29 +55,10 @@ def extract(arguments: argparse.Namespace, speaks: bool) -> int:
     out = arguments.out or arguments.run / "extracted"
     dense = extract_checkpoint(pruned, out, overwrite=arguments.overwrite)
     if speaks:
-        print(f"\n{compared(pruned.info.shape, dense.shape)}\n\nwritten to {out}")
-        print(layouts(dense.shape))
+        sizes = compared_rows(pruned.info.shape, dense.shape)
+        print(f"\n{table(sizes, ('', 'source', 'target'))}\n\nwritten to {out}")
+        print(f"it loads in parallel layouts of\n{table(layout_rows(dense.shape))}")
     return 0
-
-
-def compared(source: ModelShape, target: ModelShape) -> str:
-    """The sizes before and after."""
-    from megashear.pruning.counting import parameter_count
-
-    rows = [(name, getattr(source, name), getattr(target, name)) for name in SIZES]
-    counts = [f"{parameter_count(shape):,}" for shape in (source, target)]
-    return table([*rows, ("parameters", *counts)], ("", "source", "target"))
-
-
-def layouts(shape: ModelShape) -> str:
-    """The parallel layouts that the result can be trained in."""
-    sizes = {kind: ", ".join(map(str, sizes)) for kind, sizes in allowed_layouts(shape).items()}
-    rows = [
-        ("tensor", sizes["tensor"]),
-        ("pipeline x virtual_pipeline", sizes["pipeline"]),
-        ("context, data", "any"),
-    ]
-    return "it loads in parallel layouts of\n" + table(rows)
 
 
 if __name__ == "__main__":

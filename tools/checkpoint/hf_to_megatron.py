@@ -1,4 +1,4 @@
-"""Import a Hugging Face model: a Megatron checkpoint that loads in any tensor/data parallel layout.
+"""Import a Hugging Face model: a Megatron checkpoint that loads in any parallel layout.
 
 Every tensor that is missing, unexpected or of another shape, and every setting in config.json that
 would change the mathematics and is not supported, is an error that names it.
@@ -26,7 +26,8 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing checkpoint")
     arguments = parser.parse_args()
 
-    from megashear.checkpoint.convert import import_huggingface, shape_rows
+    from megashear.checkpoint.convert import import_huggingface
+    from megashear.checkpoint.description import shape_rows
 
     info = import_huggingface(arguments.hf, arguments.out, overwrite=arguments.overwrite)
     print(table([*shape_rows(info.shape), ("tokenizer", info.tokenizer or "none found")]))

@@ -3,6 +3,9 @@
 Takes a checkpoint of stage pretrain or continue, an imported or extracted one, or a run directory
 (its latest checkpoint); of any parallel layout. Nothing else is needed, no configuration.
 
+Of Megatron-LM's own checkpoints (torch_dist: `iter_0000100/`, or the directory above it) --shape
+tells what model they are of: a YAML file with the sizes and features of `model` in a run's.
+
 Example:
   python tools/checkpoint/megatron_to_hf.py --checkpoint runs/continue --out models/sheared-1.3b
 """
@@ -25,6 +28,7 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint or run to read")
     add("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
+    add("--shape", type=Path, metavar="YAML", help="the model's shape, of Megatron-LM's own")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -38,10 +42,11 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing model")
     arguments = parser.parse_args()
 
-    from megashear.checkpoint.convert import export_huggingface, shape_rows
+    from megashear.checkpoint.convert import export_huggingface
+    from megashear.checkpoint.description import shape_rows
     from megashear.checkpoint.manager import read_info
 
-    info = read_info(arguments.checkpoint)
+    info = read_info(arguments.checkpoint, arguments.shape)
     with tempfile.TemporaryDirectory() as scratch:
         export_huggingface(
             info,

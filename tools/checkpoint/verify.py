@@ -1,7 +1,8 @@
 """Do two models compute the same? Compares their logits; exit status 0 only within the tolerance.
 
 Each side is a Hugging Face directory (run by transformers), or a checkpoint or run (run by
-Megatron-Core; of a pruning run, the model with its masks). Both run in fp32 on the CPU.
+Megatron-Core; of a pruning run, the model with its masks). Both run in fp32 on the CPU. Of a side
+that is Megatron-LM's own checkpoint, --shape tells what model it is of.
 
 Example:
   python tools/checkpoint/verify.py models/llama2-7b checkpoints/llama2-7b
@@ -10,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,7 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of the random tokens (default: 0)")
     add("--text", type=Path, metavar="FILE", help="run this text instead of random tokens")
     add("--tokenizer", metavar="PATH", help="of the text (default: the one that A or B names)")
+    add("--shape", type=Path, metavar="YAML", help="the model's shape, of Megatron-LM's own")
     add(
         "--tolerance",
         type=float,
@@ -50,9 +53,11 @@ def main() -> int:
 
     from megashear.checkpoint.compare import logits, logits_difference
 
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     tokens = choose_tokens(arguments)
-    found = logits_difference(logits(arguments.a, tokens), logits(arguments.b, tokens))
+    a, b = (logits(side, tokens, arguments.shape) for side in (arguments.a, arguments.b))
+    found = logits_difference(a, b)
     same = found.within(arguments.tolerance)
     verdict = "within" if same else "NOT within"
     rows = [
@@ -75,7 +80,7 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
 
     from megashear.checkpoint.manager import read_shape
 
-    a, b = read_shape(arguments.a), read_shape(arguments.b)
+    a, b = (read_shape(side, arguments.shape) for side in (arguments.a, arguments.b))
     if a.vocab_size != b.vocab_size:
         raise CheckpointError(
             f"{arguments.a} has {a.vocab_size:,} tokens, {arguments.b} {b.vocab_size:,}: they "
@@ -94,12 +99,13 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
 
 def read_text(arguments: argparse.Namespace) -> list[int]:
     """The ids of the text, by the tokenizer of whichever side has one."""
-    from megashear.checkpoint.manager import is_huggingface, read_info
+    from megashear.checkpoint.manager import is_huggingface, is_megatron_lm, read_info
     from megashear.data.tokenizer import load_tokenizer
 
     path = arguments.tokenizer
     for side in (arguments.a, arguments.b):
-        path = path or (side if is_huggingface(side) else read_info(side).tokenizer)
+        if not is_megatron_lm(side):
+            path = path or (side if is_huggingface(side) else read_info(side).tokenizer)
     if path is None:
         raise CheckpointError("neither model names a tokenizer. Name one with --tokenizer")
     try:

@@ -1,0 +1,183 @@
+"""What commands and model cards say of a model and of where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.extraction import PrunedRun, read_pruned
+from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.manager import (
+    HUGGINGFACE,
+    CheckpointInfo,
+    Record,
+    is_huggingface,
+    read_info,
+    versions,
+)
+from megashear.checkpoint.sharded import WeightsReader
+from megashear.config.schema import ModelShape
+from megashear.config.shapes import allowed_layouts
+from megashear.pruning.counting import parameter_count
+
+
+@dataclass(frozen=True)
+class Description:
+    """What there is to say of the model at a path.
+
+    Attributes:
+        info: of the checkpoint; of a Hugging Face directory, what a checkpoint of it would say.
+        dtypes: of its weights.
+        pruned: the masks, of a pruning run.
+    """
+
+    info: CheckpointInfo
+    dtypes: list[str]
+    pruned: PrunedRun | None
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain values, under the names that tools/checkpoint/inspect.py promises."""
+        info, pruned = self.info, self.pruned
+        records = [asdict(record) for record in info.records]
+        return {
+            "path": str(info.directory),
+            "stage": info.stage,
+            "step": info.step,
+            "tokens": info.tokens,
+            "tokens_of_all_stages": sum(record["tokens"] for record in records),
+            "parameters": parameter_count(info.shape),
+            "dtypes": self.dtypes,
+            "shape": asdict(info.shape),
+            "target": asdict(info.target) if info.target else None,
+            "layouts": allowed_layouts(info.shape),
+            "masks": [asdict(state) for state in pruned.states] if pruned else None,
+            "losses": records[-1]["losses"],
+            "history": records[:-1],
+            "tokenizer": info.tokenizer,
+            "versions": info.versions,
+        }
+
+
+def describe(path: str | Path, shape_file: Path | None = None) -> Description:
+    """What lies at a path; of weights no more than the tables of contents are read.
+
+    Args:
+        path: of a checkpoint, a run or a Hugging Face directory.
+        shape_file: as of `read_info`.
+
+    Raises:
+        CheckpointError: it is none of these, or parts are missing or do not fit.
+        ConfigError: the file of the shape is wrong.
+    """
+    if shape_file is None and is_huggingface(path):
+        reader = HuggingFaceReader(path)
+        info = CheckpointInfo(
+            reader.shape, HUGGINGFACE, directory=Path(path), tokenizer=reader.tokenizer
+        )
+        return Description(info, reader.dtypes, None)
+    info = read_info(path, shape_file)
+    weights = WeightsReader(info.model_directory, info.shape)
+    pruned = read_pruned(info.directory) if info.stage == "prune" else None
+    return Description(info, weights.dtypes, pruned)
+
+
+def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
+    """What a command shows of a model: its sizes, and what else it has."""
+    biases = {
+        "query/key/value": shape.qkv_bias,
+        "attention output": shape.proj_bias,
+        "mlp": shape.mlp_bias,
+    }
+    scaling, window = shape.rotary_scaling, shape.sliding_window
+    features = {
+        "embeddings": "tied" if shape.tied_embeddings else "",
+        "bias": ", ".join(name for name, there in biases.items() if there),
+        "query/key norms": "one for all heads" if shape.qk_norm else "",
+        "rotary scaling": f"{scaling.rope_type}, factor {scaling.factor:g}" if scaling else "",
+        "sliding window": f"{window:,} tokens" if window else "",
+    }
+    return [
+        ("family", shape.family),
+        ("parameters", f"{parameter_count(shape):,}"),
+        ("layers", f"{shape.num_layers:,}"),
+        ("hidden", f"{shape.hidden_size:,}"),
+        ("heads", f"{shape.num_attention_heads:,}"),
+        ("key/value heads", f"{shape.num_query_groups:,}"),
+        ("head size", f"{shape.kv_channels:,}"),
+        ("intermediate", f"{shape.ffn_hidden_size:,}"),
+        ("vocabulary", f"{shape.vocab_size:,}"),
+        ("positions", f"{shape.max_position_embeddings:,}"),
+        ("rotary base", f"{shape.rotary_base:,g}"),
+        ("norm epsilon", f"{shape.layernorm_epsilon:g}"),
+        *((name, text) for name, text in features.items() if text),
+    ]
+
+
+def compared_rows(source: ModelShape, target: ModelShape) -> list[tuple[str, str, str]]:
+    """The same of two models, side by side."""
+    before, after = dict(shape_rows(source)), dict(shape_rows(target))
+    return [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
+
+
+def layout_rows(shape: ModelShape) -> list[tuple[str, str]]:
+    """The parallel layouts that a model can be trained in."""
+    sizes = {kind: ", ".join(map(str, sizes)) for kind, sizes in allowed_layouts(shape).items()}
+    return [
+        ("tensor", sizes["tensor"]),
+        ("pipeline x virtual_pipeline", sizes["pipeline"]),
+        ("context, data", "any"),
+    ]
+
+
+RECORD = ("stage", "steps", "tokens", "parameters", "path")
+
+
+def record_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
+    """The stages of a history in Markdown, under the columns of `RECORD`."""
+    return [
+        (
+            *(record.stage, f"{record.steps:,}", f"{record.tokens:,}"),
+            f"{parameter_count(record.shape):,}" if record.shape else "",
+            f"`{record.path}`",
+        )
+        for record in records
+    ]
+
+
+def model_card(info: CheckpointInfo, name: str) -> str:
+    """README.md of an exported model: what it is, where it comes from, how far it was trained.
+
+    The front matter has what is known; the license is for whoever publishes the model to state.
+    """
+    records, source = info.records, info.records[0].shape
+    pruned = any(record.stage in ("prune", "pruned") for record in records)
+    shape = _section("Shape", ("", "this model"), shape_rows(info.shape))
+    if source is not None and source != info.shape:
+        rows = compared_rows(source, info.shape)
+        shape = _section("Shape", ("", "source", "this model"), rows)
+    sections = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"tags: [megashear{', pruned' if pruned else ''}]\n"
+        "# license: that of the source model binds this one too; state it before publishing\n---",
+        f"# {name}",
+        f"A language model of {parameter_count(info.shape):,} parameters, written by megashear "
+        f"{versions()['megashear']} after training on {sum(r.tokens for r in records):,} tokens. "
+        "This card is a stub: what the model is for, its data and its limits are yours to tell.",
+        shape,
+        _section("History", RECORD, record_rows(records)),
+    ]
+    measured = [record for record in records if record.losses]
+    if measured:
+        losses = [(domain, f"{loss:.4f}") for domain, loss in measured[-1].losses.items()]
+        title = f"Validation losses (nats per token) at the end of stage {measured[-1].stage}"
+        sections.append(_section(title, ("domain", "loss"), losses))
+    return "\n\n".join(sections) + "\n"
+
+
+def _section(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A heading and a table in Markdown, numbers to the right."""
+    columns = ["---", *("---:" for _ in header[1:])]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, columns, *rows)]
+    return "\n".join([f"## {title}", "", *lines])
