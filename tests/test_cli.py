@@ -35,7 +35,7 @@ def test_tokenize_prints_what_it_wrote(tokenizer: Path, tmp_path: Path) -> None:
     assert header.split() == ["output", "documents", "tokens", "tokens/s"]
     assert skipped == "skipped 1 empty documents"
     library = tokenize_files([str(source)], tokenizer, tmp_path / "y", valid_fraction=0.2)
-    for row, output in zip(rows, library.outputs, strict=True):
+    for row, output in zip(rows, library.outputs.values(), strict=True):
         shown = row.split()[1:3]
         assert shown == [f"{output.documents:,}", f"{output.tokens:,}"]
     for part in ("_train.bin", "_train.idx", "_valid.bin", "_valid.idx"):

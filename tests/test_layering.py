@@ -29,7 +29,7 @@ DIRECTION: dict[str, set[str]] = {
         *("checkpoint", "data", "model", "pruning", "platform"),
     },
     "reference": {"errors", "config"},
-    "report": {"errors", "config"},
+    "report": {"errors", "config", "reference"},
 }
 """Part of megashear -> the parts that it may import. The command line may import all of them."""
 

@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
             problems.append(str(error))
             continue
         empty += report.empty
-        tokens = sum(made.tokens for made in report.outputs)
+        tokens = sum(made.tokens for made in report.outputs.values())
         speed = f"{tokens / report.seconds:,.0f}" if report.seconds else "there already"
-        for made in report.outputs:
-            rows.append((made.prefix, f"{made.documents:,}", f"{made.tokens:,}", speed))
+        for prefix, made in report.outputs.items():
+            rows.append((prefix, f"{made.documents:,}", f"{made.tokens:,}", speed))
     if rows:
         print(console.table(rows, ("output", "documents", "tokens", "tokens/s")))
     if empty:

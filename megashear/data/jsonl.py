@@ -183,4 +183,6 @@ def text_of(line: bytes, field: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return {dict: "an object", list: "an array"}.get(type(value)) or json.dumps(value)[:40]
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "an array"
+    return json.dumps(value)[:40]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from megashear.data.encoding import Encoded, Encoding, encode_all
 from megashear.data.jsonl import find_inputs
-from megashear.data.token_files import SUFFIXES, Fingerprint, token_type
+from megashear.data.token_files import SUFFIXES, Counts, Fingerprint, token_type
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
-from megashear.data.unfinished import Unfinished, folder_of, id_of, is_kept, workplace
-from megashear.errors import DataError, PlatformError
+from megashear.data.unfinished import Unfinished, folder_of, id_of, workplace
+from megashear.errors import DataError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
 MAX_PROBLEMS = 20
@@ -30,19 +30,10 @@ LINE_SECONDS = 5.0  # between lines of progress, where there is no terminal for 
 
 
 @dataclass(frozen=True)
-class Output:
-    """Token files that are in their place."""
-
-    prefix: str
-    documents: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class TokenizeReport:
     """What `tokenize_files` did."""
 
-    outputs: tuple[Output, ...]
+    outputs: dict[str, Counts]  # by prefix
     empty: int = 0  # documents skipped because they hold no text
     seconds: float = 0.0  # of reading, encoding and writing; 0 where all was there already
 
@@ -92,7 +83,7 @@ def tokenize_files(
     if made and not folder_of(str(output)).exists():
         return TokenizeReport(made)
     try:
-        with workplace(str(output)) as folder, _way_on(folder, progress):
+        with workplace(str(output), says=progress) as folder:
             work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep=keep)
             if not work.progress.finished:
                 if made:
@@ -109,8 +100,8 @@ def tokenize_files(
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror or error}") from error
     done = work.progress
-    outputs = (Output(p, c.documents, c.tokens) for p, c in zip(prefixes, done.counts, strict=True))
-    return TokenizeReport(tuple(outputs), done.empty, done.seconds)
+    outputs = dict(zip(prefixes, done.counts, strict=True))
+    return TokenizeReport(outputs, done.empty, done.seconds)
 
 
 def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
@@ -139,18 +130,18 @@ def _job(
     }
 
 
-def _made_before(prefixes: Sequence[str], job_id: str) -> tuple[Output, ...]:
+def _made_before(prefixes: Sequence[str], job_id: str) -> dict[str, Counts]:
     """The files in place, if all are there whole and this very job made them."""
-    made = []
+    made = {}
     for prefix in prefixes:
         if not all(Path(prefix + suffix).exists() for suffix in SUFFIXES):
-            return ()
+            return {}
         found = Fingerprint.read(prefix)
         size = found.tokens * token_type(found.vocab_size).itemsize
         if found.made_from != job_id or Path(f"{prefix}.bin").stat().st_size != size:
-            return ()
-        made.append(Output(prefix, found.documents, found.tokens))
-    return tuple(made)
+            return {}
+        made[prefix] = Counts(found.documents, found.tokens, found.highest_id or 0)
+    return made
 
 
 def _refuse_existing(prefixes: Sequence[str], overwrite: bool) -> None:
@@ -200,19 +191,6 @@ def _fill(
                 f"none of {documents:,} documents is for {prefix}. Give more text, or another "
                 "valid fraction"
             )
-
-
-@contextmanager
-def _way_on(folder: Path, shown: bool) -> Iterator[None]:
-    """Say after an interrupt or a failure how to go on."""
-    try:
-        yield
-    except (KeyboardInterrupt, PlatformError, OSError):
-        if shown and is_kept(folder):
-            print(
-                f"what is done is kept in {folder}: the same command goes on there", file=sys.stderr
-            )
-        raise
 
 
 def _progress(size: int, done: int, shown: bool) -> tqdm:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,10 +61,10 @@ def id_of(job: dict[str, Any]) -> str:
 
 
 @contextmanager
-def workplace(output: str) -> Iterator[Path]:
+def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
     """The folder for the unfinished files of PREFIX, for one process at a time.
 
-    It is removed at the end unless a journal in it says how to go on.
+    It is removed at the end unless a journal in it says how to go on; then this is said.
 
     Raises:
         DataError: another process is at work there.
@@ -75,13 +76,11 @@ def workplace(output: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if not is_kept(folder):
+            if not (folder / _JOURNAL).exists():
                 shutil.rmtree(folder)
-
-
-def is_kept(folder: Path) -> bool:
-    """Whether there is something to go on with."""
-    return (folder / _JOURNAL).exists()
+            elif says:
+                text = f"what is done is kept in {folder}: the same command goes on there"
+                print(text, file=sys.stderr)
 
 
 def _lock(file: TextIO, output: str) -> None:
@@ -187,8 +186,6 @@ class Unfinished:
     def _read(self) -> Progress:
         """What the journal says, if it is of this job."""
         fresh = Progress((Counts(),) * len(self.prefixes))
-        if not is_kept(self.folder):
-            return fresh
         try:
             content = json.loads((self.folder / _JOURNAL).read_bytes())
             job, saved = content["job"], content["progress"]
@@ -200,6 +197,8 @@ class Unfinished:
                 kept = zip(self.prefixes, counts, strict=True)
                 held = all(holds(self.folder, *each, self._dtype) for each in kept)
                 wrong = "" if held else "damaged"
+        except FileNotFoundError:
+            return fresh
         except (ValueError, TypeError, KeyError, AttributeError):
             wrong = "damaged"
         if wrong:

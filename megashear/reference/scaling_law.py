@@ -29,12 +29,7 @@ MISFIT = 0.02
 class Fit:
     """L(N) = E + A / N^b of one domain.
 
-    Attributes:
-        E: loss of an infinitely large model (nats per token).
-        A: of the power law, in nats.
-        b: its exponent.
-        sizes: parameters of the models that it goes through or near.
-        losses: theirs.
+    Losses, and so E and A, are in nats per token; `sizes` and `losses` are those of the models.
     """
 
     E: float
@@ -103,20 +98,15 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
     """The least-squares fit, which goes through three points exactly where that is possible.
 
     For a given b the best E and A are linear regression, so b alone is searched (variable
-    projection): on a grid, then by golden section between the neighbours of its best point.
+    projection): on a grid, then on finer ones, each between the neighbours of the best point.
     """
     log_N, y = np.log(np.asarray(sizes, dtype=float)), np.asarray(losses, dtype=float)
-    grid = np.geomspace(*EXPONENTS, 200)
-    best = int(np.argmin([_regression(b, log_N, y)[2] for b in grid]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    golden = (5**0.5 - 1) / 2
+    low, high = EXPONENTS
     while high - low > 1e-13 * high:
-        inner, outer = high - golden * (high - low), low + golden * (high - low)
-        if _regression(inner, log_N, y)[2] <= _regression(outer, log_N, y)[2]:
-            high = outer
-        else:
-            low = inner
-    b = float(low + high) / 2
+        grid = np.geomspace(low, high, 200)
+        best = int(np.argmin([_regression(b, log_N, y)[2] for b in grid]))
+        low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
+    b = (low + high) / 2
     E, A_at_mean, _ = _regression(b, log_N, y)
     return Fit(E, A_at_mean * float(np.exp(b * log_N.mean())), b, tuple(sizes), tuple(losses))
 

@@ -5,28 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from megashear.reference.scaling_law import Fit
 
 BLUE, RED, GREY = "#1f5fa8", "#b3261e", "#8a8a8a"
 
 
-class Law(Protocol):
-    """Loss by size of model (see `reference.scaling_law.Fit`)."""
-
-    sizes: tuple[float, ...]
-    losses: tuple[float, ...]
-
-    @property
-    def flag(self) -> str:
-        """What is wrong with it; empty if nothing."""
-
-    def loss(self, parameters: float) -> float:
-        """Of a model with so many parameters."""
-
-
-def scaling_laws(file: Path, laws: Mapping[str, Law], target: float) -> None:
+def scaling_laws(file: Path, laws: Mapping[str, Fit], target: float) -> None:
     """A panel for each domain: the models, the law through them, and its loss at the target.
 
     Raises:

@@ -59,11 +59,11 @@ def test_tokens_are_sentencepieces_in_order(
     report = tokenize_files(inputs, tokenizer, tmp_path / "out" / "x.1", workers=workers)
     expected = expected_documents(tokenizer, texts)
     assert documents(tmp_path / "out" / "x.1") == expected
-    (output,) = report.outputs
+    ((prefix, output),) = report.outputs.items()
     assert (output.documents, output.tokens) == (len(texts), sum(map(len, expected)))
     assert left_behind(tmp_path / "out") == ["x.1.bin", "x.1.idx", "x.1.json"]
-    assert IndexedDataset(output.prefix).index.dtype == np.uint16
-    print_of = Fingerprint.read(output.prefix)
+    assert IndexedDataset(prefix).index.dtype == np.uint16
+    print_of = Fingerprint.read(prefix)
     assert (print_of.documents, print_of.tokens) == (output.documents, output.tokens)
     assert (print_of.vocab_size, print_of.bos_id, print_of.eos_id) == (500, 1, 2)
 
@@ -85,7 +85,7 @@ def test_split_keeps_copies_together_and_loses_nothing(tokenizer: Path, tmp_path
     train, valid = (Counter(map(tuple, documents(tmp_path / f"x_{p}"))) for p in ("train", "valid"))
     assert not train.keys() & valid.keys()
     assert train + valid == Counter(map(tuple, expected_documents(tokenizer, texts * 3)))
-    assert [output.prefix[-6:] for output in report.outputs] == ["_train", "_valid"]
+    assert [prefix[-6:] for prefix in report.outputs] == ["_train", "_valid"]
     # 4.5 standard deviations of a fair draw of the distinct documents
     spread = 4.5 * (0.25 * 0.75 / len(set(texts))) ** 0.5
     assert abs(len(valid) / (len(train) + len(valid)) - 0.25) < spread
