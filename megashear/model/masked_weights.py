@@ -193,7 +193,8 @@ class MaskedWeights:
     def _counts(self, bound: BoundRow) -> bool:
         """Whether this rank's part of the gradient is summed; a parameter is counted once.
 
-        A shard counts on every tensor-parallel rank; a whole parameter (a norm), whose gradient
-        Megatron has made equal everywhere, on the first; a tied embedding on the first stage only.
+        A shard counts on every tensor-parallel rank; a whole parameter (a norm, the bias of
+        linear_proj), whose gradient Megatron has made equal everywhere, on the first; a tied
+        embedding on the first stage only.
         """
         return not bound.copy and (bound.row.parallel or self.platform.tensor_rank == 0)
