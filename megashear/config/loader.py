@@ -131,9 +131,24 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` wrote; options that it did not know yet are at defaults."""
-    config: RunConfig = _read(RunConfig, yaml.safe_load(text), "", [])
+    """The configuration that `to_yaml` wrote, of any release.
+
+    An option that it did not know yet is at its default, and one that is no more is dropped.
+    """
+    config: RunConfig = _stored(RunConfig, yaml.safe_load(text))
     return config
+
+
+def _stored(hint: Any, raw: Any) -> Any:
+    """What `to_yaml` wrote of a value of the type that a hint names."""
+    if get_origin(hint) is not None:  # X | None, tuple[X, ...]
+        hint = get_args(hint)[0]
+    if isinstance(raw, list):
+        return tuple(_stored(hint, each) for each in raw)
+    if not isinstance(raw, dict):
+        return raw
+    hints = get_type_hints(hint)
+    return hint(**{name: _stored(hints[name], raw[name]) for name in hints if name in raw})
 
 
 def domains_to_yaml(domains: Sequence[Domain]) -> str:

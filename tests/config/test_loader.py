@@ -385,6 +385,14 @@ def test_a_configuration_from_before_an_option_is_read_with_its_default() -> Non
     assert from_yaml(older) == config
 
 
+def test_a_configuration_with_an_option_of_before_is_read_without_it() -> None:
+    """Not as the option whose name is nearest; that is for what a user writes."""
+    config = load(PRUNE)
+    older = to_yaml(config).replace("  sequences_per_domain: 32\n", "  batches_per_domain: 16\n")
+    assert "batches_per_domain" in older
+    assert from_yaml(older) == config
+
+
 def test_the_configuration_needs_neither_torch_nor_megatron() -> None:
     """A wrong file is refused before anything heavy is imported."""
     package = Path(__file__).parents[2] / "megashear" / "config"
