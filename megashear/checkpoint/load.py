@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megashear.checkpoint import checksums, sharded
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.manager import INFO, CheckpointInfo, is_huggingface, read_info
 from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rows, unwrap
 from megashear.platform.parallel import Platform
+from megashear.pruning.table import outer_rows
 
 
 @torch.no_grad()
@@ -82,8 +87,44 @@ def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
     return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
 
 
+def _without_padding(chunk: Any) -> dict[str, Any]:
+    """The sharded state dict of a chunk, with a vocabulary that is padded in memory alone."""
+    state = sharded.without_extra_state(chunk.sharded_state_dict())
+    rows = outer_rows(unwrap(chunk).shape)
+    sizes = {row.name: row.axes[0].units for row in rows if row.axes[0].vocabulary}
+    for name, entry in state.items():
+        if entry.key in sizes and entry.global_shape[0] > sizes[entry.key]:
+            state[name] = _cut(entry, sizes[entry.key])
+    return state
+
+
+def _cut(entry: ShardedTensor, size: int) -> ShardedTensorFactory:
+    """Of a padded vocabulary what is written and read: its part of `size` rows in all."""
+    offset, length = entry.global_offset[0], entry.local_shape[0]
+    rows = len(range(size)[offset : offset + length])
+
+    def build(key: str, data: Tensor, replica_id: Any, _: None) -> list[ShardedTensor]:
+        part = dataclasses.replace(
+            entry,
+            key=key,
+            data=data.detach()[:rows],
+            local_shape=(rows, *entry.local_shape[1:]),
+            global_shape=(size, *entry.global_shape[1:]),
+            global_offset=(min(offset, size), *entry.global_offset[1:]),
+            axis_fragmentations=None,  # no regular grid
+            replica_id=replica_id,
+            allow_shape_mismatch=False,
+        )
+        return [part]
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return functional.pad(parts[0], (0, 0, 0, length - rows))
+
+    return ShardedTensorFactory(entry.key, entry.data, build, merge, entry.replica_id)
+
+
 def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
     """The sharded state dict of this rank's part of a model; of several chunks one of each."""
-    states = [sharded.without_extra_state(chunk.sharded_state_dict()) for chunk in chunks]
+    states = [_without_padding(chunk) for chunk in chunks]
     names = _chunk_names(chunks)
     return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore

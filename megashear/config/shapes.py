@@ -32,10 +32,10 @@ def allowed_layouts(shape: ModelShape) -> dict[str, list[int]]:
 
 
 def _split_sizes(shape: ModelShape) -> tuple[str, ...]:
-    """Names of the sizes that tensor parallelism splits."""
+    """Names of the sizes that tensor parallelism splits evenly; the vocabulary is padded."""
     grouped = shape.num_query_groups != shape.num_attention_heads
     heads = "num_query_groups" if grouped else "num_attention_heads"
-    return heads, "ffn_hidden_size", "vocab_size"
+    return heads, "ffn_hidden_size"
 
 
 def _stages(shape: ModelShape) -> list[int]:
@@ -127,7 +127,7 @@ def _head_unit(run: Run) -> Iterator[Problem]:
 
 
 def _tensor_parallel(run: Run) -> Iterator[Problem]:
-    """Every axis that tensor parallelism splits divides by its ranks, in source and target."""
+    """What tensor parallelism splits evenly divides by its ranks, in source and target."""
     tensor = run.config.parallel.tensor
     axes = list(_split_axes(run))
     if tensor < 2 or not axes or min(size for *_, size in axes) < 1:
@@ -141,7 +141,7 @@ def _tensor_parallel(run: Run) -> Iterator[Problem]:
 
 
 def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
-    """(path, beginning of the message, size) of what tensor parallelism splits."""
+    """(path, beginning of the message, size) of what tensor parallelism splits evenly."""
     config, source, shape = run.config, run.source, _trained(run)
     if shape is not None:
         for name in _split_sizes(shape):

@@ -30,6 +30,7 @@ def transformer_config(
     fused = platform.layers == "transformer_engine"
     on_cpu = platform.device.type == "cpu"
     window = shape.sliding_window
+    assert shape.qkv_bias or not shape.proj_bias  # Megatron-Core would add a bias of no row
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -166,7 +167,7 @@ def _build_chunk(
     model = MaskedGPTModel(
         config=config,
         transformer_layer_spec=block_spec(platform.layers, num_layers, shape, masked_attention),
-        vocab_size=shape.vocab_size,
+        vocab_size=shape.vocab_size + -shape.vocab_size % config.tensor_model_parallel_size,
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
@@ -175,6 +176,7 @@ def _build_chunk(
         **_rotary(shape),
     )
     model.shape = shape
+    model.clear_padding()
     model.to(platform.device)
     return Float16Module(config, model) if config.bf16 else model
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from megashear.config.schema import QUERY_GROUP, ModelShape
 from megashear.model.masked_attention import MaskedSelfAttention
@@ -62,6 +63,28 @@ class MaskedGPTModel(GPTModel):
     """Megatron-Core's GPT model, or one pipeline stage of it, over masked layers."""
 
     shape: ModelShape
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the vocabulary on this rank; those after them are padding, and stay 0."""
+        vocabulary = outer_rows(self.shape)[0].axes[0]
+        return len(vocabulary.share(self.tp_group.rank(), self.tp_group.size()))
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Set padding to 0: no gradient will change it."""
+        for bound in self.bound_rows():
+            if bound.row.axes[0].vocabulary:
+                bound.parameter[self.tokens :] = 0
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Megatron-Core's loss [b, s], with a probability of 0, and no gradient, for padding.
+
+        Logits [s, b, V/tp] that are asked for without a loss are 0 there.
+        """
+        # Cross entropy writes into them as well; outside of autograd this costs no copy.
+        logits.detach()[..., self.tokens :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
 
     def bound_rows(self, head_unit: str = QUERY_GROUP) -> Iterator[BoundRow]:
         """Every row of the table whose parameter this rank holds, each once."""

@@ -86,6 +86,12 @@ class Axis:
         """Blocks in one tile on one of `ranks` tensor-parallel ranks."""
         return -(-self.units // self.block // (ranks if self.parallel else 1))
 
+    def share(self, rank: int, ranks: int) -> range:
+        """Blocks of a tile in this rank's shard; fewer than `blocks` where it has padding."""
+        share = self.blocks(ranks)
+        first = min(rank * share, self.blocks())
+        return range(first, min(first + share, self.blocks()))
+
     def length(self, ranks: int = 1) -> int:
         """Positions along the axis on one of `ranks` tensor-parallel ranks."""
         return self.blocks(ranks) * self.block_length * self.tile
@@ -137,13 +143,11 @@ class Row:
         """One tensor-parallel rank's part of the whole parameter; padding is 0."""
         for dim, axis in enumerate(self.axes):
             if axis.parallel and ranks > 1:
-                share = axis.blocks(ranks)
+                share = axis.share(rank, ranks)
                 blocks = tensor.unflatten(dim, (axis.tile, -1, axis.block_length))
-                first = min(rank * share, axis.blocks())
-                number = min(share, axis.blocks() - first)
-                padding = (0, 0) * (blocks.dim() - dim - 2) + (0, share - number)
-                part = functional.pad(blocks.narrow(dim + 1, first, number), padding)
-                tensor = part.flatten(dim, dim + 2)
+                part = blocks.narrow(dim + 1, share.start, len(share))
+                padding = (0, 0) * (blocks.dim() - dim - 2) + (0, axis.blocks(ranks) - len(share))
+                tensor = functional.pad(part, padding).flatten(dim, dim + 2)
         return tensor
 
     def units(self, axis: Axis, masks: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """A run saved in one layout goes on in another: the same data, the same losses.
 
-Each row of PAIRS trains three steps in one layout, saves, and goes on for two steps in the other,
+Each row of CASES trains three steps in one layout, saves, and goes on for two steps in the other,
 whose losses are compared with those of one process that did all five: to 1e-5 in fp32.
 """
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megashear.checkpoint.optimizer_state import rectangles
-from megashear.config.schema import ParallelConfig, RunConfig
+from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
@@ -27,6 +27,10 @@ from tests.runs import GQA, MHA, prune_options, run_config, write_domains, write
 SHAPES = {
     "mha": replace(MHA, num_layers=4),
     "gqa-tied": replace(GQA, num_layers=4, tied_embeddings=True),
+    "vocabulary-61": replace(MHA, num_layers=4, vocab_size=61),
+    "vocabulary-61-tied": replace(GQA, num_layers=4, vocab_size=61, tied_embeddings=True),
+    "six-heads": ModelShape(4, 36, 6, 48, vocab_size=61),
+    "six-heads-tied": ModelShape(4, 36, 6, 48, vocab_size=61, tied_embeddings=True),
 }
 LAYOUTS = {
     "one": (1, {}),
@@ -34,6 +38,9 @@ LAYOUTS = {
     "dp2-distopt": (2, {"distributed_optimizer": True}),
     "dp4-distopt": (4, {"distributed_optimizer": True}),
     "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2-dp2-distopt": (4, {"tensor": 2, "distributed_optimizer": True}),
+    "tp3": (3, {"tensor": 3}),
+    "tp3-dp2-distopt": (6, {"tensor": 3, "distributed_optimizer": True}),
     "pp2": (2, {"pipeline": 2}),
     "pp2-vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "cp2": (2, {"context": 2}),
@@ -63,7 +70,23 @@ PAIRS = [
     ("tp2-sp-pp2-dp2-distopt", "pp2-vpp2-dp2-distopt-overlap"),
     ("pp2", "tp2-sp-pp2-dp2-distopt"),
 ]
-SAME = ["dp2-distopt", "pp2-vpp2-dp2-distopt-overlap", "cp2-distopt", "tp2-pp2"]
+CASES = [
+    *((("prune", "continue")[n % 2], ("mha", "gqa-tied")[n // 2 % 2], *pair)
+      for n, pair in enumerate(PAIRS)),
+    ("prune", "vocabulary-61-tied", "tp2-sp-pp2-dp2-distopt", "one"),
+    ("prune", "vocabulary-61", "pp2", "tp2-dp2-distopt"),
+    ("continue", "six-heads", "tp2-sp", "tp3"),
+    ("continue", "six-heads-tied", "tp3", "tp2-pp2"),
+    ("continue", "six-heads", "tp3-dp2-distopt", "pp2"),
+    ("continue", "six-heads-tied", "tp2-dp2-distopt", "tp3-dp2-distopt"),
+]  # fmt: skip
+SAME = {
+    "dp2-distopt": "gqa-tied",
+    "pp2-vpp2-dp2-distopt-overlap": "gqa-tied",
+    "cp2-distopt": "gqa-tied",
+    "tp2-pp2": "vocabulary-61-tied",
+    "tp2-dp2-distopt": "vocabulary-61",
+}
 
 
 def steps(config: RunConfig, until: int) -> dict[str, Any]:
@@ -109,7 +132,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
             run_distributed(write_source, 1, directory, SHAPES[shape])
             config = run_config(
                 directory,
-                write_domains(directory),
+                write_domains(directory, SHAPES[shape].vocab_size),
                 init_from=str(directory / "source"),
                 **(prune_options(SHAPES[shape]) if stage == "prune" else {"stage": stage}),
             )
@@ -139,17 +162,15 @@ def samples(ranks: list[dict[str, Any]], step: int) -> list[list[int]]:
     return sorted(torch.cat(list(shares.values())).tolist())
 
 
-@pytest.mark.parametrize("number", range(len(PAIRS)), ids=["=>".join(pair) for pair in PAIRS])
+@pytest.mark.parametrize(("stage", "shape", "first", "second"), CASES)
 def test_another_layout_goes_on_with_the_same_data_and_losses(
-    number: int, tmp_path: Path, unbroken: Any
+    stage: str, shape: str, first: str, second: str, tmp_path: Path, unbroken: Any
 ) -> None:
-    """Stages and shapes take turns."""
-    stage, shape = ("prune", "continue")[number % 2], list(SHAPES)[number // 2 % 2]
     config, expected = unbroken(stage, shape)
-    _, second = broken(config, tmp_path, *PAIRS[number])
+    _, ranks = broken(config, tmp_path, first, second)
     for step in range(2):
-        assert samples(second, step) == samples([expected], 3 + step)
-    for rank in second:
+        assert samples(ranks, step) == samples([expected], 3 + step)
+    for rank in ranks:
         assert rank["losses"] == pytest.approx(expected["losses"][3:], rel=1e-5)
         for name, value in rank["objective"].items():
             close(value, expected["objective"][name], name)
@@ -165,7 +186,7 @@ def close(ours: Tensor, expected: Tensor, what: str) -> None:
 def test_the_same_layout_goes_on_bit_for_bit(
     name: str, precision: str, tmp_path: Path, unbroken: Any
 ) -> None:
-    config, _ = unbroken("prune", "gqa-tied", precision)
+    config, _ = unbroken("prune", SAME[name], precision)
     world_size, layout = LAYOUTS[name]
     config = replace(config, parallel=ParallelConfig(**layout))
     whole_run = replace(config, run_dir=str(tmp_path / "whole"))

@@ -16,7 +16,7 @@ SHEARED = ModelShape(
 ALLOWED = {
     SHEARED: ([1, 2, 4, 8, 16], [1, 2, 3, 4, 6, 8, 12, 24]),
     replace(SHEARED, num_query_groups=4): ([1, 2, 4], [1, 2, 3, 4, 6, 8, 12, 24]),
-    replace(SHEARED, vocab_size=32001, num_layers=7): ([1], [1, 7]),
+    replace(SHEARED, vocab_size=32001, num_layers=7): ([1, 2, 4, 8, 16], [1, 7]),
     replace(SHEARED, ffn_hidden_size=5506, num_layers=1): ([1, 2], [1]),
 }
 

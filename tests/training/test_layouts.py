@@ -23,16 +23,18 @@ from megashear.config.schema import (
     ModelShape,
     ParallelConfig,
     PruningConfig,
+    RotaryScaling,
     RunConfig,
 )
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
-from megashear.pruning.table import table
+from megashear.pruning.table import Row, table
 from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.runs import (
     BIASES,
+    GQA,
     GQA_QUERY_HEAD,
     MHA,
     prune_options,
@@ -78,18 +80,31 @@ LAYOUTS = {
 }
 SHAPES = {
     "mha": replace(MHA, num_layers=4),
-    "biases-tied": replace(BIASES, num_layers=4, qk_norm=True, tied_embeddings=True),
+    "variants": replace(  # of everything that a model may have, more than any has
+        BIASES,
+        num_layers=4,
+        qk_norm=True,
+        tied_embeddings=True,
+        rotary_scaling=RotaryScaling("yarn", 4.0, 32),
+        sliding_window=7,
+    ),
     "query-head": replace(GQA_QUERY_HEAD, num_layers=4),
+    "vocabulary-61": replace(MHA, num_layers=4, vocab_size=61),
+    "vocabulary-9-tied": replace(GQA, num_layers=4, vocab_size=9, tied_embeddings=True),
 }
 BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
 BY_QUERY_HEAD = ("tp2", "tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")
+PADDED = ("tp2-sp-pp2", "tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")  # on tp4 a whole rank
 ROWS = [
     *((name, precision, stage, shape)
       for precision, names in (("fp32", LAYOUTS), ("bf16", BF16))
       for name in names
       for stage in ("prune", "continue")
-      for shape in ("mha", "biases-tied")),
+      for shape in ("mha", "variants")),
     *((name, "fp32", "prune", "query-head") for name in BY_QUERY_HEAD),
+    *((name, "fp32", stage, shape)
+      for name in PADDED
+      for stage, shape in (("continue", "vocabulary-61"), ("prune", "vocabulary-9-tied"))),
 ]  # fmt: skip
 # Of losses; of gradients at step 1; of weights after three steps; of masks and multipliers then.
 # bf16 has 8 bits, and Adam makes whole steps of a gradient whose sign is rounding's.
@@ -186,8 +201,9 @@ def leave_saturation(objective: Any) -> None:
         multipliers.fill_(0.5)
 
 
-def assert_all_owned(name: str, shape: tuple[int, ...], ranks: list[dict[str, Any]]) -> None:
+def assert_all_owned(row: Row, ranks: list[dict[str, Any]]) -> None:
     """The parts that ranks own make up the parameter on every tensor-parallel rank."""
+    name = row.name
     for place in {found["rank"] for found in ranks}:
         owned = {
             found["owned"][name]
@@ -195,7 +211,7 @@ def assert_all_owned(name: str, shape: tuple[int, ...], ranks: list[dict[str, An
             if found["rank"] == place and name in found["owned"]
         }
         count = sum(stop - start for start, stop in owned)
-        assert count in (math.prod(shape), math.prod(shape) // place[1]), (name, owned)
+        assert count == math.prod(row.shape(place[1])), (name, owned)
 
 
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -229,7 +245,7 @@ def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
     options["pruning"] = replace(pruning, mask_lr=0.1, multiplier_lr=0.1)
     return run_config(
         directory,
-        write_domains(directory),
+        write_domains(directory, shape.vocab_size),
         evaluation=EvaluationConfig(interval=2, sequences_per_domain=4),
         init_from=str(directory / "source"),
         **options,
@@ -248,8 +264,8 @@ def test_layout_computes_what_one_process_computes(
     ranks = run_distributed(three_steps, world_size, config)
     rows = {row.name: row for row in table(SHAPES[shape_name])}
     assert all(any(name in found["weights"] for found in ranks) for name in rows)
-    for name, row in rows.items():
-        assert_all_owned(name, row.shape(), ranks)
+    for row in rows.values():
+        assert_all_owned(row, ranks)
     for found in ranks:
         buckets, early = found["early"].tolist()
         # In the first step Megatron only counts the gradients that each bucket waits for.
@@ -276,6 +292,10 @@ def test_layout_computes_what_one_process_computes(
         for name, weight in found["weights"].items():
             shard = rows[name].shard(expected["weights"][name], *place)
             assert_close(weight.float(), shard, of_weights, f"{name} after three steps")
+            if rows[name].axes[0].vocabulary:
+                padding = slice(len(rows[name].axes[0].share(*place)), None)
+                assert not weight[padding].any()
+                assert not found["gradients"][name][padding].any()
         for name, value in found["state"].items():
             assert_close(value, expected["state"][name], of_masks, f"{name} after three steps")
             assert torch.equal(value, ranks[0]["state"][name]), f"ranks disagree on {name}"
