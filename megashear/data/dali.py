@@ -26,11 +26,7 @@ READY = 2
 class DaliFetcher:
     """Each `iter` fetches the steps that `order` then has, all of which have to be taken.
 
-    Args:
-        reader: reads a micro-batch.
-        order: of the micro-batches.
-        num_workers: processes that read; with 0 this one does, when asked for a batch.
-        device: where micro-batches are to be.
+    With no workers this process reads, when asked for a batch. Batches are given on `device`.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from megashear.config.schema import DataConfig
 from megashear.data.blend import Blend
-from megashear.data.index_cache import CACHED_FROM, EpochDataset, IndexCache
+from megashear.data.index_cache import CACHED_FROM, EpochDataset
 from megashear.data.mixture import Mixture, Segment
 from megashear.data.token_files import Fingerprint, check_fingerprint, check_one_tokenizer
 from megashear.errors import DataError
@@ -39,11 +39,10 @@ class DomainDataset(Dataset[np.ndarray]):
     boundaries.
 
     Args:
-        name: the domain; with `seed` it keys the shuffles.
+        name: the domain; with `seed`, any integer, it keys the shuffles.
         prefix: path of the token file without .bin/.idx.
         seq_length: tokens of a sample (one more is read, for the last label).
         vocab_size: ids in the file must be below it.
-        seed: any integer.
         dataset_id: number of the domain in its blend.
         index_cache: directory of epoch indices; None stands for one beside the file.
         eod: id of the token that ends a document, where attention is to stay within documents.
@@ -76,11 +75,9 @@ class DomainDataset(Dataset[np.ndarray]):
                 f"{prefix}.bin holds {tokens} tokens, fewer than the {seq_length + 1} of one "
                 f"sample: give domain {name} more text, or lower data.seq_length."
             )
-        self._cache = None
-        if len(self._text) + self.samples_per_epoch >= CACHED_FROM:
-            path, lengths = Path(prefix), self._text.sequence_lengths
-            directory = Path(index_cache) if index_cache else path.parent / "index_cache"
-            self._cache = IndexCache(directory, path.name, lengths)
+        kept = len(self._text) + self.samples_per_epoch >= CACHED_FROM
+        directory = Path(index_cache) if index_cache else Path(prefix).parent / "index_cache"
+        self._cache = directory if kept else None
         self._epochs: dict[int, EpochDataset] = {}
 
     def __getitem__(self, k: int) -> np.ndarray:
@@ -104,7 +101,7 @@ class DomainDataset(Dataset[np.ndarray]):
         if epoch not in self._epochs:
             key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
             seed = int.from_bytes(key[:4], "little")
-            built = EpochDataset(self._text, self.prefix, self.seq_length, seed, self._cache)
+            built = EpochDataset(self._text, self.seq_length, seed, self._cache)
             assert len(built) == self.samples_per_epoch
             before = {e: index for e, index in self._epochs.items() if e == epoch - 1}
             self._epochs = {**before, epoch: built}

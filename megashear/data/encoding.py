@@ -89,16 +89,13 @@ def _encode(job: Encoding, chunk: Chunk) -> Encoded:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(kept)]
     tokens = np.fromiter(chain.from_iterable(ids), token_type(tokenizer.vocab_size))
-    parts = [Documents(tokens, np.array([len(document) for document in ids], dtype=np.int32))]
+    lengths = np.array([len(document) for document in ids], dtype=np.int32)
+    parts = [Documents(tokens, lengths)]
     if job.valid_fraction:
-        parts = _split(parts[0], np.array([_is_valid(t, job.valid_fraction) for t in kept], bool))
+        valid = np.array([_is_valid(text, job.valid_fraction) for text in kept], dtype=bool)
+        sides = (~valid, valid)
+        parts = [Documents(tokens[np.repeat(side, lengths)], lengths[side]) for side in sides]
     return Encoded(parts, len(texts) - len(kept), problems, chunk.end)
-
-
-def _split(documents: Documents, valid: np.ndarray) -> list[Documents]:
-    """Those of training and of validation text."""
-    tokens, lengths = documents.tokens, documents.lengths
-    return [Documents(tokens[np.repeat(part, lengths)], lengths[part]) for part in (~valid, valid)]
 
 
 @lru_cache(maxsize=1)

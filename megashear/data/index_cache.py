@@ -44,56 +44,15 @@ logging.getLogger(gpt_dataset.__name__).addFilter(
 )
 
 
-class IndexCache:
-    """Where the indices of one token file are kept.
-
-    Args:
-        directory: made, if need be; where that cannot be written, the log says so once.
-        name: of the token file, for the names of the entries.
-        lengths: tokens of its documents.
-    """
-
-    def __init__(self, directory: Path, name: str, lengths: np.ndarray) -> None:
-        self._directory, self._name = directory, name
-        self._lengths = hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
-
-    def get(self, settings: tuple[object, ...], build: Callable[[], Index]) -> Index:
-        """The index that `settings` and the documents' lengths determine; built where missing."""
-        key = hashlib.sha256(repr((self._lengths, *settings)).encode()).hexdigest()
-        entry = self._directory / f"{self._name}-{key[:24]}.index"
-        if index := _read(entry):
-            return index
-        with _lock(entry):
-            if index := _read(entry):  # another process made it meanwhile
-                return index
-            if os.path.exists(entry):
-                log.warning("%s is damaged: this index is built again", entry)
-            index = build()
-            try:
-                _write(entry, index)
-            except OSError as error:
-                _say_unwritable(self._directory, error.strerror)
-            return _read(entry) or index
-
-
 class EpochDataset(GPTDataset):
     """One epoch of a token file: every whole sample of it once, in an order that `seed` chooses.
 
-    Args:
-        text: the token file.
-        prefix: its path.
-        seq_length: tokens of a sample (one more is read, for the last label).
-        seed: of the shuffle, 32 bits.
-        cache: where its index is kept; None keeps it in memory.
+    `seed` has 32 bits. The index is kept in `cache`, which is made, if need be; where that is None
+    or cannot be written, it stays in memory.
     """
 
     def __init__(
-        self,
-        text: IndexedDataset,
-        prefix: str,
-        seq_length: int,
-        seed: int,
-        cache: IndexCache | None,
+        self, text: IndexedDataset, seq_length: int, seed: int, cache: Path | None
     ) -> None:
         self._cache = cache
         # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
@@ -101,7 +60,7 @@ class EpochDataset(GPTDataset):
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
-            blend=([prefix], None),
+            blend=([text.path_prefix], None),
             split="1",
             path_to_cache="",  # not Megatron's: it is not safe when many ranks build at once
             tokenizer=tokenizer,
@@ -111,16 +70,35 @@ class EpochDataset(GPTDataset):
             create_attention_mask=False,
         )
         documents = np.arange(len(text), dtype=np.int32)
-        super().__init__(text, prefix, documents, None, Split.train, config)
+        super().__init__(text, text.path_prefix, documents, None, Split.train, config)
         self.indices = documents[:0].copy()  # only building needs them
 
     def _build_document_sample_shuffle_indices(self) -> Index:
         build: Callable[[], Index] = super()._build_document_sample_shuffle_indices
         if self._cache is None:
             return build()
-        release, config = version("megatron-core"), self.config
-        settings = (release, config.sequence_length, config.random_seed)
-        return self._cache.get(settings, build)
+        settings = (version("megatron-core"), self.config.sequence_length, self.config.random_seed)
+        key = hashlib.sha256(np.ascontiguousarray(self.dataset.sequence_lengths).data)
+        key.update(repr(settings).encode())
+        name = Path(self.dataset.path_prefix).name
+        return _kept(self._cache / f"{name}-{key.hexdigest()[:24]}.index", build)
+
+
+def _kept(entry: Path, build: Callable[[], Index]) -> Index:
+    """The index that an entry holds; built, and put there, where it is missing."""
+    if index := _read(entry):
+        return index
+    with _lock(entry):
+        if index := _read(entry):  # another process made it meanwhile
+            return index
+        if os.path.exists(entry):
+            log.warning("%s is damaged: this index is built again", entry)
+        index = build()
+        try:
+            _write(entry, index)
+        except OSError as error:
+            _say_unwritable(entry.parent, error.strerror)
+        return _read(entry) or index
 
 
 def _read(entry: Path) -> Index | None:

@@ -28,17 +28,11 @@ _UNREADABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"PAR1"
 
 @dataclass(frozen=True)
 class Place:
-    """A place between two lines of the input.
+    """A place between two lines of the input."""
 
-    Attributes:
-        file: number of the file among all.
-        line: lines of that file before it.
-        read: bytes on disk (compressed ones, if so) before it, of all files.
-    """
-
-    file: int = 0
-    line: int = 0
-    read: int = 0
+    file: int = 0  # number of the file among all
+    line: int = 0  # lines of that file before it
+    read: int = 0  # bytes on disk (compressed ones, if so) before it, of all files
 
 
 @dataclass(frozen=True)

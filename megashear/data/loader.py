@@ -58,15 +58,11 @@ def microbatch(
 
 
 class Order:
-    """The sampler of a loader: a rank's micro-batches over `steps`, each located as handed out.
-
-    Attributes:
-        steps: the first global sample of each step.
-    """
+    """The sampler of a loader: a rank's micro-batches over `steps`, each located as handed out."""
 
     def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
         self._dataset, self._sizes = dataset, sizes
-        self.steps = range(0)
+        self.steps = range(0)  # the first global sample of each
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first_sample in self.steps:
@@ -184,7 +180,7 @@ class TrainLoader:
         """
         assert self._loader is not None, "the loader is closed"
         if self.consumed_samples == self._order.steps.stop:
-            self._allow_steps(self._loader)
+            self._texts = self._fetch(self._loader)
         assert self._mixture.segments is self._segments, (
             f"weights changed at sample {self.consumed_samples} of the steps {self._order.steps} "
             "that fetch_until allowed"
@@ -200,13 +196,13 @@ class TrainLoader:
         """End the workers; harmless when repeated."""
         self._texts, self._loader = iter(()), None  # with the last reference torch ends them
 
-    def _allow_steps(self, loader: Iterable[Any]) -> None:
+    def _fetch(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
         steps = max(1, (self._limit - self.consumed_samples) // self._step_samples)
         stop = self.consumed_samples + steps * self._step_samples
         self._order.steps = range(self.consumed_samples, stop, self._step_samples)
         self._segments = self._mixture.segments
-        self._texts = iter(loader)
+        return iter(loader)
 
 
 def microbatch_samples(

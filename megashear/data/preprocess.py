@@ -21,7 +21,7 @@ from megashear.data.encoding import Encoded, Encoding, encode_all
 from megashear.data.jsonl import find_inputs
 from megashear.data.token_files import SUFFIXES, Counts, Fingerprint, token_type
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
-from megashear.data.unfinished import Unfinished, folder_of, id_of, workplace
+from megashear.data.unfinished import Job, Unfinished, folder_of, id_of, workplace
 from megashear.errors import DataError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
@@ -84,7 +84,7 @@ def tokenize_files(
         return TokenizeReport(made)
     try:
         with workplace(str(output), says=progress) as folder:
-            work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep=keep)
+            work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep)
             if not work.progress.finished:
                 if made:
                     return TokenizeReport(made)
@@ -116,8 +116,8 @@ def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
 
 def _job(
     files: Sequence[Path], tokenizer: Tokenizer, field: str, valid_fraction: float | None
-) -> dict[str, Any]:
-    """All that the result depends on. A pipe's content is never the same again."""
+) -> Job:
+    """A pipe's content is never the same again."""
     stats = [(str(file), file.stat(), file.is_file()) for file in files]
     return {
         "input": [

@@ -24,12 +24,7 @@ _LENGTH = np.dtype(np.int32)
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What stands beside a token file in PREFIX.json, for a run to check its domains with.
-
-    Attributes:
-        highest_id: the highest token id in the file; None where it was not noted.
-        made_from: hash of what made the file: input, tokenizer and options; or None.
-    """
+    """What stands beside a token file in PREFIX.json, for a run to check its domains with."""
 
     tokenizer_sha256: str
     vocab_size: int
@@ -37,8 +32,8 @@ class Fingerprint:
     eos_id: int
     documents: int
     tokens: int
-    highest_id: int | None = None
-    made_from: str | None = None
+    highest_id: int | None = None  # in the file; None where it was not noted
+    made_from: str | None = None  # hash of input, tokenizer and options
 
     @classmethod
     def read(cls, prefix: Path | str) -> Fingerprint:
@@ -78,11 +73,7 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
 def check_fingerprint(prefix: str, documents: int, tokens: int, vocab_size: int) -> None:
     """Refuse token files that PREFIX.json, where there is one, does not describe.
 
-    Args:
-        prefix: of the files.
-        documents: that PREFIX.idx describes, with so many `tokens`.
-        tokens: see there.
-        vocab_size: of the model.
+    `documents` and `tokens` are what PREFIX.idx describes, `vocab_size` is the model's.
 
     Raises:
         DataError: they are not of one run, or of another vocabulary.
@@ -142,11 +133,7 @@ class TokenFile:
 
     Until `finish` the lengths of documents are in a file of their own, so memory does not grow.
 
-    Args:
-        prefix: of their place.
-        folder: of the unfinished files.
-        dtype: of tokens.
-        counts: of what the files in `folder` hold; what is beyond it is cut off.
+    What the files in `folder` hold beyond `counts` is cut off.
     """
 
     def __init__(self, prefix: str, folder: Path, dtype: np.dtype, counts: Counts) -> None:

@@ -20,20 +20,14 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's sign for a space
 
 
 class Tokenizer(Protocol):
-    """Text to token ids, without special tokens; a special token's text is text like any other.
+    """Text to token ids, without special tokens; a special token's text is text like any other."""
 
-    Attributes:
-        vocab_size: ids are below this.
-        bos_id: begins a document; None where the family puts nothing there (GPT-2, Qwen). It is the
-            one that transformers puts before a text.
-        eos_id: ends a document.
-        sha256: of the tokenizer's file, to tell whether two token files belong together.
-    """
-
-    vocab_size: int
+    vocab_size: int  # ids are below this
+    # Begins a document, as transformers puts it before a text; None where the family puts nothing
+    # there (GPT-2, Qwen).
     bos_id: int | None
-    eos_id: int
-    sha256: str
+    eos_id: int  # ends a document
+    sha256: str  # of the file, to tell whether two token files belong together
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -45,21 +39,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         DataError: there is none, it cannot be read, or it lacks an end-of-document token.
     """
-    file = _tokenizer_file(Path(path))
+    file = Path(path)
+    if file.is_dir():
+        held = [name for name in (SENTENCEPIECE, HUGGING_FACE) if (file / name).is_file()]
+        if not held:
+            raise DataError(f"{path} has neither {SENTENCEPIECE} nor {HUGGING_FACE}")
+        file /= held[0]
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {file}: {error.strerror}") from error
     return _HuggingFace(file, content) if file.suffix == ".json" else _SentencePiece(file, content)
-
-
-def _tokenizer_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in (SENTENCEPIECE, HUGGING_FACE):
-        if (path / name).is_file():
-            return path / name
-    raise DataError(f"{path} has neither {SENTENCEPIECE} nor {HUGGING_FACE}")
 
 
 class _SentencePiece:

@@ -30,24 +30,19 @@ from megashear.files import write_whole
 SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
 _JOURNAL = "journal.json"
 
+Job = dict[str, Any]
+"""All that a result depends on, in terms of JSON."""
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """How far a job is."""
 
-    Attributes:
-        counts: of each token file.
-        end: of the input that is in them.
-        empty: documents of it that hold no text.
-        seconds: of work.
-        finished: all input is in them, and what remains is to move them to their places.
-    """
-
-    counts: tuple[Counts, ...]
-    end: Place = START
-    empty: int = 0
-    seconds: float = 0.0
-    finished: bool = False
+    counts: tuple[Counts, ...]  # of each token file
+    end: Place = START  # of the input that is in them
+    empty: int = 0  # documents of it that hold no text
+    seconds: float = 0.0  # of work
+    finished: bool = False  # all input is in them: what remains is to move them to their places
 
 
 def folder_of(output: str) -> Path:
@@ -55,7 +50,7 @@ def folder_of(output: str) -> Path:
     return Path(output).with_name(f".{Path(output).name}.tokenize")
 
 
-def id_of(job: dict[str, Any]) -> str:
+def id_of(job: Job) -> str:
     """Hash of a job."""
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()
 
@@ -104,24 +99,17 @@ class Unfinished:
     Args:
         folder: their `workplace`.
         prefixes: of their places.
-        job: all that the result depends on, in terms of JSON.
+        job: makes them.
         dtype: of tokens.
         keep: whether the input can be read again from where it stopped.
 
     Attributes:
-        prefixes: as given.
         progress: what is in the files.
         note: how it begins, where that is not at the beginning, or in spite of a journal.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        prefixes: Sequence[str],
-        job: dict[str, Any],
-        dtype: np.dtype,
-        *,
-        keep: bool,
+        self, folder: Path, prefixes: Sequence[str], job: Job, dtype: np.dtype, keep: bool
     ) -> None:
         self.folder, self.note = folder, ""
         self.prefixes, self._job, self._dtype, self._keep = prefixes, job, dtype, keep

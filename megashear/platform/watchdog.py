@@ -32,16 +32,12 @@ _JUDGE, _SILENT = 5.0, 3.5
 
 
 class Progress:
-    """What this process does. A mark costs microseconds.
-
-    Attributes:
-        now: number of changes so far, optimizer step, what is done, time of the last mark.
-        changed: set at a change.
-    """
+    """What this process does. A mark costs microseconds."""
 
     def __init__(self) -> None:
+        # Number of changes so far, optimizer step, what is done, time of the last mark.
         self.now = (0, 0, "start", time.monotonic())
-        self.changed = threading.Event()
+        self.changed = threading.Event()  # set at a change
 
     def mark(self, doing: str | None = None, step: int | None = None) -> None:
         """Say what begins, or that it goes on; the time-out counts from the last mark."""
@@ -98,13 +94,10 @@ def _take_children_along() -> None:
 
 
 class _Watchdog:
-    """The two threads of a process and what it knows of the others.
-
-    Attributes:
-        left: how this process leaves: None while it runs, else the error of its own or "".
-    """
+    """The two threads of a process and what it knows of the others."""
 
     def __init__(self, progress: Progress, timeout: float, speaks: bool) -> None:
+        # How this process leaves: None while it runs, else the error of its own or "".
         self.left: str | None = None
         self._progress, self._timeout, self._speaks = progress, timeout, speaks
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -189,9 +182,8 @@ class _Watchdog:
 
     def _read(self) -> None:
         keys = [str(rank) for rank in range(self._size)]
-        if not self._store.check(
-            keys
-        ):  # some have not started; asked for, they would be waited for
+        # Some have not started; asked for, they would be waited for.
+        if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
         texts = self._store.multi_get(keys)
         self._read_at = time.monotonic()
@@ -223,8 +215,8 @@ class _Watchdog:
         together: dict[tuple[Any, ...], list[int]] = {}
         for rank in ranks:
             said = self._said[rank]
-            where = said["left"] if said["left"] is not None else said["where"]
-            key = (said["step"], said["doing"], self._is_silent(rank), said["left"], where)
+            where = said["where"] if said["left"] is None else said["left"]
+            key = (said["step"], said["doing"], self._is_silent(rank), said["left"] is None, where)
             together.setdefault(key, []).append(rank)
         return [self._place(group) for group in together.values()]
 

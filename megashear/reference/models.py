@@ -19,19 +19,12 @@ from megashear.errors import ConfigError
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a family.
-
-    Attributes:
-        name: for people.
-        parameters: all of them, embeddings too.
-        losses: nats per token, by domain.
-        seq_length, sequences_per_domain: of what it was measured on, where that is known.
-    """
+    """A model of a family."""
 
     name: str
-    parameters: int
-    losses: dict[str, float]
-    seq_length: Any = None
+    parameters: int  # embeddings too
+    losses: dict[str, float]  # nats per token, by domain
+    seq_length: Any = None  # of what it was measured on, where that is known, as is the next
     sequences_per_domain: Any = None
 
 
