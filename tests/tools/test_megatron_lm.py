@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM's own training, through the commands: shapes are told by a YAML file."""
+"""Checkpoints of Megatron-LM's own training, through the commands; a YAML file says the shape."""
 
 from __future__ import annotations
 
