@@ -16,7 +16,7 @@ from megashear.config.schema import ModelShape, RotaryScaling
 THETA = "rope_theta"
 NESTED = ("rope_parameters", "rope_scaling")
 ORIGINAL = "original_max_position_embeddings"
-LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, ORIGINAL: 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
 """The values that Megatron-Core has written into its code."""
 YARN = (ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor")
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -134,6 +134,9 @@ def _read_yarn(
     if attention is None and mscale is not None and all_dim is not None:
         grown = 0.1 * math.log(factor)
         attention = (mscale * grown + 1) / (all_dim * grown + 1)
+    if factor == 1 and attention not in (None, 1):
+        text = f"{key}.attention_factor = {attention}: Megatron-Core knows 1 alone with factor = 1"
+        problems.append(text)
     return RotaryScaling(
         "yarn",
         factor,

@@ -1,45 +1,109 @@
-"""The table of mappings, against transformers' own names and a layout written out by hand."""
+"""The tables of weights and families, against transformers' own names and layouts by hand."""
 
 from __future__ import annotations
+
+import itertools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
 import torch
 from hypothesis import given, settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from megashear.checkpoint.hf_config import hf_config, shape_from_hf_config
-from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
-from megashear.config.schema import ModelShape
+from megashear.checkpoint.mapping import PARTS, hf_tensors, to_hf, to_megatron
+from megashear.config.schema import FAMILIES, ModelShape, RotaryScaling
+from megashear.errors import CheckpointError
 from megashear.pruning.table import table
+from tests.hf_models import config_of
 from tests.reference_llama import random_weights
+
+FACTORS = st.floats(1, 40)
+SCALINGS = st.one_of(
+    st.none(),
+    st.builds(RotaryScaling, st.sampled_from(("linear", "dynamic")), FACTORS),
+    st.builds(RotaryScaling, st.just("llama3"), FACTORS, st.just(8192)),
+    st.builds(
+        RotaryScaling,
+        *(st.just("yarn"), FACTORS.filter(lambda factor: factor > 1), st.integers(1, 10000)),
+        *(st.floats(1, 50), st.floats(0.1, 1), st.booleans(), st.none() | st.floats(0.1, 3)),
+    ),
+)
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelShape:
+    """Anything that its family may have."""
+    family = draw(st.sampled_from(FAMILIES))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = groups * per_group
+    attention_bias = family in ("llama", "qwen3") and draw(st.booleans())
     return ModelShape(
         num_layers=draw(st.integers(1, 12)),
-        hidden_size=heads * draw(st.integers(1, 4)),
+        hidden_size=heads * draw(st.integers(1, 4)) + (family != "llama") * draw(st.integers(0, 5)),
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=2 * draw(st.integers(1, 4)),
+        kv_channels=2 * draw(st.integers(2, 4)),  # dynamic scaling divides by two less
         ffn_hidden_size=draw(st.integers(1, 9)),
         vocab_size=draw(st.integers(1, 20)),
+        max_position_embeddings=draw(st.integers(1, 200000)),
+        rotary_base=draw(st.floats(100, 1e7)),
+        layernorm_epsilon=draw(st.floats(1e-8, 1e-2)),
         tied_embeddings=draw(st.booleans()),
+        qkv_bias=family == "qwen2" or attention_bias,
+        proj_bias=attention_bias,
+        mlp_bias=family == "llama" and draw(st.booleans()),
+        qk_norm=family == "qwen3",
+        rotary_scaling=draw(SCALINGS),
+        sliding_window=draw(st.none() | st.integers(1, 9)) if family != "llama" else None,
+        family=family,
     )
 
 
-@given(shapes())
-@settings(max_examples=25, deadline=None)
-def test_names_and_shapes_are_those_of_transformers(shape: ModelShape) -> None:
-    config = LlamaConfig(**hf_config(shape))
+def tensors_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """What transformers makes."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert hf_tensors(shape) == theirs
-    assert shape_from_hf_config(config.to_dict()) == shape
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@given(shapes())
+@settings(max_examples=60, deadline=None)
+def test_names_and_shapes_are_those_of_transformers(shape: ModelShape) -> None:
+    written = hf_config(shape)
+    config = AutoConfig.for_model(**written)
+    assert hf_tensors(shape) == tensors_of(config)
+    assert shape_from_hf_config(written) == shape
+    assert shape_from_hf_config(config.to_dict()) == shape  # the form of transformers 5 alone
+    assert shape_from_hf_config({**written, "rope_parameters": None}) == shape  # and of 4
+
+
+def test_a_model_is_written_as_what_has_its_tensors_or_not_at_all() -> None:
+    """Every combination of parts, against all that the four architectures can be told to have."""
+    known = [
+        tensors_of(config_of(model_type=family, sliding_window=None, **switches))
+        for family, keys in (
+            ("llama", ("attention_bias", "mlp_bias")),
+            ("mistral", ()),
+            ("qwen2", ()),
+            ("qwen3", ("attention_bias",)),
+        )
+        for values in itertools.product((False, True), repeat=len(keys))
+        for switches in [dict(zip(keys, values, strict=True))]
+    ]
+    plain = shape_from_hf_config(config_of().to_dict())
+    written = 0
+    for values in itertools.product((False, True), repeat=len(PARTS)):
+        shape = replace(plain, **dict(zip(PARTS, values, strict=True)))
+        try:
+            tensors = tensors_of(AutoConfig.for_model(**hf_config(shape)))
+        except CheckpointError:
+            assert hf_tensors(shape) not in known
+        else:
+            assert tensors == hf_tensors(shape)
+            written += 1
+    assert written == 7  # LLaMA's four, Qwen2's one, Qwen3's two; Mistral's are LLaMA's
 
 
 @given(shapes(), st.integers(0, 99))
