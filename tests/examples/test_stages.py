@@ -1,4 +1,4 @@
-"""What the demo does again and what it does not: done, changed, failed and interrupted stages."""
+"""What an example does again and what it does not: done, changed, failed and interrupted stages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import pytest
 from megashear.errors import ShearError
 from tests.make_tokenizer import REPOSITORY, example
 
-run = example("demo/run")
+stages = example("stages")
 
 
-def stage(name: str, command: str = "", reads: tuple[Path, ...] = ()) -> run.Stage:
+def stage(name: str, command: str = "", reads: tuple[Path, ...] = ()) -> stages.Stage:
     """Adds a line to NAME/made and counts how often it ran, then does what else is asked."""
     script = f"mkdir -p {name}; echo x >> {name}/made; echo x >> {name}.count; {command}"
-    return run.Stage(name, name, ("sh", "-c", script), reads)
+    return stages.Stage(name, name, ("sh", "-c", script), reads)
 
 
-def go(folder: Path, *stages: run.Stage) -> run.Demo:
-    demo = run.Demo(folder)
-    for number, each in enumerate(stages, 1):
-        demo.run(each, f"{number}/{len(stages)}")
-    return demo
+def go(folder: Path, *todo: stages.Stage) -> stages.Runner:
+    runner = stages.Runner(folder)
+    runner.run_all(todo)
+    return runner
 
 
 def lines(file: Path) -> int:
@@ -106,7 +105,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from megashear.console import run
-from tests.examples.test_demo_stages import go, stage
+from tests.examples.test_stages import go, stage
 # By built-ins alone: a shell whose child dies of the signal would go on.
 waits = stage("b", "test -e b.asleep || { : > b.asleep; exec sleep 60; }")
 run(lambda: go(Path(sys.argv[1]), stage("a"), waits) and 0)
