@@ -176,10 +176,6 @@ def _domain_names(run: Run) -> Iterator[Problem]:
 
 def _domain_weights(run: Run) -> Iterator[Problem]:
     domains = run.config.data.domains
-    for index, domain in enumerate(domains):
-        if not isinstance(domain.weight, Faulty) and domain.weight < 0:
-            text = f"= {domain.weight:g} is negative. A weight is a share of the blend, 0 to 1"
-            yield f"data.domains[{index}].weight", text
     total = sum(domain.weight for domain in domains)
     if domains and abs(total - 1) > 1e-3:
         yield "data.domains", f"weights sum to {total:.6g}; they must sum to 1"
@@ -193,7 +189,7 @@ def _weight_bounds(run: Run) -> Iterator[Problem]:
         if not 0 <= low <= high <= 1:
             text = f"= {low:g} and max_weight = {high:g}: need 0 <= min_weight <= max_weight <= 1"
             yield f"data.domains[{index}].min_weight", text
-        elif 0 <= weight <= 1 and not low <= weight <= high:
+        elif not low <= weight <= high:
             text = f"= {weight:g} is not between min_weight = {low:g} and max_weight = {high:g}"
             yield f"data.domains[{index}].weight", text
     least, most = (sum(getattr(d, name) for d in domains) for name in ("min_weight", "max_weight"))

@@ -45,10 +45,12 @@ def test_attention_within_documents_under_context_parallelism() -> None:
     assert found(data__reset_attention_mask=True) == []
 
 
-def test_weights_are_not_negative() -> None:
+def test_weights_are_shares() -> None:
     config = change(PRUNE, "data.domains.0.weight", 1.25)
-    only("data.domains[1].weight", "= -0.25 is negative", config=config,
-         data__domains__1__weight=-0.25)  # fmt: skip
+    result = dict(found(config, data__domains__1__weight=-0.25))
+    assert list(result) == ["data.domains[0].weight", "data.domains[1].weight"]
+    text = "= -0.25 is not between min_weight = 0 and max_weight = 1"
+    assert result["data.domains[1].weight"] == text
 
 
 def test_names_differ() -> None:
