@@ -16,6 +16,8 @@ from megashear.config.schema import ModelShape, RotaryScaling
 THETA = "rope_theta"
 NESTED = ("rope_parameters", "rope_scaling")
 ORIGINAL = "original_max_position_embeddings"
+MOST_POSITIONS = 2**20
+"""Of ORIGINAL; Megatron-Core keeps a cosine and a sine for each."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
 """The values that Megatron-Core has written into its code."""
 YARN = (ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor")
@@ -100,8 +102,9 @@ def _read_scaling(
     original = None
     if ORIGINAL in SETTINGS[kind]:
         original = given.get(ORIGINAL, positions)
-        if type(original) is not int or not 1 <= original <= 2**31:
-            text = f"{key}.{ORIGINAL} = {reprlib.repr(original)} must be a whole number above 0"
+        if type(original) is not int or not 1 <= original <= MOST_POSITIONS:
+            number = f"a whole number from 1 to {MOST_POSITIONS}"
+            text = f"{key}.{ORIGINAL} = {reprlib.repr(original)} must be {number}"
             problems.append(text)
             original = 1
     if kind == "llama3":
