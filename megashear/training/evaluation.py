@@ -10,7 +10,7 @@ import torch
 
 from megashear.config.schema import RunConfig
 from megashear.data.dataset import DomainDataset
-from megashear.data.validation import ValidBatches
+from megashear.data.loader import ValidBatches
 from megashear.errors import TrainingError
 from megashear.platform.parallel import Platform
 from megashear.training.step import run_microbatches

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megashear.data.dataset import DomainDataset
-from megashear.data.validation import ValidBatches
+from megashear.data.loader import ValidBatches
 from tests.make_data import counting_documents, write_tokens
 
 VOCAB = 500
