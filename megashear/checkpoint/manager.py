@@ -259,9 +259,9 @@ def write_model(
     info = dataclasses.replace(info, versions=versions(), directory=directory)
     known = {"marker": INFO, "parts": ["model"], "overwrite": overwrite}
     with stream.processes(), stream.shared_directory(directory, **known) as partial:
-        stream.write_weights(partial / "model", info.shape, weights)
+        sums = stream.write_weights(partial / "model", info.shape, weights)
         on_first_process(lambda: (partial / INFO).write_text(info.to_json()))
-        checksums.seal(partial, {})
+        checksums.seal(partial, {str(file.relative_to(partial)): sums[file] for file in sums})
     return info
 
 

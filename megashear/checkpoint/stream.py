@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megashear.checkpoint import sharded, writing
 from megashear.checkpoint.agreement import on_each_process, on_first_process
+from megashear.checkpoint.checksums import Checksum, checksum
 from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
@@ -88,7 +90,7 @@ def share(shape: ModelShape) -> list[str]:
 
 def write_weights(
     directory: Path, shape: ModelShape, weights: Iterable[tuple[str, Tensor]]
-) -> None:
+) -> dict[Path, Checksum]:
     """Write a model's weights as a torch_dist checkpoint; a collective.
 
     Args:
@@ -96,16 +98,20 @@ def write_weights(
         shape: of the model.
         weights: those of `share(shape)`, in this order; one at a time is held.
 
+    Returns:
+        Checksums of the files with tensors.
+
     Raises:
         CheckpointError: tensors are missing, unexpected, of the wrong shape or of another type
             than in other layers (all are named), or cannot be written, here or elsewhere.
     """
     writing.save({}, directory)
     home, mine = files(shape), share(shape)
-    expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
     parts = []
-    for batch in _batches(home, mine, weights):  # so that a failure is soon known to all
-        parts += on_each_process(partial(_append_all, directory, home, expected, batch))
+    with _Files(directory, home, shape, mine) as files_of_mine:
+        for batch in _batches(home, mine, weights):  # so that a failure is soon known to all
+            parts += on_each_process(partial(files_of_mine.append, batch))
+        shares = on_each_process(files_of_mine.checksums)
     written = {entry.name: entry for entries, _ in parts for entry in entries}
     problems = [problem for _, found in parts for problem in found]
     problems += [f"{row.name} is missing" for row in table(shape) if row.name not in written]
@@ -114,6 +120,7 @@ def write_weights(
     if problems:
         raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
     on_first_process(lambda: _enter(directory, shape, entries))
+    return {file: value for share in shares for file, value in share.items()}
 
 
 def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> list[Iterable[T]]:
@@ -124,23 +131,48 @@ def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> lis
     return [islice(stream, count) for count in (*counts, None)]
 
 
-def _append_all(
-    directory: Path,
-    home: dict[str, str],
-    expected: dict[str, tuple[int, ...]],
-    weights: Iterable[tuple[str, Tensor]],
-) -> tuple[list[_Entry], list[str]]:
-    """What was written, and what was not expected; what was is no longer."""
-    entries, problems = [], []
-    for name, tensor in weights:
-        if expected.pop(name, None) != tuple(tensor.shape):
-            problems.append(f"{name} {tuple(tensor.shape)} is unexpected or of the wrong shape")
-        else:
-            entries.append(_append(directory / home[name], name, tensor.detach()))
-        del tensor  # before the next one is made
-    for file in {entry.place.relative_path for entry in entries}:
-        flush(directory / file)  # by the process that wrote it, which may be on another machine
-    return entries, problems
+class _Files:
+    """The files of one process; one that is complete is flushed and hashed beside what follows."""
+
+    def __init__(
+        self, directory: Path, home: dict[str, str], shape: ModelShape, mine: Container[str]
+    ) -> None:
+        self.directory, self.home = directory, home
+        self.expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
+        self.sums: dict[Path, Checksum] = {}
+        self._beside = ThreadPoolExecutor(2)
+        self._sealing: dict[Path, tuple[Future[None], Future[Checksum]]] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()  # before the directory may be removed
+
+    def append(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[list[_Entry], list[str]]:
+        """What was written, and what was not expected; what was is no longer."""
+        entries, problems = [], []
+        for name, tensor in weights:
+            if self.expected.pop(name, None) != tuple(tensor.shape):
+                problems.append(f"{name} {tuple(tensor.shape)} is unexpected or of the wrong shape")
+            else:
+                entries.append(_append(self.directory / self.home[name], name, tensor.detach()))
+            del tensor  # before the next one is made
+        unfinished = {self.home[name] for name in self.expected}
+        self.checksums()
+        for name in {entry.place.relative_path for entry in entries} - unfinished:
+            file = self.directory / name
+            tasks = self._beside.submit(flush, file), self._beside.submit(checksum, file)
+            self._sealing[file] = tasks
+        return entries, problems
+
+    def checksums(self) -> dict[Path, Checksum]:
+        """Of all complete files, when they are on the disk."""
+        for file, (flushed, hashed) in self._sealing.items():
+            flushed.result()
+            self.sums[file] = hashed.result()
+        self._sealing.clear()
+        return self.sums
 
 
 def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
