@@ -93,13 +93,16 @@ def _without_padding(chunk: Any) -> dict[str, Any]:
     rows = outer_rows(unwrap(chunk).shape)
     sizes = {row.name: row.axes[0].units for row in rows if row.axes[0].vocabulary}
     for name, entry in state.items():
-        if entry.key in sizes and entry.global_shape[0] > sizes[entry.key]:
+        if entry.key in sizes:
             state[name] = _cut(entry, sizes[entry.key])
     return state
 
 
-def _cut(entry: ShardedTensor, size: int) -> ShardedTensorFactory:
-    """Of a padded vocabulary what is written and read: its part of `size` rows in all."""
+def _cut(entry: ShardedTensor, size: int) -> ShardedTensor | ShardedTensorFactory:
+    """Of a vocabulary what is written and read: its part of `size` rows in all, padded or not."""
+    entry = dataclasses.replace(entry, allow_shape_mismatch=False)
+    if entry.global_shape[0] == size:
+        return entry
     offset, length = entry.global_offset[0], entry.local_shape[0]
     rows = len(range(size)[offset : offset + length])
 
@@ -113,7 +116,6 @@ def _cut(entry: ShardedTensor, size: int) -> ShardedTensorFactory:
             global_offset=(min(offset, size), *entry.global_offset[1:]),
             axis_fragmentations=None,  # no regular grid
             replica_id=replica_id,
-            allow_shape_mismatch=False,
         )
         return [part]
 

@@ -58,9 +58,8 @@ def save_model(source: Path, out: Path, shape: ModelShape, tensor: int) -> None:
     layout = ParallelConfig(tensor=tensor)
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
     (model,) = build_model(shape, platform, layout, seq_length=8)
-    state = sharded.without_extra_state(model.sharded_state_dict())
-    model.load_state_dict(sharded.load(state, source), strict=False)
-    writing.save(sharded.without_extra_state(model.sharded_state_dict()), out)
+    model.load_state_dict(sharded.load(sharded_weights([model]), source), strict=False)
+    writing.save(sharded_weights([model]), out)
     parallel.stop()
 
 
@@ -69,10 +68,9 @@ def refusals(directory: Path, tensor: int = 1) -> list[str]:
     layout = ParallelConfig(tensor=tensor)
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
     (model,) = build_model(SHAPE, platform, layout, seq_length=8)
-    state = sharded.without_extra_state(model.sharded_state_dict())
     messages = []
     for attempt in (
-        lambda: sharded.load(state, directory),
+        lambda: sharded.load(sharded_weights([model]), directory),
         lambda: list(WeightsReader(directory, SHAPE).items()),
     ):
         try:
@@ -85,7 +83,9 @@ def refusals(directory: Path, tensor: int = 1) -> list[str]:
 
 
 @pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 2), (2, 1)], ids=["one", "tp2", "dp2"])
-@pytest.mark.parametrize("shape", [GQA, SHAPE], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "shape", [GQA, replace(SHAPE, vocab_size=61)], ids=["untied", "tied, padded under tp2"]
+)
 def test_what_any_layout_saves_is_read_as_it_was_written(
     shape: ModelShape, ranks: int, tensor: int, tmp_path: Path
 ) -> None:
@@ -191,6 +191,15 @@ def test_a_checkpoint_of_another_shape_names_every_tensor(written: Path) -> None
     mlp = [f"decoder.layers.{n}.mlp.linear_{f}.weight" for n in range(4) for f in ("fc1", "fc2")]
     last = [name for name in random_weights(other, 0) if name.startswith("decoder.layers.3.")]
     assert sorted(lines) == sorted({*mlp, *last, "output_layer.weight"})
+
+
+@pytest.mark.parametrize("stored", [61, 66])
+def test_a_run_takes_no_model_of_another_vocabulary(stored: int, tmp_path: Path) -> None:
+    """Megatron-Core would cut it or fill it with zeros."""
+    run_distributed(write, 1, tmp_path / "model", replace(SHAPE, vocab_size=stored))
+    loaded, read = run_distributed(refusals, 1, tmp_path / "model")[0]
+    assert f"loaded (torch.Size([{stored}, 32])) and expected ((64, 32))" in loaded
+    assert bool(read) == (stored < 64)
 
 
 def cut(name: str, share: float) -> Callable[[Path], None]:
