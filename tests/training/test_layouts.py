@@ -1,8 +1,8 @@
 """Every layout computes what one process computes: losses, gradients, masks, parameters.
 
 Each row of LAYOUTS runs the real trainer for three steps and is compared with one process. Adding a
-layout is adding a row. fp32, to 1e-5 of the largest value of each tensor (gradients of the first
-step), and parameters after three steps, through which Adam amplifies.
+layout is adding a row. fp32, to 1e-5 of the largest value of each tensor (2e-5 for gradients of the
+first step), and parameters after three steps, through which Adam amplifies.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ ROWS = [
 ]  # fmt: skip
 # Of losses; of gradients at step 1; of weights after three steps; of masks and multipliers then.
 # bf16 has 8 bits, and Adam makes whole steps of a gradient whose sign is rounding's.
-TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5, 1e-5), "bf16": (1e-2, 0.25, 0.02, math.inf)}
+TOLERANCES = {"fp32": (1e-5, 2e-5, 1e-5, 1e-5), "bf16": (1e-2, 0.25, 0.02, math.inf)}
 
 
 def three_steps(config: RunConfig) -> dict[str, Any]:
