@@ -56,6 +56,6 @@ format: $(STAMP) ## put imports and layout in order
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format -q .
 
-clean: ## remove .venv, .venv-latest, caches and the demo's run (not runs/)
-	rm -rf $(VENV) .venv-latest demo-run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv, .venv-latest, caches and what the examples made (not runs/)
+	rm -rf $(VENV) .venv-latest demo-run smollm2-run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

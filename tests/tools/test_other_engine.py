@@ -10,54 +10,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from megashear.checkpoint.convert import export_huggingface, import_huggingface
 from tests.hf_models import SIZES, VARIANTS, save_llama, tokens_of
+from tests.make_tokenizer import example
+
+pytest.importorskip("ctranslate2")
+engine = example("smollm2/other_engine")
 
 VARIANTS_THERE = (
     *("multi_head", "wide_heads", "tied", "linear", "biases"),
     *("mistral_v3", "qwen2", "qwen3"),
 )
 
-ctranslate2 = pytest.importorskip("ctranslate2")
-from ctranslate2.converters import TransformersConverter  # noqa: E402
 
-
-class Converter(TransformersConverter):
-    """CTranslate2's own, given the size of heads and a tokenizer.
-
-    Its loader of LLaMA takes heads for hidden_size / num_attention_heads channels wide, though the
-    engine itself knows others (as its loaders of Mistral and Qwen3 say).
-    """
-
-    def _load(self) -> Any:
-        spec = super()._load()
-        config = AutoConfig.from_pretrained(self._model_name_or_path)
-        for layer in spec.decoder.layer if config.model_type == "llama" else ():
-            vars(layer.self_attention)["head_dim"] = np.dtype("int32").type(config.head_dim)
-        return spec
+class Converter(engine.Converter):
+    """The example's, for directories without a tokenizer."""
 
     def load_tokenizer(self, *_: Any, **__: Any) -> PreTrainedTokenizerFast:
         words = {f"word{number}": number for number in range(SIZES["vocab_size"])}
         tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
         names = {f"{name}_token": f"word{n}" for n, name in enumerate(("unk", "bos", "eos"))}
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def engine_logits(directory: Path, scratch: Path, tokens: Tensor) -> Tensor:
-    """Logits of CTranslate2 in fp32."""
-    Converter(str(directory)).convert(str(scratch), quantization="float32")
-    generator = ctranslate2.Generator(
-        str(scratch), compute_type="float32", inter_threads=1, intra_threads=1
-    )
-    return torch.from_numpy(np.array(generator.forward_batch(tokens.tolist())))
 
 
 @pytest.mark.parametrize("variant", VARIANTS_THERE)
@@ -68,5 +47,5 @@ def test_exported_models_compute_the_same_there(variant: str, tmp_path: Path) ->
     tokens = tokens_of(model)
     with torch.no_grad():
         expected = model(tokens).logits
-    found = engine_logits(out, tmp_path / "engine", tokens)
+    found = engine.engine_logits(Converter(str(out)), tmp_path / "engine", tokens)
     assert (found - expected).abs().max() < 1e-4 * expected.std()

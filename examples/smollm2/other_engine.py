@@ -1,0 +1,69 @@
+"""Run an exported model in CTranslate2, an engine of its own in C++, and hold it to transformers.
+
+The converter comes with CTranslate2 (pip install ctranslate2) and reads the directory as it is.
+
+    python examples/smollm2/other_engine.py --hf models/sheared --out models/sheared-ct2
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+import torch
+from ctranslate2.converters import TransformersConverter
+from torch import Tensor
+from transformers import AutoConfig
+
+from megashear import console
+from megashear.checkpoint.compare import hf_logits, logits_difference
+
+TOLERANCE = 1e-4  # of the logits' scale, fp32
+
+
+class Converter(TransformersConverter):
+    """CTranslate2's own, told the size of heads.
+
+    Its loader of LLaMA takes a head to have hidden_size / num_attention_heads channels; the engine
+    knows others too, as its loaders of Mistral and Qwen3 say.
+    """
+
+    def _load(self) -> Any:
+        spec = super()._load()
+        config = AutoConfig.from_pretrained(self._model_name_or_path)
+        for layer in spec.decoder.layer if config.model_type == "llama" else ():
+            vars(layer.self_attention)["head_dim"] = np.dtype("int32").type(config.head_dim)
+        return spec
+
+
+def engine_logits(converter: TransformersConverter, out: Path, tokens: Tensor) -> Tensor:
+    """Logits [b, s, vocab] of tokens [b, s] in fp32, of the model converted to `out`."""
+    converter.convert(str(out), quantization="float32", force=True)
+    threads = {"inter_threads": 1, "intra_threads": torch.get_num_threads()}
+    generator = ctranslate2.Generator(str(out), compute_type="float32", **threads)
+    return torch.from_numpy(np.array(generator.forward_batch(tokens.tolist())))
+
+
+def main() -> int:
+    """Convert, run both on random tokens, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory to read")
+    parser.add_argument("--out", type=Path, required=True, help="CTranslate2 model to write")
+    args = parser.parse_args()
+    vocabulary = AutoConfig.from_pretrained(args.hf).vocab_size
+    tokens = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
+    converted = engine_logits(Converter(str(args.hf)), args.out, tokens)
+    found = logits_difference(hf_logits(args.hf, tokens), converted)
+    agreement = f"the same likeliest token after {found.top1_agreement:.0%} of tokens"
+    print(f"CTranslate2 {ctranslate2.__version__} against transformers: logits differ by "
+          f"{found.relative:.1e} of their scale, {agreement}")  # fmt: skip
+    return 0 if found.within(TOLERANCE) else console.FAILED
+
+
+if __name__ == "__main__":
+    console.run(main)
