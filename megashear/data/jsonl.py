@@ -139,11 +139,14 @@ def _unpacked(raw: BinaryIO, kind: str) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
+    pieces: list[bytes] = []  # of a line that goes on
     for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in whole)
-    if rest:
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            yield b"".join([*pieces, end, b"\n"])
+            pieces = []
+        pieces.append(rest)
+    if rest := b"".join(pieces):
         yield rest
 
 
