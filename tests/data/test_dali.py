@@ -26,6 +26,7 @@ from tests.data.test_loader import (
     expected_stream,
     make_blend,
     make_loader,
+    note_located,
     prefixes,
     read_stream,
 )
@@ -79,14 +80,7 @@ def test_it_is_ahead_of_the_step_but_never_past_the_limit(
     prefixes: list[str], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blend = make_blend(prefixes)
-    sent: list[int] = []
-    locate = blend.locate
-
-    def noting_locate(n: int) -> tuple[int, int]:
-        sent.append(n)
-        return locate(n)
-
-    monkeypatch.setattr(blend, "locate", noting_locate)
+    sent = note_located(blend, monkeypatch)
     loader = make_loader(blend, workers, fetcher)
     loader.next_step()
     assert max(sent) == 3

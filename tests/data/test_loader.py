@@ -183,10 +183,8 @@ def make_loader(
     )
 
 
-def test_workers_are_ahead_of_the_step_but_never_past_the_limit(
-    prefixes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blend = make_blend(prefixes)
+def note_located(blend: DynamicBlendedDataset, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by every sample that is handed out to be read."""
     sent: list[int] = []
     locate = blend.locate
 
@@ -195,6 +193,14 @@ def test_workers_are_ahead_of_the_step_but_never_past_the_limit(
         return locate(n)
 
     monkeypatch.setattr(blend, "locate", noting_locate)
+    return sent
+
+
+def test_workers_are_ahead_of_the_step_but_never_past_the_limit(
+    prefixes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend = make_blend(prefixes)
+    sent = note_located(blend, monkeypatch)
     loader = make_loader(blend, workers=2)
     loader.next_step()
     assert max(sent) == 3  # nothing ahead before a limit is known
