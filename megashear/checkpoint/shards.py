@@ -78,6 +78,7 @@ def write_shards(
     shards: list[_Shard] = []
     home: dict[str, int] = {}
     dtypes: set[torch.dtype] = set()
+    numel = 0
     for name, tensor in tensors:
         if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > most):
             if shards:
@@ -85,6 +86,7 @@ def write_shards(
             shards.append(_Shard(directory / f"{len(shards)}.part", room))
         shards[-1].add(name, tensor)
         home[name] = len(shards)
+        numel += tensor.numel()
         dtypes.add(tensor.dtype)
     shards[-1].close()
     count = len(shards)
@@ -93,7 +95,8 @@ def write_shards(
     for number, shard in enumerate(shards, start=1):
         shard.file.rename(directory / files[number])
     if count > 1:
-        metadata = {"total_size": sum(shard.size for shard in shards)}
+        size = sum(shard.size for shard in shards)
+        metadata = {"total_parameters": numel, "total_size": size}
         index = {"metadata": metadata, "weight_map": {n: files[home[n]] for n in sorted(home)}}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return dtype_names([functools.reduce(torch.promote_types, dtypes)])[0]
