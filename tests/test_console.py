@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -9,7 +10,26 @@ import time
 
 import pytest
 
-from megashear.console import table
+from megashear.console import progress, table
+
+
+class Terminal(io.StringIO):
+    """Where somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "speaks", "shown"),
+    [(Terminal, True, True), (Terminal, False, False), (io.StringIO, True, False)],
+)
+def test_a_bar_is_for_who_watches_the_process_that_speaks(
+    stderr: type[io.StringIO], speaks: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr())
+    assert list(progress(range(3), "counting", 3, "numbers", speaks=speaks)) == [0, 1, 2]
+    assert ("counting" in sys.stderr.getvalue()) == shown  # type: ignore[attr-defined]
 
 
 def command(body: str) -> subprocess.Popen[str]:
