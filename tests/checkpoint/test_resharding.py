@@ -75,7 +75,6 @@ CASES = [
       for n, pair in enumerate(PAIRS)),
     ("prune", "vocabulary-61-tied", "tp2-sp-pp2-dp2-distopt", "one"),
     ("prune", "vocabulary-61", "pp2", "tp2-dp2-distopt"),
-    ("continue", "six-heads", "tp2-sp", "tp3"),
     ("continue", "six-heads-tied", "tp3", "tp2-pp2"),
     ("continue", "six-heads", "tp3-dp2-distopt", "pp2"),
     ("continue", "six-heads-tied", "tp2-dp2-distopt", "tp3-dp2-distopt"),
