@@ -175,10 +175,11 @@ def _scan(directory: Path, index: Mapping[str, str] | str) -> tuple[Found, list[
     for name in [index] if isinstance(index, str) else sorted(set(index.values())):
         file = directory / name
         try:
+            if not file.is_file():  # of a pipe or a device there would be no end
+                raise FileNotFoundError("missing, or not an ordinary file")
             held = _describe(file)
         except DAMAGED as error:
-            reason = "is missing" if not file.exists() else f"cannot be read: {error}"
-            problems.append(f"{name} {reason}")
+            problems.append(f"{name} cannot be read: {error}")
             continue
         for tensor, (shape, dtype) in held.items():
             if tensor.endswith("rotary_emb.inv_freq"):
@@ -227,9 +228,15 @@ def _load_bin(file: Path, mtime_ns: int) -> dict[str, Tensor]:
         raise
     except Exception:  # a damaged pickle fails in any way; torch's text advises to drop the check
         held = None
-    if not isinstance(held, dict) or not all(isinstance(held[name], Tensor) for name in held):
-        raise ValueError("damaged, or holds something else than named tensors")
+    if not isinstance(held, dict) or not all(_is_plain(*item) for item in held.items()):
+        raise ValueError("damaged, or holds something else than named, plain tensors")
     return held
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Whether it is a named tensor with its numbers in memory."""
+    named = isinstance(name, str) and isinstance(tensor, Tensor)
+    return named and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def write_huggingface(

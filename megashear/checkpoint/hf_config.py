@@ -20,8 +20,11 @@ from megashear.checkpoint.mapping import FAMILIES, PARTS, Family
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 
-MOST_LINES = 50
-"""Problems that one message lists; a wrong config can make thousands of them."""
+MOST_LINES, LONGEST_LINE = 50, 500
+"""Problems that one message lists, and characters of each; wrong files can make thousands."""
+
+LARGEST_JSON = 2**26
+"""Bytes; the index of a model with a million tensors has fewer."""
 
 LARGEST = 2**20
 """Largest size believed; a config that claims more is damaged (positions may be more)."""
@@ -95,9 +98,15 @@ def refuse(source: object, problems: Sequence[str]) -> NoReturn:
     """Raise one CheckpointError that lists every problem found in `source`."""
     count = len(problems)
     lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
-    lines += [f"  {problem}" for problem in problems[:MOST_LINES]]
+    lines += [f"  {_printable(problem)}" for problem in problems[:MOST_LINES]]
     lines += [f"  and {count - MOST_LINES} more"] if count > MOST_LINES else []
     raise CheckpointError("\n".join(lines))
+
+
+def _printable(text: str) -> str:
+    """A line that says what a foreign file says, and does nothing to a terminal."""
+    text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -107,6 +116,10 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: it is missing or holds something else.
     """
     try:
+        if not file.is_file() and file.stat():
+            raise CheckpointError(f"{file}: not an ordinary file")
+        if file.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{file}: larger than {LARGEST_JSON:,} bytes")
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
