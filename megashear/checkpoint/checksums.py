@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from megashear.checkpoint.agreement import on_each_process, on_first_process
 from megashear.console import progress
 from megashear.errors import CheckpointError
+from megashear.files import read_small
 
 FILE = "checksums.json"
 Checksum = dict[str, Any]
@@ -70,32 +73,39 @@ def damage(directory: Path, *parts: str) -> list[str]:
 
 def _damage(directory: Path, parts: tuple[str, ...], rank: int, size: int) -> list[str]:
     """The same, of one rank's share of the files."""
-    try:
-        sums: dict[str, Checksum] = json.loads((directory / FILE).read_text())
-        names = [name for name in sums if not parts or name.split("/")[0] in parts]
-        names.sort(key=lambda name: int(sums[name]["bytes"]))
-        if not names:
-            raise ValueError("it names no file")
-    except FileNotFoundError:
-        return [f"{FILE}: missing"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return [f"{FILE}: damaged: {error!r}"]
-    mine = names[rank::size]
+    sums, problems = _listed(directory, parts)
+    mine = sorted(sums, key=lambda name: sums[name]["bytes"])[rank::size]
     shown = progress(mine, "checking", len(mine), "files", speaks=rank == 0)
-    found = {name: _difference(directory / name, sums[name]) for name in shown}
-    return [f"{name}: {difference}" for name, difference in found.items() if difference]
+    return problems + [line for name in shown for line in _difference(directory, name, sums[name])]
 
 
-def _difference(file: Path, expected: Checksum) -> str:
+def _listed(directory: Path, parts: tuple[str, ...]) -> tuple[dict[str, Checksum], list[str]]:
+    """Checksums by name, in the order in which files are written; and what is wrong with them."""
     try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{size:,} bytes instead of {int(expected['bytes']):,}"
-        return "" if checksum(file) == expected else "its content has changed since it was written"
+        sums: dict[str, Checksum] = json.loads(read_small(directory / FILE))
+        names = [name for name in sums if not parts or name.split("/")[0] in parts]
+        if not names or any(sums[name].keys() != {"bytes", "sha256"} for name in names):
+            raise ValueError("it names no file, or not its size and hash")
+        return {name: sums[name] for name in sorted(names, key=lambda n: (len(n), n))}, []
     except FileNotFoundError:
-        return "missing"
+        return {}, [f"{FILE}: missing"]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return {}, [f"{FILE}: damaged: {error!r}"]
+
+
+def _difference(directory: Path, name: str, expected: Checksum) -> list[str]:
+    """What is wrong with a file, as a line or none."""
+    try:
+        size = (directory / name).stat().st_size
+        if size != expected["bytes"]:
+            return [f"{name}: {size:,} bytes instead of {int(expected['bytes']):,}"]
+        if checksum(directory / name) != expected:
+            return [f"{name}: its content has changed since it was written"]
+        return []
+    except FileNotFoundError:
+        return [f"{name}: missing"]
     except OSError as error:
-        return f"cannot be read: {error}"
+        return [f"{name}: cannot be read: {error}"]
 
 
 def verify(directory: Path, *parts: str) -> None:
@@ -108,10 +118,34 @@ def verify(directory: Path, *parts: str) -> None:
     Raises:
         CheckpointError: files are missing or damaged; all are named.
     """
-    if lines := damage(directory, *parts):
-        if not directory.is_dir():
-            raise CheckpointError(
-                f"{directory}: not there any more: a run that goes on has replaced it. "
-                "Start again, or raise trainer.keep_checkpoints"
-            )
-        raise CheckpointError(f"{directory}: damaged:\n  " + "\n  ".join(lines))
+    _refuse(directory, damage(directory, *parts))
+
+
+@contextmanager
+def verifying(directory: Path, *parts: str) -> Iterator[None]:
+    """The same by a thread beside a block that reads the checkpoint, and no collective.
+
+    What is damaged is told at the end of the block, also instead of what the block failed from.
+    """
+    sums, lines = _listed(directory, parts)
+    with ThreadPoolExecutor(1) as beside:
+        tasks = [beside.submit(_difference, directory, name, sums[name]) for name in sums]
+        try:
+            yield
+        except CheckpointError:
+            _refuse(directory, [*lines, *(line for task in tasks for line in task.result())])
+            raise
+        except BaseException:
+            beside.shutdown(cancel_futures=True)
+            raise
+        _refuse(directory, [*lines, *(line for task in tasks for line in task.result())])
+
+
+def _refuse(directory: Path, damaged: list[str]) -> None:
+    if damaged and not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: not there any more: a run that goes on has replaced it. "
+            "Start again, or raise trainer.keep_checkpoints"
+        )
+    if damaged:
+        raise CheckpointError(f"{directory}: damaged:\n  " + "\n  ".join(damaged))

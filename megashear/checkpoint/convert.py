@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -13,13 +14,13 @@ from megashear.checkpoint.manager import (
     HUGGINGFACE,
     CheckpointInfo,
     Record,
-    open_weights,
+    reading_weights,
     write_model,
 )
 from megashear.checkpoint.stream import processes, share
 from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.platform.parallel import launched_rank, single_process
+from megashear.platform.parallel import launched_rank
 
 
 def import_huggingface(
@@ -75,17 +76,22 @@ def export_huggingface(
             f"{info.directory} is of a pruning run, whose model has masks. Cut the target model "
             "out first: python tools/checkpoint/extract.py --run <run>"
         )
-    with single_process():
-        reader = open_weights(info)
+    with closing(_checked(info)) as weights:
         return write_huggingface(
             out,
             info.shape,
-            _read(reader.read, list(reader.rows), "exporting"),
+            weights,
             dtype=dtype,
             tokenizer=tokenizer,
             card=model_card(info, Path(out).resolve().name),
             overwrite=overwrite,
         )
+
+
+def _checked(info: CheckpointInfo) -> Generator[tuple[str, Tensor], None, None]:
+    """The tensors of a checkpoint; where it is damaged they end in the error."""
+    with reading_weights(info) as reader:
+        yield from _read(reader.read, list(reader.rows), "exporting")
 
 
 def _read(

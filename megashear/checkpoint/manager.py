@@ -19,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform as python_platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,18 @@ def open_weights(info: CheckpointInfo) -> sharded.WeightsReader:
     if info.stage != MEGATRON_LM:  # which has no checksums
         checksums.verify(info.directory, INFO, "model")
     return sharded.WeightsReader(info.model_directory, info.shape)
+
+
+@contextmanager
+def reading_weights(info: CheckpointInfo) -> Iterator[sharded.WeightsReader]:
+    """The same in one process, for a block beside which a thread looks for damage.
+
+    Raises:
+        CheckpointError: as `open_weights`, of damage at the end of the block.
+    """
+    is_ours = info.stage != MEGATRON_LM
+    with checksums.verifying(info.directory, INFO, "model") if is_ours else nullcontext():
+        yield sharded.WeightsReader(info.model_directory, info.shape)
 
 
 def write_durably(file: Path, text: str) -> None:

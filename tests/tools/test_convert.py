@@ -171,22 +171,40 @@ def test_pruning_run_is_to_be_extracted_first(tmp_path: Path, tool: Tool) -> Non
     assert "tools/checkpoint/extract.py" in error
 
 
+# In the third tensor's place: a file has begun and is not whole.
+PAUSE = """
+import sys, time
+appended = []
+def pause(event, arguments):
+    if event == "open" and "a" in str(arguments[1]) and str(arguments[0]).endswith(".distcp"):
+        appended.append(arguments[0])
+        if len(appended) == 3:
+            open("paused", "w").close()
+            time.sleep(60)
+sys.addaudithook(pause)
+"""
+
+
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """A real one, to the whole group, while 100 MB are being written; takes about 10 seconds."""
-    save_llama(tmp_path / "source", hidden_size=1024, vocab_size=12_000)
+    """A real one, to the whole group, in the midst of a file; takes about 5 seconds."""
+    save_llama(tmp_path / "source")
+    (tmp_path / "sitecustomize.py").write_text(PAUSE)
     out = tmp_path / "out" / "checkpoint"
     process = subprocess.Popen(
         [
             *(sys.executable, TOOLS / "hf_to_megatron.py"),
             *("--hf", tmp_path / "source", "--out", out),
         ],
-        env={**os.environ, "PYTHONPATH": str(TOOLS.parents[1])},
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{TOOLS.parents[1]}"},
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (out.parent / ".checkpoint.partial" / "model").exists():
-        time.sleep(0.001)
+    while process.poll() is None and not (tmp_path / "paused").exists():
+        time.sleep(0.01)
+    (begun,) = (out.parent / ".checkpoint.partial" / "model").glob("__0_1.distcp")
+    assert begun.stat().st_size > 0
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
