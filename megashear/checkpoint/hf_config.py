@@ -19,12 +19,10 @@ from megashear.checkpoint.hf_rotary import NESTED, THETA, positive, read_rotary,
 from megashear.checkpoint.mapping import FAMILIES, PARTS, Family
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
+from megashear.files import read_small
 
 MOST_LINES, LONGEST_LINE = 50, 500
 """Problems that one message lists, and characters of each; wrong files can make thousands."""
-
-LARGEST_JSON = 2**26
-"""Bytes; the index of a model with a million tensors has fewer."""
 
 LARGEST = 2**20
 """Largest size believed; a config that claims more is damaged (positions may be more)."""
@@ -116,11 +114,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: it is missing or holds something else.
     """
     try:
-        if not file.is_file() and file.stat():
-            raise CheckpointError(f"{file}: not an ordinary file")
-        if file.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{file}: larger than {LARGEST_JSON:,} bytes")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_small(file))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -32,10 +32,10 @@ import megashear
 from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.config.loader import load_shape
+from megashear.config.loader import load_shape, stored_shape
 from megashear.config.schema import ModelShape
-from megashear.errors import CheckpointError
-from megashear.files import write_whole
+from megashear.errors import CheckpointError, ConfigError
+from megashear.files import read_small, write_whole
 
 FORMAT = 1
 INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
@@ -67,7 +67,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, dict):  # as checkpoint.json has it
-            object.__setattr__(self, "shape", ModelShape(**self.shape))
+            object.__setattr__(self, "shape", stored_shape(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,19 +170,21 @@ def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInf
     directory = find(path)
     file = directory / INFO
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(read_small(file))
         if fields.pop("format") != FORMAT:
             raise CheckpointError(f"{file}: written by another version of megashear")
-        fields["shape"] = ModelShape(**fields["shape"])
+        fields["shape"] = stored_shape(fields["shape"])
         if fields["target"] is not None:
-            fields["target"] = ModelShape(**fields["target"])
+            fields["target"] = stored_shape(fields["target"])
         if "origin" in fields:  # what was written before there was a history, newest first
             origin = reversed(fields.pop("origin").items())
             fields["history"] = tuple(Record(how, str(where)) for how, where in origin if where)
         else:
             fields["history"] = tuple(Record(**record) for record in fields["history"])
         return CheckpointInfo(**fields, directory=directory)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: {error!r}") from error
 
 

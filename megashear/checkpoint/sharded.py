@@ -100,6 +100,8 @@ def check_metadata(directory: Path) -> Metadata:
     """
     file = directory / ".metadata"
     try:
+        if not file.is_file():  # of a pipe or a device there would be no end
+            raise FileNotFoundError
         with file.open("rb") as stream:
             metadata: Metadata = _MetadataUnpickler(stream).load()
         short = _files_cut_short(directory, metadata)
@@ -213,6 +215,9 @@ class WeightsReader:
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored = _stored_weights(self._metadata, shape.num_layers)
+        if shape.num_layers > len(self._stored):  # and never list what a wrong number implies
+            text = f"{len(self._stored)} tensors are not a model of {shape.num_layers} layers"
+            raise CheckpointError(f"{directory}: {text}")
         self.rows = {row.name: row for row in table(shape)}
         problems = []
         for name in {**self.rows, **self._stored}:

@@ -30,8 +30,11 @@ def whole_directory(
     Raises:
         CheckpointError: something is there that may not be replaced, or writing failed.
     """
-    final = Path(directory).resolve()
-    _check_replaceable(final, marker, overwrite, parts)
+    try:
+        final = Path(directory).resolve()
+        _check_replaceable(final, marker, overwrite, parts)
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{directory}: cannot be written: {error.strerror}") from error
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -72,7 +72,7 @@ class Writing:
             raise
 
     def _start(self, errors: list[Exception]) -> None:
-        _raise(errors)
+        self._raise(errors)
         jobs = []
         for request in self._requests:
             arguments = list(request.async_fn_args)
@@ -113,7 +113,7 @@ class Writing:
             for request in self._requests:
                 for finalize in request.finalize_fns:
                     finalize()
-        on_each_process(lambda: _raise(errors))
+        on_each_process(lambda: self._raise(errors))
         return {file: value for share in shares for file, value in share.items()}
 
     def _receive(self) -> dict[Path, Checksum]:
@@ -126,18 +126,19 @@ class Writing:
         if failure:
             # Of a full disk torch may say no more than "unexpected pos".
             free = shutil.disk_usage(self._directory).free
-            raise CheckpointError(f"cannot be written ({free:,} bytes free there): {failure}")
+            text = f"cannot be written ({free:,} bytes free there): {failure}"
+            raise CheckpointError(f"{self._directory}: {text}")
         return share
+
+    def _raise(self, errors: list[Exception]) -> None:
+        """The first failure of Megatron-Core's own writing, whatever the library made of it."""
+        for error in errors:
+            raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
 
 
 def _make(directories: Iterable[Path]) -> None:
     for directory in directories:
         directory.mkdir(parents=True)
-
-
-def _raise(errors: list[Exception]) -> None:
-    if errors:
-        raise errors[0]
 
 
 def _request(state: Mapping[str, Any], directory: Path) -> Any:

@@ -19,13 +19,23 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megashear.config.schema import DataConfig, Domain, ModelShape, RunConfig
+from megashear.config.schema import (
+    FAMILIES,
+    ROPE_TYPES,
+    DataConfig,
+    Domain,
+    ModelShape,
+    RunConfig,
+)
 from megashear.config.validate import problems
 from megashear.config.values import Faulty, Problem, Unreadable, options, show
 from megashear.errors import ConfigError, ShearError
 
 DOMAINS_FILE = "domains.yaml"
 """In a run directory: the domains with their weights of the last save, for `data.domains_from`."""
+
+MOST_LAYERS = 2**14
+"""Of a stored shape; a larger number is damage, and would make lists of as many tensors."""
 
 _FAULTY: Any = Faulty()
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -122,6 +132,28 @@ def load_shape(path: Path) -> ModelShape:
         found += [(at.removeprefix(prefix), text) for at, text in of_run if at.startswith(prefix)]
     if found:
         raise ConfigError(str(path), found)
+    return shape
+
+
+def stored_shape(raw: Any) -> ModelShape:
+    """The shape that a checkpoint has stored as a mapping of its fields.
+
+    Raises:
+        ConfigError: fields are missing, of another type, or no model can have them.
+    """
+    found: list[Problem] = []
+    shape: ModelShape = _read(ModelShape, raw, "shape", found)
+    if not found:
+        sizes = {name: value for name, value in vars(shape).items() if type(value) is int}
+        found += [(f"shape.{n}", f"= {size} must be >= 1") for n, size in sizes.items() if size < 1]
+        if shape.num_layers > MOST_LAYERS:  # whose tensors are listed
+            found.append(("shape.num_layers", f"= {shape.num_layers} must be <= {MOST_LAYERS}"))
+        if shape.family not in FAMILIES:
+            found.append(("shape.family", f"= {show(shape.family)} is none of {FAMILIES}"))
+        if shape.rotary_scaling and shape.rotary_scaling.rope_type not in ROPE_TYPES:
+            found.append(("shape.rotary_scaling.rope_type", f"must be one of {ROPE_TYPES}"))
+    if found:
+        raise ConfigError("damaged", found)
     return shape
 
 
