@@ -290,11 +290,17 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{tokenizer}: no tokenizer (none of {', '.join(sorted(VOCABULARIES))})"
         )
+    _check_links(source, [file for file in files.values() if file != tokenizer])
     for name, file in files.items():
         shutil.copyfile(file, directory / name)
     if (source / "config.json").is_file():
         config = read_json(source / "config.json")
-        return {key: config.get(key) for key in NO_IDS}
+        ids = {key: config.get(key) for key in NO_IDS}
+        wrong = {key: value for key, value in ids.items() if not _are_ids(value)}
+        if wrong:
+            text = "must be the number of a token, or a list of such"
+            refuse(source / "config.json", [f"{key} = {wrong[key]!r} {text}" for key in wrong])
+        return ids
     if "tokenizer.model" not in files:
         return NO_IDS
     try:
@@ -304,6 +310,26 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
         raise CheckpointError(text) from None
     ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {name: number if number >= 0 else None for name, number in ids.items()}
+
+
+def _are_ids(value: Any) -> bool:
+    if value is None:
+        return True
+    ids = value if isinstance(value, list) else [value]
+    return all(type(number) is int and number >= 0 for number in ids)
+
+
+def _check_links(source: Path, files: Iterable[Path]) -> None:
+    """Refuse to copy what a foreign directory only points at: a key, say, to be published."""
+    home = source.resolve()
+    places = (home, home.parent.parent / "blobs")  # the hub's cache is links to there
+    problems = [
+        f"{file.name} is a link to {file.resolve()}, outside of it; put a copy in its place"
+        for file in files
+        if not any(place in file.resolve().parents for place in places)
+    ]
+    if problems:
+        refuse(source, problems)
 
 
 def _hf_tensors_of(

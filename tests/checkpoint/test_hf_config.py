@@ -158,7 +158,10 @@ def test_what_is_not_understood_is_refused_by_name(key: str, value: Any) -> None
         ({"type": "linear", "factor": "2"}, "factor = '2' must be a number from 1"),
         ({"type": "linear", "factor": 0.5}, "factor = 0.5 must be a number from 1"),
         ({"type": "dynamic", "factor": 2.0, "alpha": 1000}, "alpha = 1000 is not understood"),
-        ({**LLAMA3, "low_freq_factor": 2.0}, "low_freq_factor = 2.0: Megatron-Core knows 1 alone"),
+        (
+            {**LLAMA3, "low_freq_factor": 2.0},
+            "low_freq_factor = 2.0: Megatron-Core knows 1.0",
+        ),
         ({**LLAMA3, "high_freq_factor": None}, "high_freq_factor = None: Megatron-Core knows 4"),
         (
             {**LLAMA3, "original_max_position_embeddings": 4096},

@@ -216,6 +216,33 @@ def test_special_tokens_of_the_source_model_are_kept(model: Path, tmp_path: Path
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (5, [6, 7])
 
 
+def test_a_tokenizer_that_points_elsewhere_is_not_published(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (model / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to .*secret, outside"):
+        write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
+    assert not (tmp_path / "out").exists()
+    cache = tmp_path / "models--mine"  # as the hub's cache has it
+    (cache / "blobs").mkdir(parents=True)
+    (tmp_path / "secret").rename(cache / "blobs" / "0123")
+    (cache / "snapshots").mkdir()
+    model = model.rename(cache / "snapshots" / "main")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").symlink_to("../../blobs/0123")
+    write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("value", ["<s>", -1, 1.5, [1, "2"], {"id": 1}, True])
+def test_special_tokens_that_are_none(model: Path, tmp_path: Path, value: Any) -> None:
+    (model / "tokenizer.json").write_text("{}")
+    change_config(model, eos_token_id=value)
+    with pytest.raises(CheckpointError, match=r"eos_token_id = .* must be the number of a token"):
+        write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizer_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_text("no model")
     for tokenizer, message in (("nowhere", "no tokenizer"), ("tokenizer.model", "sentencepiece")):
