@@ -295,12 +295,12 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
         shutil.copyfile(file, directory / name)
     if (source / "config.json").is_file():
         config = read_json(source / "config.json")
-        ids = {key: config.get(key) for key in NO_IDS}
-        wrong = {key: value for key, value in ids.items() if not _are_ids(value)}
+        stated = {key: config.get(key) for key in NO_IDS}
+        text = "must be the number of a token, or a list of such"
+        wrong = [f"{key} = {ids!r} {text}" for key, ids in stated.items() if not _are_ids(ids)]
         if wrong:
-            text = "must be the number of a token, or a list of such"
-            refuse(source / "config.json", [f"{key} = {wrong[key]!r} {text}" for key in wrong])
-        return ids
+            refuse(source / "config.json", wrong)
+        return stated
     if "tokenizer.model" not in files:
         return NO_IDS
     try:
