@@ -108,6 +108,7 @@ def test_refused_in_one_sentence_or_imported_as_it_is(
         assert str(source) in message
         assert all(text in message for text in case.said), message
         assert len(message) < 10_000
+        assert "weights_only" not in message  # nobody is advised to switch the guard off
         assert all(line.isprintable() for line in message.split("\n"))
         return
     assert case.harmless, "imported"
