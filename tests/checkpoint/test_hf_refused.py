@@ -154,7 +154,7 @@ def test_index_against_its_files(sharded: Path) -> None:
     change_index(sharded, change)
     (sharded / files[-1]).unlink()
     message = refusal(sharded)
-    assert f"{files[-1]} is missing" in message
+    assert f"{files[-1]} cannot be read: missing" in message
     assert f"model.layers.9.ghost.weight is not in {files[0]}, where the index has it" in message
     assert f"is in {files[0]}, but the index does not say so" in message
     assert all(f"{name} is missing" in message for name in lost)
