@@ -244,21 +244,30 @@ class WeightsReader:
         """
         key, layer, _ = self._stored[name]
         entry: Any = self._metadata.state_dict_metadata[key]
-        shape = self.rows[name].shape()
-        tensor = torch.empty(shape, dtype=entry.properties.dtype)
-        target = tensor.unsqueeze(0) if layer else tensor
+        shape, dtype = self.rows[name].shape(), entry.properties.dtype
         offsets = torch.Size((*layer, *(0 for _ in shape)))
-        chunk = ChunkStorageMetadata(offsets, target.shape)
-        items = create_read_items_for_chunk_list(key, entry, [chunk])
+        whole = torch.Size((*(1 for _ in layer), *shape))
+        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, whole)])
         held = sum(prod(item.lengths) for item in items)
         try:
-            if held != tensor.numel():
-                raise EOFError(f"its parts hold {held:,} of {tensor.numel():,} elements")
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+            if held != prod(shape):
+                raise EOFError(f"its parts hold {held:,} of {prod(shape):,} elements")
+            if len(items) == 1:
+                return self._read_part(items[0]).to(dtype).reshape(shape)
+            tensor = torch.empty(shape, dtype=dtype)
+            self._reader.read_data(LoadPlan(items), _IntoTensor(tensor.view(whole))).wait()
         except Exception as error:  # a damaged checkpoint can fail in any way
             reason = _reason(error)
             raise CheckpointError(f"{self.directory}: cannot read {name}: {reason}") from error
         return tensor
+
+    def _read_part(self, item: ReadItem) -> Tensor:
+        """A part as `read_data` reads it, without the copy that it makes."""
+        place = self._metadata.storage_data[item.storage_index]
+        with (self.directory / place.relative_path).open("rb") as stream:
+            view: Any = self._reader._slice_file(stream, place)
+            part = torch.load(view, map_location="cpu", weights_only=True)
+        return narrow_tensor_by_index(part, item.storage_offsets, item.lengths)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the table, in its order."""

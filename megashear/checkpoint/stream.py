@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from math import ceil, prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -180,13 +180,23 @@ def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
     try:
         with file.open("ab") as stream:
             start = stream.tell()
-            torch.save(_compact(tensor.view(*(1 for _ in layer), *tensor.shape)), stream)
+            _save(_compact(tensor.view(*(1 for _ in layer), *tensor.shape)), stream)
             length = stream.tell() - start
     except (OSError, RuntimeError) as error:  # of a full disk torch tells what followed from it
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(f"{file}: cannot be written: {reason}") from error
     properties = TensorProperties.create_from_tensor(tensor)
     return _Entry(name, properties, _StorageInfo(file.name, start, length))
+
+
+def _save(tensor: Tensor, stream: IO[bytes]) -> None:
+    """As torch does, but for its CRC-32, which torch never checks and checksums are in place of."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, stream)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _compact(tensor: Tensor) -> Tensor:
