@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from transformers.utils import logging
 
 from megashear.config.loader import load_config
 from megashear.console import FAILED, run, table
-from megashear.data.dataset import DomainDataset, build_valid_datasets
+
+if TYPE_CHECKING:
+    from megashear.data.dataset import DomainDataset
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # nats per token
@@ -68,8 +72,11 @@ def write(model: PreTrainedModel, judge: PreTrainedModel, prompt: Tensor) -> tup
 
 def compare_losses(models: dict[str, PreTrainedModel]) -> tuple[str, bool]:
     """A table of losses by transformers; whether megashear's are the same."""
+    from megashear.data.dataset import build_valid_datasets
+
     records = json.loads(Path("losses.json").read_text())["models"]
     data = load_config(HERE / "prune.yaml", check_files=False).data
+    data = replace(data, seq_length=records[0]["seq_length"])
     vocabulary = min(model.config.vocab_size for model in models.values())
     datasets = build_valid_datasets(data, vocabulary)
     rows, differences = [], []
