@@ -43,6 +43,7 @@ def import_huggingface(
         stage="imported",
         history=(Record(HUGGINGFACE, str(reader.directory.resolve()), reader.shape),),
         tokenizer=reader.tokenizer,
+        generation=reader.generation,
     )
     with processes():
         names = share(info.shape)
@@ -56,6 +57,7 @@ def export_huggingface(
     *,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    other_tokenizer: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write the model of a dense checkpoint as transformers loads it, with a model card.
@@ -65,6 +67,7 @@ def export_huggingface(
         out: Hugging Face directory to write.
         dtype: of the weights; None keeps the checkpoint's.
         tokenizer: directory or file of the tokenizer that goes with it.
+        other_tokenizer: whether it need not be the checkpoint's, so that its special tokens count.
         overwrite: whether an existing model there is replaced.
 
     Raises:
@@ -83,6 +86,8 @@ def export_huggingface(
             weights,
             dtype=dtype,
             tokenizer=tokenizer,
+            generation=info.generation,
+            other_tokenizer=other_tokenizer,
             card=model_card(info, Path(out).resolve().name),
             overwrite=overwrite,
         )

@@ -170,6 +170,7 @@ def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False)
         stage="extracted",
         history=info.records,
         tokenizer=info.tokenizer,
+        generation=info.generation,
     )
     with processes():
         names = share(shape)

@@ -7,14 +7,12 @@ loader. Imports neither Megatron nor transformers.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megashear.checkpoint import shards
@@ -24,6 +22,18 @@ from megashear.checkpoint.hf_config import (
     refuse,
     shape_from_hf_config,
     write_json,
+)
+from megashear.checkpoint.hf_tokenizer import (
+    CONFIG,
+    GENERATION,
+    READERS,
+    TEMPLATES,
+    Generation,
+    check_generation,
+    copy_tokenizer,
+    has_tokenizer,
+    read_generation,
+    settings_of,
 )
 from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
 from megashear.checkpoint.shards import DTYPES, dtype_names
@@ -35,18 +45,11 @@ from megashear.pruning.table import table
 SINGLE = (shards.SINGLE, "pytorch_model.bin")
 INDICES = (shards.INDEX, "pytorch_model.bin.index.json")
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+CONTENT = (
+    *(CONFIG, GENERATION, "README.md", "*.safetensors", shards.INDEX),
+    *(*READERS, f"{TEMPLATES}/"),
 )
-VOCABULARIES = {"tokenizer.model", "tokenizer.json", "vocab.json"}
-NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+"""What is in a directory that we write: patterns for `whole_directory`."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError)
 """What the libraries raise for files that are missing, truncated, or not what they say."""
@@ -86,7 +89,16 @@ class HuggingFaceReader:
     def tokenizer(self) -> str | None:
         """The directory, if there is a tokenizer in it."""
         directory = self.directory.resolve()
-        return str(directory) if any((directory / n).is_file() for n in VOCABULARIES) else None
+        return str(directory) if has_tokenizer(directory) else None
+
+    @property
+    def generation(self) -> Generation:
+        """What it says of special tokens and generation.
+
+        Raises:
+            CheckpointError: as `read_generation`.
+        """
+        return read_generation(self.directory, self.shape.vocab_size)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the type it is stored in.
@@ -246,6 +258,8 @@ def write_huggingface(
     *,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    generation: Generation | None = None,
+    other_tokenizer: bool = False,
     card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -258,6 +272,8 @@ def write_huggingface(
         weights: every tensor of `table(shape)`, under its name; one is held at a time.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
         tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
+        generation: what its source says of special tokens and generation.
+        other_tokenizer: whether the tokenizer need not be the source's, so that its ids count.
         card: text of README.md.
         max_shard_bytes: size that no file exceeds unless one tensor does.
         overwrite: as for `whole_directory`.
@@ -267,69 +283,21 @@ def write_huggingface(
             express the shape, or the directory exists or cannot be written.
     """
     config = hf_config(shape)
-    with whole_directory(directory, marker="config.json", overwrite=overwrite) as partial:
-        ids = NO_IDS if tokenizer is None else _copy_tokenizer(Path(tokenizer), partial)
-        kept = None if dtype is None else getattr(torch, dtype)
-        tensors = _hf_tensors_of(shape, weights, kept)
+    kept = generation or {}
+    check_generation(kept, shape.vocab_size, "special tokens and generation of the checkpoint")
+    with whole_directory(directory, overwrite=overwrite, content=CONTENT) as partial:
+        told: Generation = {}
+        if tokenizer is not None:
+            told = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
+        ids, settings = settings_of(kept, told, other_tokenizer)
+        tensors = _hf_tensors_of(shape, weights, None if dtype is None else getattr(torch, dtype))
         names = hf_tensors(shape)
         config["torch_dtype"] = shards.write_shards(partial, tensors, names, max_shard_bytes)
-        write_json(partial / "config.json", {**config, **ids})
-        write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        write_json(partial / CONFIG, {**config, **ids})
+        write_json(partial / GENERATION, settings)
         if card is not None:
-            (partial / "README.md").write_text(card)
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return Path(directory)
-
-
-def _copy_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
-    """Copy a tokenizer's files; returns its bos and eos ids as far as they are told there."""
-    source = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
-    if tokenizer.is_file() and tokenizer.name not in files:
-        files = {f"tokenizer{tokenizer.suffix}": tokenizer}
-    if not tokenizer.exists() or not VOCABULARIES & files.keys():
-        raise CheckpointError(
-            f"{tokenizer}: no tokenizer (none of {', '.join(sorted(VOCABULARIES))})"
-        )
-    _check_links(source, [file for file in files.values() if file != tokenizer])
-    for name, file in files.items():
-        shutil.copyfile(file, directory / name)
-    if (source / "config.json").is_file():
-        config = read_json(source / "config.json")
-        stated = {key: config.get(key) for key in NO_IDS}
-        text = "must be the number of a token, or a list of such"
-        wrong = [f"{key} = {ids!r} {text}" for key, ids in stated.items() if not _are_ids(ids)]
-        if wrong:
-            refuse(source / "config.json", wrong)
-        return stated
-    if "tokenizer.model" not in files:
-        return NO_IDS
-    try:
-        processor = SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
-    except (OSError, RuntimeError) as error:
-        text = f"{files['tokenizer.model']}: not a sentencepiece model: {error}"
-        raise CheckpointError(text) from None
-    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
-    return {name: number if number >= 0 else None for name, number in ids.items()}
-
-
-def _are_ids(value: Any) -> bool:
-    if value is None:
-        return True
-    ids = value if isinstance(value, list) else [value]
-    return all(type(number) is int and number >= 0 for number in ids)
-
-
-def _check_links(source: Path, files: Iterable[Path]) -> None:
-    """Refuse to copy what a foreign directory only points at: a key, say, to be published."""
-    home = source.resolve()
-    places = (home, home.parent.parent / "blobs")  # the hub's cache is links to there
-    problems = [
-        f"{file.name} is a link to {file.resolve()}, outside of it; put a copy in its place"
-        for file in files
-        if not any(place in file.resolve().parents for place in places)
-    ]
-    if problems:
-        refuse(source, problems)
 
 
 def _hf_tensors_of(

@@ -96,12 +96,12 @@ def refuse(source: object, problems: Sequence[str]) -> NoReturn:
     """Raise one CheckpointError that lists every problem found in `source`."""
     count = len(problems)
     lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
-    lines += [f"  {_printable(problem)}" for problem in problems[:MOST_LINES]]
+    lines += [f"  {printable(problem)}" for problem in problems[:MOST_LINES]]
     lines += [f"  and {count - MOST_LINES} more"] if count > MOST_LINES else []
     raise CheckpointError("\n".join(lines))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A line that says what a foreign file says, and does nothing to a terminal."""
     text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

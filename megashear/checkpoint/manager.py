@@ -84,6 +84,7 @@ class CheckpointInfo:
         progress: what the trainer needs to go on (position in the data, weights of domains).
         config: the run's resolved configuration, as YAML.
         tokenizer: file or directory of the tokenizer, for exports.
+        generation: what the source says of special tokens and generation, for exports.
     """
 
     shape: ModelShape
@@ -95,6 +96,7 @@ class CheckpointInfo:
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: str | None = None
     tokenizer: str | None = None
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     directory: Path = Path()
 
@@ -228,6 +230,19 @@ def history_of(path: str | Path | None) -> tuple[Record, ...]:
     return read_info(path).records
 
 
+def generation_of(path: str | Path | None) -> dict[str, Any]:
+    """What the model at a path says of special tokens and generation; nothing of random weights.
+
+    Raises:
+        CheckpointError: as `read_shape`.
+    """
+    if path is None:
+        return {}
+    if is_huggingface(path):
+        return HuggingFaceReader(path).generation
+    return read_info(path).generation
+
+
 def read_shape(path: str | Path, shape_file: Path | None = None) -> ModelShape:
     """Shape of the model at a path: a checkpoint, a run, or a Hugging Face directory.
 
@@ -260,7 +275,7 @@ def write_model(
         CheckpointError: the directory exists, or the weights do not fit the shape.
     """
     info = dataclasses.replace(info, versions=versions(), directory=directory)
-    known = {"marker": INFO, "parts": ["model"], "overwrite": overwrite}
+    known = {"content": (INFO, checksums.FILE, "model/"), "overwrite": overwrite}
     with stream.processes(), stream.shared_directory(directory, **known) as partial:
         sums = stream.write_weights(partial / "model", info.shape, weights)
         on_first_process(lambda: (partial / INFO).write_text(info.to_json()))

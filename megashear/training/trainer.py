@@ -79,6 +79,8 @@ class Trainer:
             _refuse_other_config(resumed, config)
         self.step = resumed.step if resumed else 0
         self.history = resumed.history if resumed else manager.history_of(config.init_from)
+        kept = resumed.generation if resumed else manager.generation_of(config.init_from)
+        self.generation = kept
         resumed_step = resumed.step if resumed else None
         self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, resumed_step)
         if passed_over:
@@ -311,6 +313,7 @@ class Trainer:
             progress={"mixture": self.mixture.state_dict(), "losses": self.losses},
             config=to_yaml(config),
             tokenizer=self._tokenizer,
+            generation=self.generation,
         )
         self._say_saved(self.checkpoints.finish())  # the one before, if it takes so long
         on_first_process(self._write_run_files)

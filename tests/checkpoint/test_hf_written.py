@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -147,7 +148,7 @@ def test_only_a_model_is_ever_overwritten(tmp_path: Path) -> None:
         write_huggingface(tmp_path, SHAPE, weights(), overwrite=True)
     (tmp_path / "config.json").touch()
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match=r"holds directories \(checkpoints\)"):
+    with pytest.raises(CheckpointError, match=r"it holds checkpoints/, thesis\.tex, which"):
         write_huggingface(tmp_path, SHAPE, weights(), overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
@@ -205,8 +206,25 @@ def test_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "tokenizer.model").read_bytes() == renamed.read_bytes()
 
 
+WORDS = {"<s>": 3, "</s>": 4, "a": 5}
+
+
+def tokenizer_json(file: Path) -> str:
+    """Writes a tokenizer of WORDS; the text of it."""
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, "a")).save(str(file))
+    return file.read_text()
+
+
+def written(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Special tokens of config.json, and generation_config.json."""
+    config = json.loads((directory / "config.json").read_text())
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    return ids, json.loads((directory / "generation_config.json").read_text())
+
+
 def test_special_tokens_of_the_source_model_are_kept(model: Path, tmp_path: Path) -> None:
-    (model / "tokenizer.json").write_text("{}")
+    tokenizer_json(model / "tokenizer.json")
+    (model / "generation_config.json").unlink()
     change_config(model, bos_token_id=5, eos_token_id=[6, 7])
     write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
     loaded = load_llama(tmp_path / "out")
@@ -217,7 +235,7 @@ def test_special_tokens_of_the_source_model_are_kept(model: Path, tmp_path: Path
 
 
 def test_a_tokenizer_that_points_elsewhere_is_not_published(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("{}")
+    text = tokenizer_json(tmp_path / "secret")
     (model / "tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to .*secret, outside"):
         write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
@@ -231,12 +249,12 @@ def test_a_tokenizer_that_points_elsewhere_is_not_published(model: Path, tmp_pat
     (model / "tokenizer.json").symlink_to("../../blobs/0123")
     write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == text
 
 
-@pytest.mark.parametrize("value", ["<s>", -1, 1.5, [1, "2"], {"id": 1}, True])
+@pytest.mark.parametrize("value", ["<s>", -1, 1.5, [1, "2"], {"id": 1}, True, 10**6])
 def test_special_tokens_that_are_none(model: Path, tmp_path: Path, value: Any) -> None:
-    (model / "tokenizer.json").write_text("{}")
+    tokenizer_json(model / "tokenizer.json")
     change_config(model, eos_token_id=value)
     with pytest.raises(CheckpointError, match=r"eos_token_id = .* must be the number of a token"):
         write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=model)
@@ -248,4 +266,72 @@ def test_tokenizer_that_is_none(tmp_path: Path) -> None:
     for tokenizer, message in (("nowhere", "no tokenizer"), ("tokenizer.model", "sentencepiece")):
         with pytest.raises(CheckpointError, match=message):
             write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=tmp_path / tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tekken.json", "mine.json"])
+def test_a_file_that_is_no_tokenizer_is_not_published(name: str, tmp_path: Path) -> None:
+    """A checkpoint may name any file of whoever exports it."""
+    (tmp_path / name).write_text('{"key": "secret"}')
+    with pytest.raises(CheckpointError, match=f"{name}: not a tokenizer's file"):
+        write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_special_tokens_out_of_the_tokenizers_own_files(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    text = tokenizer_json(folder / "tokenizer.json")
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "no word"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.json").write_text("{}")
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    for _ in range(2):  # the directory within does not keep it from being replaced
+        write_huggingface(tmp_path / "out", SHAPE, weights(), tokenizer=folder, overwrite=True)
+    assert written(tmp_path / "out")[0] == {"bos_token_id": 3, "eos_token_id": 4}
+    for file in folder.rglob("*.j*"):
+        copy = tmp_path / "out" / file.relative_to(folder)
+        assert copy.read_text() == file.read_text()
+    (folder / "tokenizer.json").rename(folder / "other.json")
+    write_huggingface(tmp_path / "bare", SHAPE, weights(), tokenizer=folder / "other.json")
+    assert (tmp_path / "bare" / "tokenizer.json").read_text() == text
+
+
+KEPT = {
+    "config.json": {"bos_token_id": 1, "eos_token_id": 8, "pad_token_id": 0},
+    "generation_config.json": {"eos_token_id": [8, 9], "temperature": 0.6},
+}
+
+
+def test_the_sources_settings_of_generation_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer_json(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    for tokenizer in (None, folder):
+        out = tmp_path / f"out{tokenizer is None}"
+        write_huggingface(out, SHAPE, weights(), tokenizer=tokenizer, generation=KEPT)
+        assert written(out) == (KEPT["config.json"], KEPT["generation_config.json"])
+    other = {"tokenizer": folder, "generation": KEPT, "other_tokenizer": True}
+    write_huggingface(tmp_path / "other", SHAPE, weights(), **other)
+    ids = {"bos_token_id": 3, "eos_token_id": 4}
+    assert written(tmp_path / "other") == (ids, {**ids, "temperature": 0.6})
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"config.json": {"eos_token_id": 40}}, "eos_token_id = 40 must be"),
+        ({"config.json": {"auto_map": {}}}, "auto_map is no special token"),
+        ({"generation_config.json": []}, "must be a mapping"),
+        ({"generation_config.json": {"temperature": float("nan")}}, "numbers that JSON does not"),
+        ({"generation_config.json": {"prefix": "x" * 10**5}}, "longer than"),
+        ({"tokenizer.json": {}}, r"tokenizer\.json is unknown"),
+    ],
+)
+def test_settings_of_generation_that_are_none(
+    generation: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        write_huggingface(tmp_path / "out", SHAPE, weights(), generation=generation)
     assert not (tmp_path / "out").exists()

@@ -146,7 +146,7 @@ def test_what_cannot_be_read_is_one_message(tmp_path: Path, tool: Tool) -> None:
 def test_tokenizer_that_is_gone_can_be_named(tmp_path: Path, tool: Tool) -> None:
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     save_llama(source)
-    (source / "tokenizer.json").write_text("{}")
+    make_tokenizer(source)
     tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
     source.rename(tmp_path / "moved")
     arguments = ("--checkpoint", checkpoint, "--out", out)

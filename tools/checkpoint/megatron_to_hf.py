@@ -42,32 +42,45 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing model")
     arguments = parser.parse_args()
 
+    from megashear.platform.parallel import launched_rank
+
+    if launched_rank() > 0:
+        return  # one process reads and writes it all
     from megashear.checkpoint.convert import export_huggingface
     from megashear.checkpoint.description import shape_rows
+    from megashear.checkpoint.hf_config import printable
     from megashear.checkpoint.manager import read_info
 
     info = read_info(arguments.checkpoint, arguments.shape)
-    with tempfile.TemporaryDirectory() as scratch:
+    named = info.tokenizer if arguments.tokenizer is None else arguments.tokenizer
+    with signals_interrupt(), tempfile.TemporaryDirectory() as scratch:
         export_huggingface(
             info,
             arguments.out,
             dtype=arguments.dtype,
-            tokenizer=find_tokenizer(arguments.tokenizer or info.tokenizer, Path(scratch)),
+            tokenizer=find_tokenizer(named, Path(scratch)),
+            other_tokenizer=arguments.tokenizer is not None,
             overwrite=arguments.overwrite,
         )
-    print(table(shape_rows(info.shape)))
-    print(f"written to {arguments.out}")
+    print(table([*shape_rows(info.shape), ("tokenizer", printable(named or "none"))]))
+    print(f"written to {printable(str(arguments.out))}")
 
 
 def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
     """The tokenizer to copy; of a bare sentencepiece model, one made in `scratch` with its twin."""
+    from megashear.checkpoint.hf_config import printable
     from megashear.data.tokenizer import save_for_transformers
 
     if named in (None, "none"):
         return None
     path = Path(named)
-    if not path.exists():
-        raise CheckpointError(f"{path}: the tokenizer is not there. Name one with --tokenizer")
+    try:
+        there = path.exists()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
+        text = "the tokenizer is not there. Name one with --tokenizer"
+        raise CheckpointError(f"{printable(named)}: {text}")
     model = path / "tokenizer.model" if path.is_dir() else path
     if (
         model.suffix != ".model"
