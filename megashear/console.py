@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO, TypeVar
 
 from megashear.errors import RankError, ShearError
 
-FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-"""Exit statuses: a negative answer, or a rank is lost; wrong use or input; Ctrl-C; the reader of
-our output left."""
+FAILED, USAGE, BROKEN_PIPE = 1, 2, 141
+"""Exit statuses: a negative answer, or a rank is lost; wrong use or input, or the output cannot be
+written; its reader left. Of a signal it is 128 + its number, as in a shell."""
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 T = TypeVar("T")
 
@@ -35,20 +39,84 @@ def run(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a login node (torch with CUDA, a compiler, no GPU) Megatron's imports make it warn.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    is_closed = sys.stdout is None  # as by the shell's >&-
+    # Where it is closed, what is printed must fail; what is said to nobody need not.
+    sys.stdout = sys.stdout or open("/dev/full", "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
-        status = main() or 0
+        status = _status(main)
         sys.stdout.flush()
-    except ShearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = FAILED if isinstance(error, RankError) else USAGE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more while it exits: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         status = BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None or _takes(sys.stdout):  # of something else
+            raise
+        _discard(sys.stdout)
+        why = "it is closed" if is_closed else error.strerror
+        _say(f"error: stdout: {why}: what was to be printed is lost")
+        status = USAGE
     sys.exit(status)
+
+
+def _status(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except ShearError as error:
+        _say(f"error: {error}")
+        return FAILED if isinstance(error, RankError) else USAGE
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        _say(SIGNALS[number])
+        return 128 + int(number)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _takes(stream: TextIO) -> bool:
+    try:
+        print(file=stream, flush=True)  # unbuffered, it holds nothing that would fail once more
+    except OSError:
+        return False
+    return True
+
+
+def _discard(stream: TextIO) -> None:
+    """Python flushes a stream once more while it exits: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """A block that SIGTERM and SIGHUP (a scheduler's limit, a lost terminal) end as Ctrl-C does.
+
+    Only what would end the process is caught: no signal that is ignored (nohup) or handled.
+    """
+    process = os.getpid()
+
+    def interrupt(number: int, _: Any) -> None:
+        if os.getpid() != process:  # a fork has nothing to clean up
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        for caught in mine:
+            signal.signal(caught, signal.SIG_IGN)  # a second one must not end the cleaning up
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    stops = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    mine = [number for number in stops if signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def progress(

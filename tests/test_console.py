@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from megashear.console import progress, table
+from megashear.console import progress, signals_interrupt, table
 
 
 class Terminal(io.StringIO):
@@ -32,16 +33,20 @@ def test_a_bar_is_for_who_watches_the_process_that_speaks(
     assert ("counting" in sys.stderr.getvalue()) == shown  # type: ignore[attr-defined]
 
 
-def command(body: str) -> subprocess.Popen[str]:
-    """A command whose main function has this body."""
-    source = (
-        "from megashear.console import run\n"
+def source(body: str) -> str:
+    """Of a command whose main function has this body."""
+    return (
+        "from megashear.console import run, signals_interrupt\n"
         "from megashear.errors import CheckpointError\n"
         f"def main():\n    {body}\n"
         "run(main)\n"
     )
+
+
+def command(body: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", source], stdout=pipe, stderr=pipe, text=True)
+    line = [sys.executable, "-c", source(body)]
+    return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +88,76 @@ def test_reader_that_leaves_is_no_traceback() -> None:
     process.stderr.close()
     assert process.wait(timeout=60) == 141
     assert error == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">&-", "it is closed"), (">/dev/full", "No space left on device")]
+)
+def test_output_that_cannot_be_written_is_one_line(
+    redirection: str, reason: str, unbuffered: str
+) -> None:
+    def ended(body: str) -> tuple[int, str]:
+        command = ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, source(body)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        return done.returncode, done.stderr
+
+    text = f"error: stdout: {reason}: what was to be printed is lost\n"
+    assert ended("print('no answer'); return 1") == (2, text)
+    assert ended("return 1") == (1, "")  # printed nothing
+    status, error = ended("open('/nowhere')")
+    assert status == 1
+    assert "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'" in error
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_messages_that_cannot_be_written_leave_the_status(redirection: str) -> None:
+    body = "print('x'); raise CheckpointError('no')"
+    command = ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, source(body)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (2, "x\n")
+
+
+STOPPED = """
+    import time
+    with signals_interrupt():
+        try:
+            print('ready', flush=True); time.sleep(60)
+        finally:
+            print('cleans up', flush=True); time.sleep(0.5); print('has', flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "hung up\n")],
+)
+def test_signals_clean_up_as_ctrl_c_does_however_often_they_come(
+    sent: signal.Signals, status: int, message: str
+) -> None:
+    process = command(STOPPED)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    assert process.stdout.readline() == "cleans up\n"
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output, error) == (status, "has\n", message)
+
+
+def test_what_is_ignored_or_handled_stays_so() -> None:
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signal.signal(signal.SIGTERM, handler := lambda *_: None)
+    try:
+        with signals_interrupt():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == handler
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def test_table_aligns_words_left_and_numbers_right() -> None:
