@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from megashear import console
+from megashear.checkpoint.hf import CONTENT
 from megashear.checkpoint.hf_config import write_json
 from megashear.checkpoint.whole import whole_directory
 from megashear.errors import CheckpointError
@@ -177,7 +178,7 @@ def main() -> None:
     # Strictly, but for the output head, which is the embedding and not in the file.
     missing, unexpected = model.load_state_dict(dict(source.weights()), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], []), (missing, unexpected)
-    with whole_directory(args.out, marker="config.json", overwrite=args.overwrite) as partial:
+    with whole_directory(args.out, overwrite=args.overwrite, content=CONTENT) as partial:
         model.save_pretrained(partial)
         source.tokenizer().save(str(partial / "tokenizer.json"))
         write_json(partial / "tokenizer_config.json", source.tokenizer_config())

@@ -182,11 +182,23 @@ def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
             start = stream.tell()
             _save(_compact(tensor.view(*(1 for _ in layer), *tensor.shape)), stream)
             length = stream.tell() - start
-    except (OSError, RuntimeError) as error:  # of a full disk torch tells what followed from it
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+    except (OSError, RuntimeError) as error:
+        reason = _reason(error)
+        if not isinstance(reason, Exception):
+            raise reason from None
         raise CheckpointError(f"{file}: cannot be written: {reason}") from error
     properties = TensorProperties.create_from_tensor(tensor)
     return _Entry(name, properties, _StorageInfo(file.name, start, length))
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Of a full disk, or of Ctrl-C, torch tells what followed when it closed its file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):
+            return cause
+        cause = cause.__context__
+    return error
 
 
 def _save(tensor: Tensor, stream: IO[bytes]) -> None:

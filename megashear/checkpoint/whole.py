@@ -1,74 +1,132 @@
 """Output directories that are there whole or not at all.
 
-Imports nothing of megashear but `errors` and `files`.
+Imports nothing of megashear but `console`, `errors` and `files`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
+from megashear.console import signals_interrupt
 from megashear.errors import CheckpointError
 from megashear.files import flush
 
 
 @contextmanager
 def whole_directory(
-    directory: str | Path, *, marker: str, overwrite: bool, parts: Sequence[str] = ()
+    directory: str | Path, *, overwrite: bool, content: Sequence[str]
 ) -> Iterator[Path]:
     """Give a directory to write into; when the block ends well, it takes the name `directory`.
 
-    It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C too)
-    removes it and leaves what was there before. An empty directory may be there; with `overwrite`,
-    a former result, which is known by a file `marker` and holds no directories but `parts`.
+    It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C,
+    SIGTERM and SIGHUP too) removes it and leaves what was there before. An empty directory may be
+    there; with `overwrite`, a former result.
+
+    Args:
+        directory: of the result.
+        overwrite: whether a former result is replaced.
+        content: patterns of the names in a result, those of directories ending in `/`. The first
+            is of a file that every result has.
 
     Raises:
-        CheckpointError: something is there that may not be replaced, or writing failed.
+        CheckpointError: something is there that may not be replaced, another process is writing
+            there, or writing failed.
     """
     try:
         final = Path(directory).resolve()
-        _check_replaceable(final, marker, overwrite, parts)
+        _check_replaceable(final, overwrite, content)
     except OSError as error:  # a name that is too long
         raise CheckpointError(f"{directory}: cannot be written: {error.strerror}") from error
     partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        flush_tree(partial)
-        _swap(partial, final)
+        with signals_interrupt(), _locked(final):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir()
+                yield partial
+                flush_tree(partial)
+                _check_replaceable(final, overwrite, content)  # what came there meanwhile
+                _swap(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(final: Path, marker: str, overwrite: bool, parts: Sequence[str]) -> None:
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    """A block that one process at a time is in; a file is beside `final` as long as it is."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    file = final.with_name(f".{final.name}.lock")
+    # Not the directory that is written: of one, NFS gives no lock.
+    while True:
+        with file.open("w") as lock:
+            _lock(lock, final)
+            if not _is_at(lock, file):
+                continue  # its holder ended, and removed it, just now
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _lock(file: IO[str], final: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"{final}: another process is writing it (it holds {file.name}). Wait for it to end, "
+            "or give another place"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _is_at(opened: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _check_replaceable(final: Path, overwrite: bool, content: Sequence[str]) -> None:
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         raise CheckpointError(f"{final} exists. Remove it, or allow it with --overwrite")
-    if not (final / marker).is_file():
-        raise CheckpointError(f"{final} is not overwritten: it holds no {marker}. Remove it first")
-    inside = sorted(p.name for p in final.iterdir() if p.is_dir() and p.name not in parts)
-    if inside:
+    if not (final / content[0]).is_file():
+        text = f"{final} is not overwritten: it holds no {content[0]}. Remove it first"
+        raise CheckpointError(text)
+    inside = sorted(path.name + "/" * path.is_dir() for path in final.iterdir())
+    strangers = [name for name in inside if not any(fnmatch(name, ours) for ours in content)]
+    if strangers:
         raise CheckpointError(
-            f"{final} is not overwritten: it holds directories ({', '.join(inside)}), which would "
-            "be lost. Move them away first"
+            f"{final} is not overwritten: it holds {', '.join(strangers)}, which no result does "
+            "and which would be lost. Move what you need away first"
         )
 
 
 def _swap(partial: Path, final: Path) -> None:
     former = final.with_name(f".{final.name}.former")
-    if final.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        os.replace(final, former)
-    os.replace(partial, final)
+    try:
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(final, former)
+        os.replace(partial, final)
+    except BaseException:
+        if former.exists() and not final.exists():
+            os.replace(former, final)
+        raise
     flush(final.parent)
     shutil.rmtree(former, ignore_errors=True)
 
