@@ -63,7 +63,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from megashear.checkpoint.description import describe
+    from megashear.platform.parallel import launched_rank
 
+    if launched_rank() > 0:
+        return  # under torchrun the first process tells it all
     found = describe(arguments.path, arguments.shape)
     if arguments.json:
         print(json.dumps(found.plain(), indent=1))

@@ -16,7 +16,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from megashear.console import run, table
+from megashear.console import run, signals_interrupt, table
 from megashear.errors import CheckpointError
 
 
@@ -45,7 +45,8 @@ def main() -> None:
     from megashear.platform.parallel import launched_rank
 
     if launched_rank() > 0:
-        return  # one process reads and writes it all
+        return  # under torchrun the first process does it all
+
     from megashear.checkpoint.convert import export_huggingface
     from megashear.checkpoint.description import shape_rows
     from megashear.checkpoint.hf_config import printable

@@ -52,7 +52,11 @@ def main() -> int:
     import transformers
 
     from megashear.checkpoint.compare import logits, logits_difference
+    from megashear.platform import parallel
 
+    with parallel.said_once():
+        if parallel.world_size() > 1:
+            raise CheckpointError("verify.py runs in one process: start it without torchrun")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     tokens = choose_tokens(arguments)
