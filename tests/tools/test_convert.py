@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,22 +172,40 @@ def test_pruning_run_is_to_be_extracted_first(tmp_path: Path, tool: Tool) -> Non
     assert "tools/checkpoint/extract.py" in error
 
 
-# In the third tensor's place: a file has begun and is not whole.
+# In the midst of the third tensor, while torch has its archive open and must close it.
 PAUSE = """
 import sys, time
 appended = []
-def pause(event, arguments):
-    if event == "open" and "a" in str(arguments[1]) and str(arguments[0]).endswith(".distcp"):
-        appended.append(arguments[0])
-        if len(appended) == 3:
-            open("paused", "w").close()
-            time.sleep(60)
-sys.addaudithook(pause)
+class Pause:
+    def find_spec(self, name, path, target=None):
+        if name != "megashear.checkpoint.stream":
+            return None
+        sys.meta_path.remove(self)
+        import torch
+        save = torch.serialization._save
+        def paused(*arguments, **options):
+            appended.append(None)
+            if len(appended) == 3:
+                open("paused", "w").close()
+                time.sleep(60)
+            return save(*arguments, **options)
+        torch.serialization._save = paused
+sys.meta_path.insert(0, Pause())
 """
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """A real one, to the whole group, in the midst of a file; takes about 5 seconds."""
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+)
+def test_a_signal_leaves_nothing(
+    sent: signal.Signals, status: int, message: str, tmp_path: Path
+) -> None:
+    """A real one, to the whole group, in the midst of a tensor; takes about 5 seconds."""
     save_llama(tmp_path / "source")
     (tmp_path / "sitecustomize.py").write_text(PAUSE)
     out = tmp_path / "out" / "checkpoint"
@@ -205,8 +224,45 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.01)
     (begun,) = (out.parent / ".checkpoint.partial" / "model").glob("__0_1.distcp")
     assert begun.stat().st_size > 0
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sent)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.strip() == "interrupted"
+    assert (process.returncode, error.strip()) == (status, message)
     assert not list(out.parent.iterdir())
+
+
+def test_torchrun_imports_and_speaks_once(tmp_path: Path, tool: Tool) -> None:
+    """Two real processes; takes about 10 seconds."""
+    source, by_one, by_two = (tmp_path / name for name in ("source", "by-one", "by-two"))
+    save_llama(source)
+    _, output, _ = tool("hf_to_megatron", "--hf", source, "--out", by_one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+    arguments = [TOOLS / "hf_to_megatron.py", "--hf", source, "--out", by_two]
+    found = subprocess.run(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(TOOLS.parents[1]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert found.stdout == output.replace("by-one", "by-two")
+    assert read_info(by_two).shape == read_info(by_one).shape
+
+
+def test_the_other_processes_of_torchrun_leave_it_to_the_first(
+    tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
+    save_llama(source)
+    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        export = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+        told = tool("inspect", checkpoint)
+        assert out.exists() == bool(export[1]) == bool(told[1]) == (rank == "0")
+        assert (export[0], told[0]) == (0, 0)
+        status, output, error = tool("verify", source, checkpoint)
+        assert (status, output) == (2, "")
+        assert ("error: verify.py runs in one process" in error) == (rank == "0")
