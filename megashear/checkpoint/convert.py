@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -103,12 +102,6 @@ def _checked(info: CheckpointInfo) -> Generator[tuple[str, Tensor], None, None]:
 def _read(
     read: Callable[[str], Tensor], names: Sequence[str], what: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names, with a progress bar; the next is read while one is written."""
-    with ThreadPoolExecutor(1) as beside:
-        tasks = (beside.submit(read, name) for name in names)
-        ahead = next(tasks, None)
-        for name in progress(names, what, len(names), "tensors", speaks=launched_rank() == 0):
-            assert ahead is not None
-            tensor, ahead = ahead.result(), next(tasks, None)
-            yield name, tensor
-            del tensor  # before the one after the next is read
+    """Tensors by their names; the progress bar counts names, since it would hold a tensor."""
+    for name in progress(names, what, len(names), "tensors", speaks=launched_rank() == 0):
+        yield name, read(name)
