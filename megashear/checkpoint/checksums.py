@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
@@ -84,8 +84,11 @@ def _listed(directory: Path, parts: tuple[str, ...]) -> tuple[dict[str, Checksum
     try:
         sums: dict[str, Checksum] = json.loads(read_small(directory / FILE))
         names = [name for name in sums if not parts or name.split("/")[0] in parts]
-        if not names or any(sums[name].keys() != {"bytes", "sha256"} for name in names):
+        if not names or not all(_is_checksum(sums[name]) for name in names):
             raise ValueError("it names no file, or not its size and hash")
+        outside = [name for name in names if not _is_inside(name)]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r:.200}, which is no file of a checkpoint")
         return {name: sums[name] for name in sorted(names, key=lambda n: (len(n), n))}, []
     except FileNotFoundError:
         return {}, [f"{FILE}: missing"]
@@ -93,12 +96,24 @@ def _listed(directory: Path, parts: tuple[str, ...]) -> tuple[dict[str, Checksum
         return {}, [f"{FILE}: damaged: {error!r}"]
 
 
+def _is_checksum(value: Any) -> bool:
+    types = {name: type(each) for name, each in value.items()}
+    return types == {"bytes": int, "sha256": str}
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return name.isprintable() and name == "/".join(parts) and not {"..", "/"} & {*parts}
+
+
 def _difference(directory: Path, name: str, expected: Checksum) -> list[str]:
     """What is wrong with a file, as a line or none."""
     try:
         size = (directory / name).stat().st_size
+        if not (directory / name).is_file():  # of a pipe or a device there would be no end
+            return [f"{name}: not an ordinary file"]
         if size != expected["bytes"]:
-            return [f"{name}: {size:,} bytes instead of {int(expected['bytes']):,}"]
+            return [f"{name}: {size:,} bytes instead of {expected['bytes']:,}"]
         if checksum(directory / name) != expected:
             return [f"{name}: its content has changed since it was written"]
         return []

@@ -32,7 +32,8 @@ import megashear
 from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.config.loader import load_shape, stored_shape
+from megashear.checkpoint.hf_config import refuse
+from megashear.config.loader import load_shape, stored
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError, ConfigError
 from megashear.files import read_small, write_whole
@@ -41,6 +42,8 @@ FORMAT = 1
 INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
 HUGGINGFACE, MEGATRON_LM = "huggingface", "megatron-lm"
 """Stages of models that were not made here."""
+STAGES = ("pretrain", "prune", "continue", "imported", "extracted")
+"""Of those that were."""
 ITERATION = "latest_checkpointed_iteration.txt"
 """Beside the checkpoints of Megatron-LM: the number of the newest."""
 
@@ -63,11 +66,7 @@ class Record:
     shape: ModelShape | None = None
     steps: int = 0
     tokens: int = 0
-    losses: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.shape, dict):  # as checkpoint.json has it
-            object.__setattr__(self, "shape", stored_shape(self.shape))
+    losses: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,19 +174,37 @@ def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInf
         fields = json.loads(read_small(file))
         if fields.pop("format") != FORMAT:
             raise CheckpointError(f"{file}: written by another version of megashear")
-        fields["shape"] = stored_shape(fields["shape"])
-        if fields["target"] is not None:
-            fields["target"] = stored_shape(fields["target"])
         if "origin" in fields:  # what was written before there was a history, newest first
             origin = reversed(fields.pop("origin").items())
-            fields["history"] = tuple(Record(how, str(where)) for how, where in origin if where)
-        else:
-            fields["history"] = tuple(Record(**record) for record in fields["history"])
-        return CheckpointInfo(**fields, directory=directory)
+            fields["history"] = [{"stage": how, "path": where} for how, where in origin if where]
+        fields.pop("directory", None)
+        info = stored(CheckpointInfo, fields)
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        refuse(f"{file}: damaged", [f"{path} {text}" for path, text in error.problems])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+        raise CheckpointError(f"{file}: damaged: {error!r:.500}") from None
+    if problems := _impossible(info):
+        refuse(f"{file}: damaged", problems)
+    return dataclasses.replace(info, directory=directory)
+
+
+def _impossible(info: CheckpointInfo) -> list[str]:
+    """What no checkpoint of ours says, though it is of the right types."""
+    problems = [] if info.stage in STAGES else [f"stage = {info.stage!r} is none of {STAGES}"]
+    counts = {"step": info.step, "tokens": info.tokens}
+    for index, record in enumerate(info.history):
+        counts |= {f"history[{index}].{n}": getattr(record, n) for n in ("steps", "tokens")}
+    problems += [
+        f"{name} = {count} must be 0 or more" for name, count in counts.items() if count < 0
+    ]
+    losses = {"progress.": info.progress.get("losses") or {}}
+    losses |= {f"history[{i}].": record.losses for i, record in enumerate(info.history)}
+    problems += [
+        f"{path}losses must be a mapping of domains to numbers"
+        for path, given in losses.items()  # a run that diverged has NaN
+        if not isinstance(given, dict) or any(type(loss) is not float for loss in given.values())
+    ]
+    return problems
 
 
 def _read_megatron_lm(path: Path, shape: ModelShape) -> CheckpointInfo:
@@ -196,15 +213,23 @@ def _read_megatron_lm(path: Path, shape: ModelShape) -> CheckpointInfo:
         raise CheckpointError(f"{path}: says its model's shape itself. Leave --shape out")
     number = path.name.removeprefix("iter_")
     if (path / ITERATION).is_file():
-        number = (path / ITERATION).read_text(errors="replace").strip()
-        path = path / (f"iter_{int(number):07d}" if number.isdecimal() else number)
+        with (path / ITERATION).open("rb") as stream:
+            number = stream.read(100).decode("ascii", errors="replace").strip()
+        if number != "release" and not _is_iteration(number):
+            problem = f"must be the number of an iteration, or release, not {number[:20]!r}"
+            raise CheckpointError(f"{path / ITERATION}: {problem}")
+        path = path / (f"iter_{int(number):07d}" if number != "release" else number)
     if not (path / ".metadata").is_file():
         raise CheckpointError(
             f"{path}: no torch_dist checkpoint of Megatron-LM (no .metadata). Give the directory "
             f"of an iteration, or the one with {ITERATION}"
         )
-    step = int(number) if number.isdecimal() else 0
+    step = int(number) if _is_iteration(number) else 0
     return CheckpointInfo(shape, MEGATRON_LM, step, directory=path)
+
+
+def _is_iteration(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 12
 
 
 def is_megatron_lm(path: str | Path) -> bool:

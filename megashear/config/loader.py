@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -37,6 +37,7 @@ DOMAINS_FILE = "domains.yaml"
 MOST_LAYERS = 2**14
 """Of a stored shape; a larger number is damage, and would make lists of as many tensors."""
 
+T = TypeVar("T")
 _FAULTY: Any = Faulty()
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -135,26 +136,45 @@ def load_shape(path: Path) -> ModelShape:
     return shape
 
 
-def stored_shape(raw: Any) -> ModelShape:
-    """The shape that a checkpoint has stored as a mapping of its fields.
+def stored(cls: type[T], raw: Any) -> T:
+    """A dataclass out of the mapping of its fields that a checkpoint has stored.
 
     Raises:
-        ConfigError: fields are missing, of another type, or no model can have them.
+        ConfigError: fields are missing, of another type, or shapes that no model can have.
     """
     found: list[Problem] = []
-    shape: ModelShape = _read(ModelShape, raw, "shape", found)
+    value: T = _read(cls, raw, "", found)
     if not found:
-        sizes = {name: value for name, value in vars(shape).items() if type(value) is int}
-        found += [(f"shape.{n}", f"= {size} must be >= 1") for n, size in sizes.items() if size < 1]
-        if shape.num_layers > MOST_LAYERS:  # whose tensors are listed
-            found.append(("shape.num_layers", f"= {shape.num_layers} must be <= {MOST_LAYERS}"))
-        if shape.family not in FAMILIES:
-            found.append(("shape.family", f"= {show(shape.family)} is none of {FAMILIES}"))
-        if shape.rotary_scaling and shape.rotary_scaling.rope_type not in ROPE_TYPES:
-            found.append(("shape.rotary_scaling.rope_type", f"must be one of {ROPE_TYPES}"))
+        for path, shape in _shapes(value, ""):
+            found += [(_join(path, name), text) for name, text in _no_shape(shape)]
     if found:
         raise ConfigError("damaged", found)
-    return shape
+    return value
+
+
+def _shapes(value: Any, path: str) -> Iterator[tuple[str, ModelShape]]:
+    """The shapes in a value, by their paths."""
+    if isinstance(value, ModelShape):
+        yield path, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _shapes(item, f"{path}[{index}]")
+    elif is_dataclass(value):  # a checkpoint's description, or a record of its history
+        for name, item in vars(value).items():
+            yield from _shapes(item, _join(path, name))
+
+
+def _no_shape(shape: ModelShape) -> list[Problem]:
+    """Why no model can have a shape."""
+    sizes = {name: value for name, value in vars(shape).items() if type(value) is int}
+    found = [(name, f"= {size} must be >= 1") for name, size in sizes.items() if size < 1]
+    if shape.num_layers > MOST_LAYERS:  # whose tensors are listed
+        found.append(("num_layers", f"= {shape.num_layers} must be <= {MOST_LAYERS}"))
+    if shape.family not in FAMILIES:
+        found.append(("family", f"= {show(shape.family)} is none of {FAMILIES}"))
+    if shape.rotary_scaling and shape.rotary_scaling.rope_type not in ROPE_TYPES:
+        found.append(("rotary_scaling.rope_type", f"must be one of {ROPE_TYPES}"))
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -280,6 +300,13 @@ def _read(hint: Any, raw: Any, path: str, found: list[Problem]) -> Any:
             return _wrong("a list", raw, path, found)
         item = get_args(hint)[0]
         return tuple(_read(item, each, f"{path}[{i}]", found) for i, each in enumerate(raw))
+    if get_origin(hint) is dict:  # of text to values of a type, or of any
+        if not isinstance(raw, dict):
+            return _wrong("a mapping", raw, path, found)
+        item = get_args(hint)[1]
+        if item is Any:
+            return raw
+        return {name: _read(item, each, _join(path, name), found) for name, each in raw.items()}
     if is_dataclass(hint):
         return _read_section(hint, {} if raw is None else raw, path, found)
     if hint is float and isinstance(raw, (int, str)) and not isinstance(raw, bool):
@@ -310,7 +337,8 @@ def _read_section(cls: Any, raw: Any, path: str, found: list[Problem]) -> Any:
         if field.name in given:
             values[field.name] = _read(hints[field.name], given[field.name], where, found)
         elif field.default is MISSING and field.default_factory is MISSING:
-            found.append((where, f"is missing: expected {_EXPECTED[hints[field.name]]}"))
+            expected = _EXPECTED.get(hints[field.name], "a mapping of options")
+            found.append((where, f"is missing: expected {expected}"))
             values[field.name] = _FAULTY
     try:
         return cls(**values)

@@ -6,6 +6,7 @@ The run goes on from the newest whole checkpoint; with none it does not begin ag
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -154,12 +155,22 @@ def test_the_run_goes_on_from_the_newest_whole_one_and_says_so(
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{}", "1", '["masks.safetensors"]', '{"masks.safetensors": {"bytes": "x"}}'],
+    [
+        *("[]", "{}", "1", '["masks.safetensors"]', '{"masks.safetensors": {"bytes": "x"}}'),
+        '{"model/../../../dev/zero": {"bytes": 0, "sha256": ""}}',
+        '{"/dev/zero": {"bytes": 0, "sha256": ""}}',
+    ],
 )
 def test_checksums_of_another_shape_are_damage(content: str, run: RunConfig) -> None:
     (checkpoint(run, 6) / "checksums.json").write_text(content)
     (line,) = damage(checkpoint(run, 6))
     assert line.startswith("checksums.json: damaged: ")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "checksums.json").write_text('{"pipe": {"bytes": 0, "sha256": ""}}')
+    assert damage(tmp_path) == ["pipe: not an ordinary file"]
 
 
 def test_records_of_another_shape_are_dropped_and_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -213,6 +213,37 @@ def test_damage_that_checksums_vouch_for(how: str, imported: Path, place: Path) 
             assert name not in (".metadata", "__0_1.distcp")  # what the weights are read from
 
 
+def _list_also(name: str, sums: Any) -> Callable[[Path], Any]:
+    """Adds a line to the checksums."""
+
+    def damage(copy: Path) -> None:
+        if name == "model/pipe":
+            os.mkfifo(copy / name)
+        listed = json.loads((copy / FILE).read_text())
+        (copy / FILE).write_text(json.dumps({**listed, name: sums}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "name", ["model/../../../dev/zero", "model/pipe", "model/\0", "model//a", "model/\ud800"]
+)
+def test_checksums_of_what_is_no_file_of_a_checkpoint(
+    name: str, imported: Path, place: Path
+) -> None:
+    sums = {"bytes": 0, "sha256": ""}
+    message = export_of_damaged(imported, place, _list_also(name, sums))
+    assert message is not None
+    assert "is no file of" in message or "not an ordinary file" in message
+
+
+@pytest.mark.parametrize("sums", [None, [], {"bytes": "x", "sha256": ""}, {"bytes": 1}, 4])
+def test_checksums_that_are_none(sums: Any, imported: Path, place: Path) -> None:
+    message = export_of_damaged(imported, place, _list_also("model/a", sums))
+    assert message is not None
+    assert "checksums.json: damaged" in message
+
+
 WRONG: tuple[Any, ...] = (None, "4", [4], {"a": 4}, 3.5, -4, 0, 7, 2**40, float("nan"))
 FIELDS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),

@@ -263,12 +263,73 @@ def test_paths_without_a_checkpoint_say_what_to_give(tmp_path: Path, source: Pat
             read_info(tmp_path / "run")
 
 
+WRONG_FIELDS: list[dict[str, Any]] = [
+    {"step": "x"},
+    {"step": -1},
+    {"tokens": None},
+    {"stage": 3},
+    {"stage": "sheared"},
+    {"tokenizer": ["a"]},
+    {"progress": []},
+    {"progress": {"losses": {"prose": "x"}}},
+    {"versions": [1]},
+    {"history": [{"stage": "imported", "path": "p", "steps": "x"}]},
+    {"history": [{"stage": "imported", "path": "p", "losses": {"prose": []}}]},
+]
+
+
+def test_fields_of_other_types_are_all_named(tmp_path: Path, source: Path) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    file = tmp_path / "model" / "checkpoint.json"
+    wrong: dict[str, Any] = {
+        **{"step": "x", "tokens": None, "progress": [], "versions": [1], "stage": 3},
+        **{"tokenizer": ["a"], "generation": 5, "shape": {"num_layers": 3}, "target": 4},
+        "history": [{"stage": "prune", "path": "p", "steps": "x", "losses": 4}],
+    }
+    good = described(tmp_path / "model")
+    file.write_text(json.dumps({**good, **wrong}))
+    with pytest.raises(CheckpointError, match="damaged") as error:
+        read_info(tmp_path / "model")
+    named = ("shape.hidden_size", "history[0].steps", "history[0].losses", *(wrong.keys()))
+    assert all(name in str(error.value) for name in named), error.value
+    for change in (
+        {"stage": "megatron-lm"},  # whose checksums nobody asks for
+        {"stage": "\x1b[2J"},
+        {"step": -1},
+        {"progress": {"losses": {"d": "x"}}},
+        {"progress": {"losses": 5}},
+        {"history": [{"stage": "prune", "path": "p", "losses": {"d": "x"}}]},
+        {"history": [{"stage": "prune", "path": "p", "shape": {**good["shape"], "num_layers": 0}}]},
+    ):
+        file.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match="damaged") as error:
+            read_info(tmp_path / "model")
+        assert "\x1b" not in str(error.value)
+    diverged = {"progress": {"losses": {"d": float("nan")}}}
+    file.write_text(json.dumps({**good, **diverged}))
+    assert read_info(tmp_path / "model").records[-1].losses.keys() == {"d"}
+    del good["generation"]  # as it was written before there was one
+    file.write_text(json.dumps(good))
+    assert read_info(tmp_path / "model").generation == {}
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "../../x", "-3", "\u0663", "", "3.0"])
+def test_a_number_of_an_iteration_that_is_none(number: str, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(number)
+    (tmp_path / "shape.yaml").write_text(
+        "{num_layers: 1, hidden_size: 8, num_attention_heads: 2, ffn_hidden_size: 8, vocab_size: 9}"
+    )
+    with pytest.raises(CheckpointError, match=r"iteration\.txt: must be the number") as error:
+        read_info(tmp_path, tmp_path / "shape.yaml")
+    assert len(str(error.value)) < 500
+
+
 def test_a_damaged_description_is_an_error_that_names_it(tmp_path: Path, source: Path) -> None:
     shutil.copytree(source, tmp_path / "model")
     file = tmp_path / "model" / "checkpoint.json"
     good = described(tmp_path / "model")
     assert read_shape(tmp_path / "model") == GQA
-    without = {key: value for key, value in good.items() if key != "target"}
+    without = {key: value for key, value in good.items() if key != "stage"}
     for content in (
         file.read_text()[:-10],
         "",
@@ -278,6 +339,7 @@ def test_a_damaged_description_is_an_error_that_names_it(tmp_path: Path, source:
         json.dumps({**good, "shape": {"num_layers": 3}}),
         json.dumps({**good, "unknown": 1}),
         json.dumps({key: value for key, value in good.items() if key != "format"}),
+        *(json.dumps({**good, **wrong}) for wrong in WRONG_FIELDS),
     ):
         file.write_text(content)
         with pytest.raises(CheckpointError, match="damaged") as error:

@@ -109,6 +109,19 @@ def test_shapes_are_the_ones_that_the_files_name(folder: Path) -> None:
     assert parameter_count(target) < 0.6 * parameter_count(source)
 
 
+def test_the_card_of_the_result_tells_the_whole_way(folder: Path) -> None:
+    stages = ["huggingface", "imported", "prune", "extracted", "continue"]
+    steps = [0, 0, STEPS["prune"], 0, STEPS["continue"]]
+    records_ = read_info(folder / "continue").records
+    assert [record.stage for record in records_] == stages
+    assert [(record.steps, record.tokens) for record in records_] == [(n, n * 1024) for n in steps]
+    card = (folder / "sheared-hf" / "README.md").read_text()
+    assert f"after training on {sum(steps) * 1024:,} tokens" in card
+    rows = [line.split(" | ")[0].strip("| ") for line in card.splitlines() if line[:2] == "| "]
+    assert rows[-len(DOMAINS) :] == DOMAINS
+    assert rows[-len(DOMAINS) - 7 : -len(DOMAINS) - 2] == stages
+
+
 def test_the_result_writes_in_transformers(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "sheared-hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "sheared-hf")

@@ -59,6 +59,15 @@ def test_verify_tells_another_model(tmp_path: Path, tool: Tool) -> None:
     assert status == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tokens", 0), ("--seed", -1), ("--seed", 2**64), ("--tolerance", "nan")],
+)
+def test_verify_refuses_numbers_that_judge_nothing(tool: Tool, option: str, value: object) -> None:
+    status, _, errors = tool("verify", "a", "b", option, value)
+    assert status == 2 and f"{option} {value} must be" in errors
+
+
 def test_random_tokens_depend_on_the_seed_alone(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "a", seed=0)
     save_llama(tmp_path / "b", seed=1)

@@ -35,7 +35,7 @@ def main() -> int:
     add("b", metavar="B", help="the model to be checked")
     add("--tokens", type=int, default=512, metavar="N", help="tokens to run (default: 512)")
     add("--seed", type=int, default=0, help="of the random tokens (default: 0)")
-    add("--text", type=Path, metavar="FILE", help="run this text instead of random tokens")
+    add("--text", type=Path, metavar="FILE", help="run this text; of a real model it says more")
     add("--tokenizer", metavar="PATH", help="of the text (default: the one that A or B names)")
     add("--shape", type=Path, metavar="YAML", help="the model's shape, of Megatron-LM's own")
     add(
@@ -48,6 +48,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tokens < 1:
         parser.error(f"--tokens {arguments.tokens} must be 1 or more")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed {arguments.seed} must be 0 or more, and below 2**63")
+    if not 0 <= arguments.tolerance < float("inf"):
+        parser.error(f"--tolerance {arguments.tolerance} must be 0 or more, and finite")
 
     import transformers
 
