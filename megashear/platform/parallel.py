@@ -259,10 +259,14 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
 def stop() -> None:
     """Leave the process group, so that another run can start in this process."""
     from megatron.core import parallel_state
+    from megatron.core.models.common import embeddings
 
     parallel_state.destroy_model_parallel()
-    # Megatron forgets to forget some groups. A process forked later that starts anew would free
-    # them, and wait for ever for their threads, which a fork does not have.
+    # Megatron forgets to forget some groups, and has others in caches of what embeddings computed.
+    # A process forked later that starts anew, or fills the caches, would free them, and wait for
+    # ever for their threads, which a fork does not have.
+    for embedding in (embeddings.RotaryEmbedding, embeddings.YarnRotaryEmbedding):
+        embedding.forward.cache_clear()
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)

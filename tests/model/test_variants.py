@@ -5,6 +5,8 @@ transformers is the oracle: of logits, and of the cosines and sines of its rotar
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -191,3 +193,17 @@ def test_context_parallel_ranks_have_their_part_of_the_same_logits(
         for rank, found in enumerate(ranks):
             expected = torch.cat([blocks[rank], blocks[3 - rank]], dim=1)
             assert (found[name][0] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["linear", "yarn"])
+@torch.no_grad()
+def test_nothing_of_a_model_is_left_when_its_process_group_is(name: str) -> None:
+    """Megatron-Core caches what embeddings return; a fork that empties the cache would hang."""
+    shape, layout = VARIANTS[name][1], ParallelConfig()
+    with parallel.single_process() as platform:
+        (model,) = build_model(shape, platform, layout, seq_length=LENGTH)
+        model(TOKENS, torch.arange(LENGTH).expand(2, -1), None)
+        embedding = weakref.ref(model.rotary_pos_emb)
+        del model
+    gc.collect()
+    assert embedding() is None
