@@ -14,6 +14,8 @@ from megashear.checkpoint.manager import (
     HUGGINGFACE,
     CheckpointInfo,
     Record,
+    is_huggingface,
+    is_megatron,
     reading_weights,
     write_model,
 )
@@ -36,6 +38,9 @@ def import_huggingface(
     Raises:
         CheckpointError: the model is incomplete or not understood, or `out` exists.
     """
+    if not is_huggingface(source) and is_megatron(source):
+        text = "a Megatron checkpoint, not a Hugging Face model; there is nothing to import"
+        raise CheckpointError(f"{source}: {text}. tools/checkpoint/megatron_to_hf.py exports it")
     reader = HuggingFaceReader(source)
     reader.check()
     info = CheckpointInfo(

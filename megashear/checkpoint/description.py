@@ -9,6 +9,7 @@ from typing import Any
 
 from megashear.checkpoint.extraction import PrunedRun, read_pruned
 from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.hf_config import printable
 from megashear.checkpoint.manager import (
     HUGGINGFACE,
     CheckpointInfo,
@@ -140,7 +141,7 @@ def record_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
         (
             *(record.stage, f"{record.steps:,}", f"{record.tokens:,}"),
             f"{parameter_count(record.shape):,}" if record.shape else "",
-            f"`{record.path}`",
+            f"`{printable(record.path)}`",
         )
         for record in records
     ]
@@ -160,8 +161,9 @@ def model_card(info: CheckpointInfo, name: str) -> str:
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags: [megashear{', pruned' if pruned else ''}]\n"
-        "# license: that of the source model binds this one too; state it before publishing\n---",
-        f"# {name}",
+        "# license: that of the source model binds this one too; state it before publishing\n"
+        "# (its license files are not copied here)\n---",
+        f"# {printable(name)}",
         f"A language model of {parameter_count(info.shape):,} parameters, written by megashear "
         f"{versions()['megashear']} after training on {sum(r.tokens for r in records):,} tokens. "
         "This card is a stub: what the model is for, its data and its limits are yours to tell.",

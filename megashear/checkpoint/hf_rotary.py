@@ -29,6 +29,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", *YARN, "mscale", "mscale_all_dim"),
 }
 """What each type of rotary embedding is given by, besides the base."""
+UNREAD = {"yarn": ("attn_factor",)}
+"""What stands beside a type in published files, and transformers never reads."""
 
 
 def positive(value: Any, path: str, problems: list[str], least: float = 0.0) -> float:
@@ -93,7 +95,7 @@ def _read_scaling(
         return None
     for name, value in given.items():
         whole_head = name == "partial_rotary_factor" and value == 1
-        if name not in (*SETTINGS[kind], *types) and not whole_head:
+        if name not in (*SETTINGS[kind], *types, *UNREAD.get(kind, ())) and not whole_head:
             text = f"is not understood beside rope_type = {kind}"
             problems.append(f"{key}.{name} = {reprlib.repr(value)} {text}")
     if kind == "default":

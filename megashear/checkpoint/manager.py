@@ -237,6 +237,12 @@ def is_megatron_lm(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in (ITERATION, ".metadata"))
 
 
+def is_megatron(path: str | Path) -> bool:
+    """Whether a path is of a checkpoint in Megatron's format: ours, a run's or Megatron-LM's."""
+    ours = (INFO, Path("checkpoints") / LATEST)
+    return is_megatron_lm(path) or any((Path(path) / name).is_file() for name in ours)
+
+
 def is_huggingface(path: str | Path) -> bool:
     """Whether a path is a Hugging Face model directory."""
     return (Path(path) / "config.json").is_file()

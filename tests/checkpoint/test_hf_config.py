@@ -193,6 +193,10 @@ def test_rotary_embeddings_that_are_not_understood(
         (LLAMA3, RotaryScaling("llama3", 8.0, 8192)),
         ({"type": "yarn", "factor": 4.0}, RotaryScaling("yarn", 4.0, 64)),
         (YARN, RotaryScaling("yarn", 4.0, 16)),
+        (
+            {**YARN, "attn_factor": 2.0},
+            RotaryScaling("yarn", 4.0, 16),
+        ),  # transformers never reads it
         ({**YARN, "mscale": 0.7}, RotaryScaling("yarn", 4.0, 16)),  # nothing alone
         ({**YARN, "attention_factor": 1.5}, RotaryScaling("yarn", 4.0, 16, attention_factor=1.5)),
     ],

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megashear.checkpoint.checksums import FILE, checksum
 from megashear.checkpoint.manager import read_info
 from tests.hf_models import SIZES, save_llama
 from tests.make_tokenizer import make_tokenizer
@@ -281,3 +282,57 @@ def test_the_other_processes_of_torchrun_leave_it_to_the_first(
         status, output, error = tool("verify", source, checkpoint)
         assert (status, output) == (2, "")
         assert ("error: verify.py runs in one process" in error) == (rank == "0")
+
+
+def test_no_file_of_the_user_is_published_as_a_tokenizer(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "source")
+    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    file, secret = tmp_path / "checkpoint" / "checkpoint.json", tmp_path / "credentials.json"
+    secret.write_text('{"key": "secret"}')
+    fields = json.loads(file.read_text())
+    for path in (str(secret), str(secret.with_name("x" * 5000))):
+        file.write_text(json.dumps({**fields, "tokenizer": path}))
+        rewrite_checksums(tmp_path / "checkpoint")
+        arguments = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out")
+        status, _, error = tool("megatron_to_hf", *arguments)
+        assert status == 2
+        assert "not a tokenizer's file" in error or "is not there" in error
+        assert not (tmp_path / "out").exists()
+
+
+def rewrite_checksums(directory: Path) -> None:
+    files = [file for file in directory.rglob("*") if file.is_file() and file.name != FILE]
+    sums = {str(file.relative_to(directory)): checksum(file) for file in files}
+    (directory / FILE).write_text(json.dumps(sums))
+
+
+def test_settings_of_generation_go_all_the_way(tmp_path: Path, tool: Tool) -> None:
+    source, checkpoint, out = (tmp_path / name for name in ("source", "check\x1bpoint", "out"))
+    save_llama(source, eos_token_id=88, pad_token_id=7)
+    make_tokenizer(source)
+    settings = {"eos_token_id": [81, 88, 89], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    for tokenizer in ((), ("--tokenizer", "none"), ("--tokenizer", source)):
+        arguments = ("--checkpoint", checkpoint, "--out", out, "--overwrite", *tokenizer)
+        status, output, _ = tool("megatron_to_hf", *arguments)
+        assert status == 0
+        assert lines(output)["tokenizer"] == ("none" if "none" in tokenizer else str(source))
+        assert json.loads((out / "generation_config.json").read_text()) == settings
+        config = json.loads((out / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+            1,
+            88,
+            7,
+        )
+    card = (out / "README.md").read_text()
+    assert "\x1b" not in card and "check\\x1bpoint" in card and "license files" in card
+
+
+def test_the_wrong_way_round_is_said(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "source")
+    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    status, _, error = tool("hf_to_megatron", "--hf", tmp_path / "checkpoint", "--out", "out")
+    assert status == 2 and "checkpoint: a Megatron checkpoint, not a Hugging Face model" in error
+    status, _, error = tool("verify", tmp_path / "source", tmp_path / "source", "--shape", "x.yaml")
+    assert status == 2 and "Leave --shape out" in error

@@ -83,18 +83,20 @@ def tables(found: Description) -> Iterator[str]:
         record_rows,
         shape_rows,
     )
+    from megashear.checkpoint.hf_config import printable
     from megashear.console import table
 
     info = found.info
     written = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    written = printable(written)
     about = {
-        "path": info.directory,
+        "path": printable(str(info.directory)),
         "stage": info.stage,
         "step": f"{info.step:,}",
         "tokens": f"{info.tokens:,}",
         "tokens of all stages": f"{sum(record.tokens for record in info.records):,}",
         "types of weights": ", ".join(found.dtypes),
-        "tokenizer": info.tokenizer or "none",
+        "tokenizer": printable(info.tokenizer or "none"),
         "written with": written or "not known",
     }
     yield table(about.items())
@@ -108,7 +110,7 @@ def tables(found: Description) -> Iterator[str]:
     if info.history:
         yield table(record_rows(info.history), RECORD)
     if losses := info.records[-1].losses:
-        rows = [(domain, f"{loss:.4f}") for domain, loss in losses.items()]
+        rows = [(printable(domain), f"{loss:.4f}") for domain, loss in losses.items()]
         yield table(rows, ("domain", "validation loss (nats per token)"))
 
 

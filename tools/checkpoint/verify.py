@@ -86,8 +86,11 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
     """int64 [b, s]: the tokens that both models run on."""
     import torch
 
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.manager import is_megatron_lm, read_shape
 
+    if arguments.shape and not (is_megatron_lm(arguments.a) or is_megatron_lm(arguments.b)):
+        text = "neither A nor B is a checkpoint of Megatron-LM's own. Leave --shape out"
+        raise CheckpointError(f"--shape {arguments.shape}: {text}")
     a, b = (read_shape(side, arguments.shape) for side in (arguments.a, arguments.b))
     if a.vocab_size != b.vocab_size:
         raise CheckpointError(
