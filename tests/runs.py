@@ -64,9 +64,13 @@ def masks_of(shape: ModelShape) -> Masks:
     return Masks(shape, resolve_target(shape, options["target"], head_unit), head_unit)
 
 
+GENERATION = {"config.json": {"eos_token_id": 2}, "generation_config.json": {"top_p": 0.9}}
+"""What the source says of special tokens and generation."""
+
+
 def write_source(directory: Path, shape: ModelShape = GQA) -> None:
     """A checkpoint `source` with random weights; to be called in a process of its own."""
-    info = CheckpointInfo(shape=shape, stage="imported")
+    info = CheckpointInfo(shape=shape, stage="imported", generation=GENERATION)
     write_model(directory / "source", info, random_weights(shape, seed=0).items())
 
 

@@ -24,7 +24,15 @@ from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
 from tests.checkpoint.test_stream import BIG, peak_of
 from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
+from tests.runs import (
+    GENERATION,
+    GQA,
+    TARGETS,
+    prune_options,
+    run_config,
+    write_domains,
+    write_source,
+)
 from tests.training.test_layouts import LAYOUTS
 
 SHAPE = replace(GQA, num_layers=4)
@@ -91,6 +99,7 @@ def test_it_is_what_the_table_says(one: Path) -> None:
     assert dense.shape.num_layers == target.num_layers
     assert dense.shape.ffn_hidden_size == target.ffn_hidden_size
     assert (dense.stage, dense.step) == ("extracted", 0)
+    assert dense.generation == pruned.info.generation == GENERATION
     stages = [(record.stage, record.steps, record.shape) for record in dense.history]
     assert stages == [("imported", 0, SHAPE), ("prune", 1, SHAPE)]
 
