@@ -35,8 +35,10 @@ setup(
     install_requires=[
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
+        "plotly>=6",
         "psutil",  # Megatron-Core's checkpoint writers hang without it, and do not declare it
         "pyyaml>=6",
+        "rich>=13.7",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "torch>=2.6",
@@ -51,6 +53,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.50"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.18"],
         "plots": ["matplotlib>=3.8"],
         "dev": [
             "codespell>=2.3",
@@ -61,7 +64,9 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
+            "tensorboard>=2.14",
             "types-PyYAML",
+            "wandb>=0.18",
         ],
     },
     entry_points={"console_scripts": ["megashear=megashear.cli:main"]},

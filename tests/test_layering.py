@@ -17,24 +17,26 @@ ROOT = Path(__file__).parents[1]
 DIRECTION: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "records": set(),
+    "hardware": set(),
     "config": {"errors"},
     "console": {"errors"},
     "pruning": {"errors", "config"},
-    "platform": {"errors", "config", "console"},
+    "platform": {"errors", "config", "console", "hardware"},
     "model": {"errors", "config", "pruning", "platform"},
     "data": {"errors", "files", "config", "platform"},
     "checkpoint": {"errors", "files", "config", "console", "model", "pruning", "platform"},
     "training": {
-        *("errors", "files", "config", "console"),
+        *("errors", "files", "config", "console", "records", "hardware"),
         *("checkpoint", "data", "model", "pruning", "platform"),
     },
     "reference": {"errors", "config"},
-    "report": {"errors", "config", "reference"},
+    "report": {"errors", "files", "config", "reference", "records"},
 }
 """Part of megashear -> the parts that it may import. The command line may import all of them."""
 
 EVERYTHING = {"cli", "commands", "__main__"}
-LIGHT = {"errors", "files", "config", "console", "reference", "report"}
+LIGHT = {"errors", "files", "records", "hardware", "config", "console", "reference", "report"}
 """Parts that answer at once: they import neither torch nor Megatron."""
 
 HOMES = {

@@ -19,6 +19,18 @@ def parameter_count(shape: ModelShape) -> int:
     return sum(math.prod(row.shape()) for row in table(shape))
 
 
+def flops_per_token(shape: ModelShape, seq_length: int) -> float:
+    """Arithmetic of training on one token (FLOP), forward and backward, without recomputation.
+
+    6 for each weight of a matrix product, and 12 times the sequence for each dimension of the heads
+    of each layer: full attention, as the PaLM paper (appendix B) counts model FLOPs, though half of
+    it is masked.
+    """
+    lookups = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+    attention = shape.num_layers * shape.num_attention_heads * shape.kv_channels * seq_length
+    return 6.0 * (parameter_count(shape) - lookups) + 12.0 * attention
+
+
 def expected_parameter_count(
     shape: ModelShape, probability_kept: dict[str, Tensor], head_unit: str = QUERY_GROUP
 ) -> Tensor:

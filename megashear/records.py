@@ -1,0 +1,119 @@
+"""The records of a run: what it writes, and what watch, report and other views read.
+
+Every line of metrics.jsonl is a JSON object with `kind`, one of those below, and `step`: the optimizer steps done
+when it was written. Steps that are done again after a resume replace their records. A loss is in
+nats per token, a duration in seconds; what could not be measured is null. This module imports
+nothing of megashear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+SCHEMA = 2
+"""Changes when a field's meaning does or one goes; a reader passes over fields it does not know."""
+
+
+class StartRecord(TypedDict):
+    """A process group began to train: at first, and after each resume."""
+
+    kind: Literal["start"]
+    schema: int  # SCHEMA
+    step: int  # that it goes on from
+    time: str  # UTC, as 2026-11-23T05:40:00Z
+    stage: str  # pretrain | prune | continue
+    steps: int  # of the whole run
+    tokens_per_step: int
+    source: dict[str, Any]  # shape that is trained: ModelShape
+    target: dict[str, Any] | None  # shape to reach, in stage prune where it has one
+    parameters: int
+    target_parameters: int | None
+    layout: dict[str, int]  # processes by kind: tensor, pipeline, context, data
+    hosts: list[str]
+    device: str  # its name, such as NVIDIA H100 80GB HBM3, or cpu
+    peak_flops: float | None  # of a device, in the run's precision (FLOP/s)
+    flops_per_token: float  # of the model's arithmetic, forward and backward
+    precision: str  # bf16 | fp32
+    layers: str  # torch | transformer_engine
+    kernels: str  # torch | apex
+    versions: dict[str, str]  # python, megashear, torch, megatron-core, and optional packages
+    job: str | None  # a scheduler's number of it
+
+
+class StepRecord(TypedDict, total=False):
+    """An optimizer step."""
+
+    kind: Literal["step"]
+    step: int
+    time: float  # when it ended (seconds since 1970)
+    tokens: int  # seen since the run began
+    loss: float  # mean over the step's tokens
+    domain_losses: dict[str, float]  # of the domains that the step had tokens of
+    weights: dict[str, float]  # of the domains, that the step's samples were drawn by
+    lr: float
+    grad_norm: float  # of the weights, before clipping
+    mask_grad_norm: float  # stage prune only, as all down to target_sparsity
+    multiplier_grad_norm: float
+    penalty: float | None
+    multipliers: dict[
+        str, list[list[float]]
+    ]  # of each constraint: lambda1, lambda2, [2, 1 or rows]
+    sparsity: dict[str, float]  # expected, of each constraint, mean over rows
+    target_sparsity: dict[str, float]  # warmed up
+    seconds: float  # of the step, waiting for data included
+    data_seconds: float  # waiting for data
+    forward_backward_seconds: float
+    tokens_per_second: float  # of all processes
+    mfu: float | None  # model FLOP/s used, of the devices' peak
+    memory_gib: float  # peak so far, of this process: of a GPU allocated, of a CPU resident
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """Validation of every domain."""
+
+    kind: Literal["evaluation"]
+    step: int
+    seconds: float
+    losses: dict[str, float]
+    references: dict[str, float]  # of the domains that have one
+    gaps: dict[str, float]  # loss - reference
+    weights: dict[str, float]  # from here on
+    kept: dict[str, list[int]]  # stage prune: units of each mask that are kept by now, of each row
+
+
+class SaveRecord(TypedDict):
+    """A checkpoint was begun."""
+
+    kind: Literal["save"]
+    step: int
+    seconds: float  # that training waited; with async_save less than the writing took
+
+
+class EndRecord(TypedDict):
+    """Training ended in order; a run that was killed, or that failed, has none."""
+
+    kind: Literal["end"]
+    step: int
+    time: str
+    reason: str  # complete, or the signal's name
+    verdict: str  # masks that are off their targets, as the run says it; empty where all is well
+
+
+def pack(rows: list[list[int]]) -> dict[str, Any]:
+    """Rows of 0 and 1 as masks.json has them: {"units": n, "rows": [hexadecimal, ...]}."""
+    digits = [f"{int(''.join(map(str, row)) or '0', 2):x}" for row in rows]
+    return {"units": len(rows[0]), "rows": digits}
+
+
+def unpack(mask: Mapping[str, Any]) -> list[list[int]]:
+    """The rows of 0 and 1 that `pack` was given.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none of `pack`.
+    """
+    units = int(mask["units"])
+    rows = [f"{int(row, 16):0{units}b}" for row in mask["rows"]]
+    if any(len(row) != units for row in rows):
+        raise ValueError(f"a row has more than {units} units")
+    return [[int(digit) for digit in row] for row in rows]

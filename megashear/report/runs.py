@@ -1,0 +1,131 @@
+"""A run as its directory tells it, whatever state that is in: unfinished, empty or damaged.
+
+Reads files only, and neither torch nor Megatron is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megashear.errors import DataError
+from megashear.files import read_small
+from megashear.records import unpack
+
+METRICS, CONFIG, MASKS = "metrics.jsonl", "config.yaml", "masks.json"
+KINDS = ("start", "step", "evaluation", "save", "end")
+
+
+@dataclass
+class Run:
+    """What a run has recorded so far.
+
+    Attributes:
+        records: of each kind (`megashear.records`), in the order of the file; a step that was done
+            again is there once, as the last that was written.
+        config: the run's options, as its YAML file; empty before its first checkpoint.
+        masks: kept units by mask and row, as `[rows][units]` of 0 and 1; empty but in stage prune.
+        problems: what could not be read, one line each.
+    """
+
+    directory: Path
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {k: [] for k in KINDS})
+    config: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, list[list[int]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    _position: int = 0  # bytes of METRICS that are read
+    _line: int = 0
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        """Read all that is there.
+
+        Raises:
+            DataError: there is no directory.
+        """
+        if not directory.is_dir():
+            raise DataError(f"{directory} is no directory of a run")
+        run = cls(directory)
+        run.follow()
+        run._read_config()
+        run._read_masks()
+        return run
+
+    def follow(self) -> bool:
+        """Read what has been written since; whether there was anything."""
+        file = self.directory / METRICS
+        try:
+            if file.stat().st_size < self._position:  # a resume has dropped records
+                self.__dict__.update(vars(Run(self.directory)))
+            with file.open("rb") as stream:
+                stream.seek(self._position)
+                text = stream.read()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._problem(f"{METRICS}: {error.strerror}")
+            return False
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
+        for line in whole.splitlines():
+            self._line += 1
+            self._take(line)
+        self._position += len(whole)
+        return bool(whole)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            known = self.records.get(record["kind"])
+            step = int(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._problem(f"{METRICS}, line {self._line}: not a record; passed over")
+            return
+        if known is None:  # of a later schema
+            return
+        if record["kind"] in ("step", "evaluation"):
+            while known and known[-1]["step"] >= step:
+                known.pop()
+        known.append(record)
+
+    def _read_config(self) -> None:
+        try:
+            tree = yaml.safe_load(read_small(self.directory / CONFIG))
+            self.config = tree if isinstance(tree, dict) else {}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            self._problem(f"{CONFIG}: {str(error).splitlines()[0]}")
+
+    def _read_masks(self) -> None:
+        try:
+            stored = json.loads(read_small(self.directory / MASKS))
+            self.masks = {name: unpack(mask) for name, mask in stored["masks"].items()}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._problem(f"{MASKS}: {type(error).__name__}: {error}")
+
+    def _problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The newest start record; empty where there is none."""
+        return self.records["start"][-1] if self.records["start"] else {}
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return max((r[-1]["step"] for r in self.records.values() if r), default=0)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run, where it is known."""
+        trainer = self.config.get("trainer")
+        configured = trainer.get("steps") if isinstance(trainer, dict) else None
+        return self.start.get("steps", configured)
