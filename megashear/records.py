@@ -1,9 +1,9 @@
 """The records of a run: what it writes, and what watch, report and other views read.
 
-Every line of metrics.jsonl is a JSON object with `kind`, one of those below, and `step`: the optimizer steps done
-when it was written. Steps that are done again after a resume replace their records. A loss is in
-nats per token, a duration in seconds; what could not be measured is null. This module imports
-nothing of megashear.
+Every line of metrics.jsonl is a JSON object with `kind`, one of those below, and `step`: the
+optimizer steps done when it was written. Steps that are done again after a resume replace their
+records. A loss is in nats per token, a duration in seconds; what could not be measured is null.
+This module imports nothing of megashear.
 """
 
 from __future__ import annotations
