@@ -37,6 +37,15 @@ DOMAINS_FILE = "domains.yaml"
 MOST_LAYERS = 2**14
 """Of a stored shape; a larger number is damage, and would make lists of as many tensors."""
 
+FREE_OPTIONS = (
+    *("run_dir", "parallel", "log", "data.num_workers", "data.index_cache", "data.tokenizer"),
+    *("platform.device", "platform.layers", "platform.kernels", "platform.loader"),
+    "platform.timeout_minutes",
+    *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
+    *("trainer.async_save", "trainer.micro_batch_size"),
+)
+"""Options that may differ between a run and its continuation without changing what it computes."""
+
 T = TypeVar("T")
 _FAULTY: Any = Faulty()
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -136,6 +145,19 @@ def load_shape(path: Path) -> ModelShape:
     return shape
 
 
+def load_options(cls: type[T], path: Path) -> T:
+    """A dataclass of options out of a YAML file; only what each says for itself is checked.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    found: list[Problem] = []
+    value: T = _read(cls, _read_yaml(path, "", found), "", found)
+    if found:
+        raise ConfigError(str(path), found)
+    return value
+
+
 def stored(cls: type[T], raw: Any) -> T:
     """A dataclass out of the mapping of its fields that a checkpoint has stored.
 
@@ -201,6 +223,23 @@ def _stored(hint: Any, raw: Any) -> Any:
         return raw
     hints = get_type_hints(hint)
     return hint(**{name: _stored(hints[name], raw[name]) for name in hints if name in raw})
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The options that decide what a run computes, by their paths."""
+    return {
+        path: value
+        for path, value in _flat(asdict(config), "")
+        if not path.startswith(FREE_OPTIONS)
+    }
+
+
+def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict | list | tuple):
+        yield path, tree
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from _flat(value, _join(path, str(key)))
 
 
 def domains_to_yaml(domains: Sequence[Domain]) -> str:

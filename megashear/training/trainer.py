@@ -16,14 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megashear.checkpoint import manager
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.load import load_model
 from megashear.checkpoint.manager import CheckpointInfo
 from megashear.checkpoint.run_checkpoints import CheckpointManager
-from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, to_yaml
+from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, settings, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.loader import Fetcher, MicroBatch, TrainLoader, torch_fetcher
@@ -38,15 +36,6 @@ from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_log import RunLog
 from megashear.training.step import DomainLosses, run_microbatches
-
-# Options that may differ between a run and its continuation without changing what it computes.
-_FREE_OPTIONS = (
-    *("run_dir", "parallel", "data.num_workers", "data.index_cache", "data.tokenizer"),
-    *("platform.device", "platform.layers", "platform.kernels", "platform.loader"),
-    "platform.timeout_minutes",
-    *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
-    *("trainer.async_save", "trainer.micro_batch_size"),
-)
 
 
 def source_shape(config: RunConfig) -> ModelShape:
@@ -365,13 +354,11 @@ class Trainer:
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
     """A run is continued under the configuration that it began with, but for free options."""
     assert info.config is not None, "a run's checkpoint has its configuration"
-    before, after = (
-        _flat(yaml.safe_load(to_yaml(each))) for each in (from_yaml(info.config), config)
-    )
+    before, after = settings(from_yaml(info.config)), settings(config)
     differences = [
         f"  {name}: {before.get(name)!r} in the run, {after.get(name)!r} now"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(_FREE_OPTIONS)
+        if before.get(name) != after.get(name)
     ]
     if differences:
         raise CheckpointError(
@@ -379,12 +366,3 @@ def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
             + "\n".join(differences)
             + "\nUndo the changes to continue it, or give another run_dir"
         )
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in pairs:
-        name = f"{path}.{key}" if path else str(key)
-        flat |= _flat(value, name) if isinstance(value, dict | list) else {name: value}
-    return flat
