@@ -1,8 +1,9 @@
 """The records of a run: what it writes, and what watch, report and other views read.
 
 Every line of metrics.jsonl is a JSON object with `kind`, one of those below, and `step`: the
-optimizer steps done when it was written. Steps that are done again after a resume replace their
-records. A loss is in nats per token, a duration in seconds; what could not be measured is null.
+optimizer steps done by then. A resume drops the records of the steps that are done again; those of
+starts and ends stay, and tell the run's history in the order of the file. A loss is in nats per
+token, a duration in seconds; what could not be measured is null.
 This module imports nothing of megashear.
 """
 
@@ -29,8 +30,9 @@ class StartRecord(TypedDict):
     target: dict[str, Any] | None  # shape to reach, in stage prune where it has one
     parameters: int
     target_parameters: int | None
+    weights: dict[str, float]  # of the domains, to begin with
     layout: dict[str, int]  # processes by kind: tensor, pipeline, context, data
-    hosts: list[str]
+    hosts: list[str]  # machines, in the order of the processes
     device: str  # its name, such as NVIDIA H100 80GB HBM3, or cpu
     peak_flops: float | None  # of a device, in the run's precision (FLOP/s)
     flops_per_token: float  # of the model's arithmetic, forward and backward
@@ -53,17 +55,16 @@ class StepRecord(TypedDict, total=False):
     weights: dict[str, float]  # of the domains, that the step's samples were drawn by
     lr: float
     grad_norm: float  # of the weights, before clipping
-    mask_grad_norm: float  # stage prune only, as all down to target_sparsity
+    mask_grad_norm: float  # stage prune only, as all down to target_sparsity; before clipping
     multiplier_grad_norm: float
-    penalty: float | None
-    multipliers: dict[
-        str, list[list[float]]
-    ]  # of each constraint: lambda1, lambda2, [2, 1 or rows]
+    penalty: float
+    # Of each constraint after the step: lambda1 and lambda2, [2, 1 or rows].
+    multipliers: dict[str, list[list[float]]]
     sparsity: dict[str, float]  # expected, of each constraint, mean over rows
     target_sparsity: dict[str, float]  # warmed up
     seconds: float  # of the step, waiting for data included
     data_seconds: float  # waiting for data
-    forward_backward_seconds: float
+    forward_backward_seconds: float  # micro-batches, masks on weights, reduction of gradients
     tokens_per_second: float  # of all processes
     mfu: float | None  # model FLOP/s used, of the devices' peak
     memory_gib: float  # peak so far, of this process: of a GPU allocated, of a CPU resident
@@ -74,6 +75,7 @@ class EvaluationRecord(TypedDict, total=False):
 
     kind: Literal["evaluation"]
     step: int
+    time: float  # when it ended (seconds since 1970)
     seconds: float
     losses: dict[str, float]
     references: dict[str, float]  # of the domains that have one
@@ -83,10 +85,11 @@ class EvaluationRecord(TypedDict, total=False):
 
 
 class SaveRecord(TypedDict):
-    """A checkpoint was begun."""
+    """A checkpoint is there, whole."""
 
     kind: Literal["save"]
-    step: int
+    step: int  # of the checkpoint
+    time: float  # when it got its name (seconds since 1970)
     seconds: float  # that training waited; with async_save less than the writing took
 
 
@@ -96,7 +99,7 @@ class EndRecord(TypedDict):
     kind: Literal["end"]
     step: int
     time: str
-    reason: str  # complete, or the signal's name
+    reason: str  # complete, or the name of the signal, such as SIGUSR1
     verdict: str  # masks that are off their targets, as the run says it; empty where all is well
 
 
