@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from megashear import console
-from megashear.commands import evaluate, reference_loss, tokenize
+from megashear.commands import evaluate, reference_loss, shear, tokenize
 
-COMMANDS = (tokenize, evaluate, reference_loss)
+COMMANDS = (shear, tokenize, evaluate, reference_loss)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ DIRECTION: dict[str, set[str]] = {
     "hardware": set(),
     "config": {"errors"},
     "console": {"errors"},
+    "stages": {"errors", "files", "console"},
     "pruning": {"errors", "config"},
     "platform": {"errors", "config", "console", "hardware"},
     "model": {"errors", "config", "pruning", "platform"},
@@ -36,7 +37,17 @@ DIRECTION: dict[str, set[str]] = {
 """Part of megashear -> the parts that it may import. The command line may import all of them."""
 
 EVERYTHING = {"cli", "commands", "__main__"}
-LIGHT = {"errors", "files", "records", "hardware", "config", "console", "reference", "report"}
+LIGHT = {
+    "errors",
+    "files",
+    "records",
+    "hardware",
+    "stages",
+    "config",
+    "console",
+    "reference",
+    "report",
+}
 """Parts that answer at once: they import neither torch nor Megatron."""
 
 HOMES = {

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.console import FAILED, run
+from megashear.stages import ROOT, Runner, Stage
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-from stages import ROOT, Runner, Stage, export, extract, import_model, script, tokenize, train  # noqa: E402
+from commands import export, extract, import_model, script, tokenize, train  # noqa: E402
 
 PROCESSES = 2
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.console import run
+from megashear.stages import ROOT, Runner, Stage
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from stages import ROOT, Runner, Stage, export, extract, import_model, script, tokenize, train  # noqa: E402
+from commands import export, extract, import_model, script, tokenize, train  # noqa: E402
 
 MODELS = ("source", "pruned-hf", "sheared-hf")
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=ROOT / "smollm2-run", help="the example's folder")
     add("--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)")
     args = parser.parse_args(arguments)
-    Runner(args.out.resolve(), args.threads).run_all(stages())
+    Runner(args.out.resolve(), threads=args.threads).run_all(stages())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megashear import stages
 from megashear.errors import ShearError
-from tests.make_tokenizer import REPOSITORY, example
-
-stages = example("stages")
+from tests.make_tokenizer import REPOSITORY
 
 
 def stage(name: str, command: str = "", reads: tuple[Path, ...] = ()) -> stages.Stage:
@@ -105,7 +104,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from megashear.console import run
-from tests.examples.test_stages import go, stage
+from tests.test_stages import go, stage
 # By built-ins alone: a shell whose child dies of the signal would go on.
 waits = stage("b", "test -e b.asleep || { : > b.asleep; exec sleep 60; }")
 run(lambda: go(Path(sys.argv[1]), stage("a"), waits) and 0)
