@@ -6,6 +6,7 @@ Reads files only, and neither torch nor Megatron is needed.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Run:
         config: the run's options, as its YAML file; empty before its first checkpoint.
         masks: kept units by mask and row, as `[rows][units]` of 0 and 1; empty but in stage prune.
         problems: what could not be read, one line each.
+        newest: the last record of the file; empty before the first.
+        step: optimizer steps done.
     """
 
     directory: Path
@@ -37,7 +40,10 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, list[list[int]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    _position: int = 0  # bytes of METRICS that are read
+    newest: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    _file: int = 0  # number of the inode of METRICS
+    _position: int = 0  # bytes of it that are read
     _line: int = 0
 
     @classmethod
@@ -59,9 +65,10 @@ class Run:
         """Read what has been written since; whether there was anything."""
         file = self.directory / METRICS
         try:
-            if file.stat().st_size < self._position:  # a resume has dropped records
-                self.__dict__.update(vars(Run(self.directory)))
             with file.open("rb") as stream:
+                state = os.fstat(stream.fileno())
+                if state.st_ino != self._file or state.st_size < self._position:
+                    self._begin_again(state.st_ino)  # a resume has dropped records
                 stream.seek(self._position)
                 text = stream.read()
         except FileNotFoundError:
@@ -75,6 +82,11 @@ class Run:
             self._take(line)
         self._position += len(whole)
         return bool(whole)
+
+    def _begin_again(self, file: int) -> None:
+        config, masks = self.config, self.masks
+        self.__dict__.update(vars(Run(self.directory, config=config, masks=masks)))
+        self._file = file
 
     def _take(self, line: bytes) -> None:
         try:
@@ -90,6 +102,9 @@ class Run:
             while known and known[-1]["step"] >= step:
                 known.pop()
         known.append(record)
+        self.newest = record
+        if record["kind"] != "save":  # which may have been written while training went on
+            self.step = step
 
     def _read_config(self) -> None:
         try:
@@ -117,11 +132,6 @@ class Run:
     def start(self) -> dict[str, Any]:
         """The newest start record; empty where there is none."""
         return self.records["start"][-1] if self.records["start"] else {}
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return max((r[-1]["step"] for r in self.records.values() if r), default=0)
 
     @property
     def steps(self) -> int | None:
