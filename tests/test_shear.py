@@ -1,0 +1,139 @@
+"""`megashear shear`: what it checks beforehand, what it runs, and what it does not do again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megashear import cli
+from megashear.commands.shear import STAGES
+from megashear.errors import ConfigError
+from tests.chains import write_chain
+from tests.make_tokenizer import REPOSITORY
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def shear(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "megashear", "shear", "chain.yaml", *words)
+    return subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a chain that has not begun."""
+    write_chain(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def test_it_prints_the_commands_in_order(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.execute(["shear", "chain.yaml", "--print"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == len(STAGES)
+    assert lines[2][1:6] == ["-m", "megashear", "launch", "--nproc-per-node", "1"]
+    cli.execute(["shear", "chain.yaml", "--print", "--stage", "extract"])
+    (extract,) = capsys.readouterr().out.splitlines()
+    assert shlex.split(extract) == lines[3]
+    assert not (chain / "runs").exists()
+
+
+def test_a_source_that_is_read_as_it_is_needs_no_conversion(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(chain / "prune.yaml", "checkpoints/source", "models/source")
+    change(chain / "chain.yaml", "text: text/*.jsonl\n", "")
+    cli.execute(["shear", "chain.yaml", "--print"])
+    assert len(capsys.readouterr().out.splitlines()) == len(STAGES) - 2
+
+
+def test_all_that_is_wrong_is_said_before_anything_runs(chain: Path) -> None:
+    change(chain / "chain.yaml", "models/source", "models/sorce")
+    change(chain / "chain.yaml", "text/*.jsonl", "texts/*.jsonl")
+    change(chain / "chain.yaml", "valid_fraction: 0.2", "valid_fraction: 20")
+    change(chain / "chain.yaml", "export: models/sheared", "export: runs/prune")
+    change(chain / "prune.yaml", "data/a_train", "tokens/a_train")
+    change(chain / "prune.yaml", "steps: 6", "stepz: 6")
+    change(chain / "continue.yaml", "runs/prune/extracted", "runs/prune")
+    with pytest.raises(ConfigError) as error:
+        cli.execute(["shear", "chain.yaml"])
+    assert {path for path, _ in error.value.problems} == {
+        *("source", "text", "valid_fraction", "prune_config: trainer.stepz")
+    }
+    change(chain / "prune.yaml", "stepz: 6", "steps: 6")
+    with pytest.raises(ConfigError) as error:
+        cli.execute(["shear", "chain.yaml"])
+    found = dict(error.value.problems)
+    assert found.keys() == {
+        *("source", "text", "valid_fraction", "continue_config: init_from"),
+        *("prune_config: run_dir", "prune_config: data.domains[0].train"),
+    }
+    assert found["continue_config: init_from"].endswith("Use runs/prune/extracted")
+
+
+def test_the_target_is_held_against_the_source_before_hours_of_work(chain: Path) -> None:
+    change(chain / "prune.yaml", "num_layers: 2", "num_layers: 5")
+    with pytest.raises(ConfigError, match=r"prune_config: target.num_layers.*5"):
+        cli.execute(["shear", "chain.yaml"])
+    change(chain / "prune.yaml", "num_layers: 5", "num_layers: 2")
+    change(chain / "continue.yaml", "platform:", "parallel: {pipeline: 4}\nplatform:")
+    change(chain / "chain.yaml", "processes: 1", "processes: 4")
+    with pytest.raises(ConfigError, match=r"continue_config: .*parallel.pipeline = 4"):
+        cli.execute(["shear", "chain.yaml"])
+
+
+@pytest.mark.slow  # 90 s: eight stages, most of it importing torch
+def test_the_whole_way_interrupted_and_started_again(tmp_path: Path) -> None:
+    write_chain(tmp_path)
+    command = (sys.executable, "-m", "megashear", "shear", "chain.yaml")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs" / "prune" / "metrics.jsonl"
+    while process.poll() is None and not metrics.is_file():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to it alone: it passes it on
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, shown
+    assert "stopped by a signal" in shown
+
+    done = shear(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[1/8] tokenize: done before" in done.stdout
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [r["step"] for r in steps if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "sheared")
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 24)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    losses = json.loads((tmp_path / "runs" / "continue" / "losses.json").read_text())
+    assert "models/sheared" in json.dumps(losses)
+    assert "</html>" in (tmp_path / "runs" / "continue" / "report.html").read_text()
+
+    again = shear(tmp_path)
+    assert again.stdout.count("done before") == 8, again.stdout
+    change(tmp_path / "prune.yaml", "lr: 1.0e-3", "lr: 2.0e-3")
+    refused = shear(tmp_path)
+    assert refused.returncode == 2
+    assert "runs/prune/checkpoints  (stage prune) was made otherwise" in refused.stderr
+    assert "models/sheared  (stage export) was made otherwise" in refused.stderr
+    change(tmp_path / "prune.yaml", "lr: 2.0e-3", "lr: 1.0e-3")
+    change(tmp_path / "prune.yaml", "log_interval: 2", "log_interval: 1")  # which is free
+    assert shear(tmp_path).stdout.count("done before") == 8
