@@ -96,7 +96,7 @@ def test_the_target_is_held_against_the_source_before_hours_of_work(chain: Path)
     change(chain / "prune.yaml", "num_layers: 5", "num_layers: 2")
     change(chain / "continue.yaml", "platform:", "parallel: {pipeline: 4}\nplatform:")
     change(chain / "chain.yaml", "processes: 1", "processes: 4")
-    with pytest.raises(ConfigError, match=r"continue_config: .*parallel.pipeline = 4"):
+    with pytest.raises(ConfigError, match=r"continue_config: parallel.pipeline  = 4"):
         cli.execute(["shear", "chain.yaml"])
 
 
