@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from megashear import console
-from megashear.commands import evaluate, reference_loss, shear, tokenize
+from megashear.commands import evaluate, launch, reference_loss, report, shear, tokenize
 
-COMMANDS = (shear, tokenize, evaluate, reference_loss)
+COMMANDS = (shear, tokenize, launch, evaluate, reference_loss, report)
 
 
 def main() -> None:

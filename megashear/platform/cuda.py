@@ -12,13 +12,18 @@ def is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def device_count() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if is_available() else 0
+
+
 def device_of_rank(local_rank: int) -> torch.device:
     """Make the GPU of this rank the current one and return it.
 
     Raises:
         PlatformError: there are fewer GPUs on this machine than processes.
     """
-    count = torch.cuda.device_count() if is_available() else 0
+    count = device_count()
     if local_rank >= count:
         raise PlatformError(
             f"process {local_rank} of this machine finds {count} GPU(s). Start fewer processes "
@@ -26,6 +31,11 @@ def device_of_rank(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU's driver calls it; of a CPU `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -1,6 +1,6 @@
 """Processes, groups and devices of a run: where it starts, what it stands on, and how ranks agree.
 
-The environment (torchrun's variables) is read here and nowhere else.
+Of the environment, torchrun's variables are read here and nowhere else, Slurm's in `slurm`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.console import USAGE
 from megashear.errors import PlatformError, RankError, ShearError
-from megashear.platform import cuda
+from megashear.platform import cuda, slurm
 from megashear.platform.kernels import choose_kernels
 from megashear.platform.random_states import seed_all
 from megashear.platform.watchdog import GRACE_MINUTES, Progress, is_lost_connection, watching
@@ -153,18 +153,28 @@ def data_and_context_group() -> dist.ProcessGroup | None:
 
 
 def world_size() -> int:
-    """Processes that the launcher (torchrun) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that the launcher (torchrun, srun) started; 1 without a launcher."""
+    return _place()[1]
 
 
 def launched_rank() -> int:
-    """This process's number as the launcher (torchrun) gave it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's number as the launcher (torchrun, srun) gave it; 0 without a launcher."""
+    return _place()[0]
 
 
 def is_first_on_machine() -> bool:
     """Whether the launcher made this process the first on its machine: it speaks for the others."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return _place()[2] == 0
+
+
+def _place() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine; of torchrun, or else of srun."""
+    environment, task = os.environ, slurm.task()
+    if "RANK" in environment or task is None:
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        rank, size, local = (int(environment.get(name, unset)) for name, unset in names.items())
+        return rank, size, local
+    return task.rank, task.tasks, task.local_rank
 
 
 @contextmanager
@@ -187,7 +197,9 @@ def choose_device(config: PlatformConfig) -> torch.device:
     """
     if config.device == "cpu" or (config.device == "auto" and not cuda.is_available()):
         return torch.device("cpu")
-    return cuda.device_of_rank(int(os.environ.get("LOCAL_RANK", "0")))
+    # Slurm may have bound each task to a GPU, and shows it no other.
+    is_bound = slurm.task() is not None and cuda.device_count() == 1
+    return cuda.device_of_rank(0 if is_bound else _place()[2])
 
 
 def choose_layers(config: PlatformConfig, device: torch.device) -> str:
@@ -251,6 +263,11 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
+    elif slurm.task():
+        address, port = slurm.rendezvous()
+        store = f"tcp://{address}:{port}"
+        place = {"rank": launched_rank(), "world_size": world_size()}
+        dist.init_process_group(backend, init_method=store, timeout=timeout, **place)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

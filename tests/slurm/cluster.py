@@ -1,0 +1,163 @@
+"""A real Slurm of two nodes on this machine: one slurmctld, two slurmd. As root; no munge, no cgroups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONF = """
+ClusterName=ci
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2
+KillWait=30
+MinJobAge=3600
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=4
+PartitionName=low  Nodes=n1,n2 Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=n1,n2 Default=NO State=UP PriorityTier=10 PreemptMode=OFF
+"""
+MISSING = [name for name in ("slurmctld", "slurmd", "srun") if shutil.which(name) is None]
+"""What a test of Slurm would need and is not installed."""
+
+
+class Cluster:
+    """A cluster in a folder, from `start` until `stop`.
+
+    Args:
+        folder: for its state and logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        for name in list(self.environment):  # of a job that the tests themselves run in
+            if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF":
+                del self.environment[name]
+
+    def start(self) -> None:
+        """Start the daemons and wait until both nodes take jobs."""
+        for name in ("state", "spool-n1", "spool-n2", "log"):
+            (self.folder / name).mkdir(parents=True)
+        ports = [_free_port() for _ in range(3)]
+        host = socket.gethostname().split(".")[0]
+        names = {"folder": self.folder, "host": host, "port": ports[0]}
+        text = CONF.format(**names, port_1=ports[1], port_2=ports[2])
+        (self.folder / "slurm.conf").write_text(text)
+        self.run("slurmctld", "-c", "-f", self.environment["SLURM_CONF"])
+        for node in ("n1", "n2"):
+            self.start_node(node)
+        self.wait(lambda: self.run("sinfo", "-hNplow", "-o%T").split() == ["idle"] * 2, 30)
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node."""
+        self.run("slurmd", "-c", "-f", self.environment["SLURM_CONF"], "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """What a power cut does: slurmd, the steps' daemons and all that they run are gone."""
+        slurmd = int((self.folder / f"slurmd-{node}.pid").read_text())
+        steps = [pid for pid, name in _processes() if re.search(rf"slurmstepd.*\b{node}\b", name)]
+        for pid in [slurmd, *[each for step in steps for each in (step, *_below(step))]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End all jobs and daemons."""
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.run("scancel", "--user=root")
+            self.wait(lambda: not self.run("squeue", "-h"), 60)
+        for file in self.folder.glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        with contextlib.suppress(AssertionError):
+            self.wait(lambda: not list(self.folder.glob("*.pid")), 20)
+
+    def run(self, *command: str | Path, **more: str) -> str:
+        """Standard output of a command on this cluster, which must succeed."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            env={**self.environment, **more},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        text = self.run("scontrol", "show", "job", number)
+        return dict(pair.partition("=")[::2] for pair in text.split())
+
+    def state(self, number: str) -> str:
+        """A job's state."""
+        return self.job(number)["JobState"]
+
+    def start_again(self, number: str) -> None:
+        """Spare a requeued job the two minutes that it would wait for."""
+        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+
+    def wait(self, condition: Callable[[], Any], seconds: float) -> None:
+        """Wait until something is so."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, f"not so after {seconds:.0f} s"
+            time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _processes() -> list[tuple[int, str]]:
+    """Number and command line of every process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            found.append((int(folder.name), b" ".join(words).decode(errors="replace")))
+    return found
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    children = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(child) for child in task.read_text().split()]
+    return [each for child in children for each in (child, *_below(child))]
