@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
+METRICS, MASKS = "metrics.jsonl", "masks.json"
 SCHEMA = 2
 """Changes when a field's meaning does or one goes; a reader passes over fields it does not know."""
 

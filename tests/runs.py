@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megashear.config.schema import (
     TrainerConfig,
 )
 from megashear.pruning.masks import Masks, resolve_target
+from megashear.records import METRICS
 from tests.make_data import random_documents, write_tokens
 from tests.reference_llama import random_weights
 
@@ -105,3 +107,20 @@ def run_config(directory: Path, domains: tuple[Domain, ...], **changes: Any) -> 
         "pruning": PruningConfig(sparsity_warmup_steps=3),
     }
     return RunConfig(**{**settings, **changes})
+
+
+BY_CLOCK = (
+    *("time", "seconds", "data_seconds", "forward_backward_seconds"),
+    *("tokens_per_second", "mfu", "memory_gib"),
+)
+"""Fields of records that no two runs have alike."""
+
+
+def records(run_dir: str | Path, *kinds: str) -> list[dict[str, Any]]:
+    """Records of a run without what a clock measured: its steps and evaluations, unless told."""
+    lines = map(json.loads, (Path(run_dir) / METRICS).read_text().splitlines())
+    return [
+        {key: value for key, value in line.items() if key not in BY_CLOCK}
+        for line in lines
+        if line["kind"] in (kinds or ("step", "evaluation"))
+    ]

@@ -14,7 +14,6 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +24,7 @@ from megashear.config.schema import Domain
 from tests.distributed import run_distributed
 from tests.hf_models import save_llama
 from tests.make_tokenizer import REPOSITORY, SHARED_DATA, write_jsonl
+from tests.runs import records
 
 pytestmark = [
     pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no RedPajama sample at {SHARED_DATA}"),
@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 RECIPE = Path("examples/configs/llama2-7b-to-1.3b")
+RUNS = "runs/llama2-7b-to-1.3b"
 FOLDERS = {"c4": "c4-rp"}
 """Where the sample's name for a domain is another."""
 LETTERS, PASSAGE = 60_000, 2_000
@@ -94,11 +95,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records(folder: Path, stage: str, kind: str) -> list[dict[str, Any]]:
-    file = folder / "runs" / "llama2-7b-to-1.3b" / stage / "metrics.jsonl"
-    return [r for r in map(json.loads, file.read_text().splitlines()) if r["kind"] == kind]
-
-
 def moved(weights: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
     """The paper's algorithm 1, with its smoothing, by hand."""
     grown = {
@@ -114,8 +110,8 @@ def test_every_domain_has_losses_and_its_weight_moves_by_the_rule(folder: Path) 
     start = {domain.name: domain.weight for domain in recipe_domains()}
     assert len(start) == 7
     evaluations = [
-        *records(folder, "prune", "evaluation"),
-        *records(folder, "continue", "evaluation"),
+        *records(folder / RUNS / "prune", "evaluation"),
+        *records(folder / RUNS / "continue", "evaluation"),
     ]
     assert [record["step"] for record in evaluations] == 2 * list(range(0, STEPS + 1, INTERVAL))
     for record in evaluations:
@@ -133,14 +129,14 @@ def test_every_domain_has_losses_and_its_weight_moves_by_the_rule(folder: Path) 
 def test_training_takes_the_domains_by_their_weights(folder: Path) -> None:
     """The domains of the largest weights in every interval; the loss goes down in both stages."""
     for stage in ("prune", "continue"):
-        steps = records(folder, stage, "step")
-        evaluations = records(folder, stage, "evaluation")
+        steps = records(folder / RUNS / stage, "step")
+        evaluations = records(folder / RUNS / stage, "evaluation")
         for number, (first, _) in enumerate(pairwise(evaluations)):
             taken = steps[number * INTERVAL : (number + 1) * INTERVAL]
             seen = {name for record in taken for name in record["domain_losses"]}
             expected = {n for n, w in first["weights"].items() if w * INTERVAL * 16 >= 2}
             assert expected <= seen
-    trained = records(folder, "continue", "evaluation")
+    trained = records(folder / RUNS / "continue", "evaluation")
     assert sum(trained[-1]["losses"].values()) < sum(trained[0]["losses"].values())
 
 

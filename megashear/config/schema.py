@@ -200,6 +200,15 @@ class PlatformConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Views of a run beside metrics.jsonl, which has every record in any case."""
+
+    tensorboard: bool = False  # event files in the run directory
+    wandb: str = "disabled"  # disabled | offline (in the run directory, for `wandb sync`) | online
+    wandb_project: str = "megashear"
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One YAML file: a whole run."""
 
@@ -216,3 +225,4 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     platform: PlatformConfig = field(default_factory=PlatformConfig)
+    log: LogConfig = field(default_factory=LogConfig)

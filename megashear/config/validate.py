@@ -21,6 +21,7 @@ from megashear.config.schema import (
     HEAD_UNITS,
     ROPE_TYPES,
     STAGES,
+    LogConfig,
     ModelShape,
     RunConfig,
 )
@@ -52,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "platform.kernels": ("auto", "torch", "apex"),
     "platform.precision": ("auto", "fp32", "bf16"),
     "platform.loader": ("torch", "dali"),
+    "log.wandb": ("disabled", "offline", "online"),
 }
 
 _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
@@ -277,6 +279,16 @@ def _loader(run: Run) -> Iterator[Problem]:
     yield "platform.loader", f"= 'dali': {text}"
 
 
+def _views(run: Run) -> Iterator[Problem]:
+    log = run.config.log
+    asked = {"tensorboard": log.tensorboard, "wandb": log.wandb in ("offline", "online")}
+    for name, wanted in asked.items():
+        if wanted and find_spec(name) is None:
+            value, off = show(getattr(log, name)), show(getattr(LogConfig, name))
+            text = f"{name} is not installed. Install it by `pip install megashear[{name}]`, "
+            yield f"log.{name}", f"= {value}: {text}or use {off} here"
+
+
 _CHECKS: tuple[Check, ...] = (
     _choices,
     _bounds,
@@ -292,4 +304,5 @@ _CHECKS: tuple[Check, ...] = (
     _paths,
     _packages,
     _loader,
+    _views,
 )

@@ -15,9 +15,9 @@ import yaml
 
 from megashear.errors import DataError
 from megashear.files import read_small
-from megashear.records import unpack
+from megashear.records import MASKS, METRICS, unpack
 
-METRICS, CONFIG, MASKS = "metrics.jsonl", "config.yaml", "masks.json"
+CONFIG = "config.yaml"
 KINDS = ("start", "step", "evaluation", "save", "end")
 
 
@@ -92,8 +92,10 @@ class Run:
         try:
             record = json.loads(line)
             known = self.records.get(record["kind"])
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+            step = record["step"] = int(record["step"])
+            if not 0 <= step < 2**53:
+                raise ValueError(step)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             self._problem(f"{METRICS}, line {self._line}: not a record; passed over")
             return
         if known is None:  # of a later schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -31,15 +32,22 @@ class LanguageModeling:
         """The weights as they are during an evaluation."""
         return nullcontext()
 
-    def backward(self, step: int) -> float | None:
-        """After the micro-batches' backward: what the objective adds; returns its penalty."""
-        return None
+    def backward(self, step: int) -> None:
+        """After the micro-batches' backward: what the objective adds."""
 
     def update(self, lr_share: float) -> None:
         """Apply the objective's own gradients, at this share of their learning rates."""
 
     def metrics(self, step: int) -> dict[str, Any]:
         """What the record of a step says of the objective."""
+        return {}
+
+    def kept(self) -> dict[str, list[int]]:
+        """Units of each mask that are kept by now, of each row."""
+        return {}
+
+    def extracted(self) -> dict[str, list[list[int]]]:
+        """1 for each unit of each mask's rows that extraction would keep now, else 0."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -123,7 +131,7 @@ class PruningObjective(LanguageModeling):
         )
         return self.masked_weights.masked(self.masks.deterministic(which))
 
-    def backward(self, step: int) -> float:
+    def backward(self, step: int) -> None:
         """Chain rule to the weights and log_alpha, then the penalty, which needs no data."""
         self._optimizer.zero_grad(set_to_none=False)
         self.masked_weights.backward()
@@ -134,29 +142,48 @@ class PruningObjective(LanguageModeling):
             flat = self.platform.sum_over_data(flat)
         for gradient, part in zip(present, flat.split([g.numel() for g in present]), strict=True):
             gradient.copy_(part.view_as(gradient))
-        penalty = self.lagrangian.penalty(constraints(self.masks), step)
-        penalty.backward()
-        return float(penalty.detach())
+        self._penalty = self.lagrangian.penalty(constraints(self.masks), step)
+        self._penalty.backward()
 
     def update(self, lr_share: float) -> None:
         """Masks descend, multipliers ascend; each kind's gradients are clipped by its own norm."""
         groups = zip(self._groups.values(), self._optimizer.param_groups, self._lrs, strict=True)
+        self._grad_norms = []
         for parameters, group, lr in groups:
-            nn.utils.clip_grad_norm_(parameters.values(), self.config.pruning.clip_grad)
+            clip_grad = self.config.pruning.clip_grad
+            self._grad_norms.append(nn.utils.clip_grad_norm_(parameters.values(), clip_grad))
             group["lr"] = lr * lr_share
         self._optimizer.step()
         self.masks.clamp_()
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, Any]:
-        """Expected and target sparsity of each constraint (mean over rows), and multipliers."""
-        sparsity = {name: float(rows.mean()) for name, rows in constraints(self.masks).items()}
-        multipliers = self._groups["multipliers"]
+        """Of the step that was done: what `StepRecord` says of stage prune.
+
+        The host waits for the device once, for all of it.
+        """
+        sparsity = {name: rows.mean() for name, rows in constraints(self.masks).items()}
+        multipliers = [self._groups["multipliers"][name] for name in sparsity]
+        found = _lists([self._penalty, *self._grad_norms, *sparsity.values(), *multipliers])
+        penalty, mask_grad_norm, multiplier_grad_norm, *rest = found
         return {
-            "sparsity": sparsity,
+            "mask_grad_norm": mask_grad_norm,
+            "multiplier_grad_norm": multiplier_grad_norm,
+            "penalty": penalty,
+            "multipliers": dict(zip(sparsity, rest[len(sparsity) :], strict=True)),
+            "sparsity": dict(zip(sparsity, rest, strict=False)),
             "target_sparsity": self.lagrangian.warmed_targets(step),
-            "multipliers": {name: value.tolist() for name, value in multipliers.items()},
         }
+
+    def kept(self) -> dict[str, list[int]]:
+        """Units of each mask that are kept by now, of each row."""
+        current = self.masks.deterministic("current")
+        return {mask: z.count_nonzero(1).tolist() for mask, z in current.items()}
+
+    def extracted(self) -> dict[str, list[list[int]]]:
+        """1 for each unit of each mask's rows that extraction would keep now, else 0."""
+        z = self.masks.deterministic("target")  # of the current model where there is no target
+        return {mask: (rows > 0).int().tolist() for mask, rows in z.items()}
 
     def state(self) -> dict[str, Tensor]:
         """log_alpha, multipliers, and the moments of their optimizer."""
@@ -204,3 +231,10 @@ class PruningObjective(LanguageModeling):
         return format_off_target(
             off_target(self.masks, target_sparsity=self.config.target_sparsity)
         )
+
+
+def _lists(tensors: Sequence[Tensor]) -> list[Any]:
+    """Values of float32 tensors, as numbers and nested lists; the host waits for all at once."""
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape).tolist() for part, t in zip(parts, tensors, strict=True)]

@@ -1,38 +1,64 @@
-"""The record of a run: metrics.jsonl, and the console as a view of it. Only rank 0 writes.
+"""The record of a run: metrics.jsonl, and its views. Only rank 0 writes.
 
-Every line of metrics.jsonl is a JSON object with `kind` (step or evaluation) and `step`.
+`megashear.records` says what every line holds.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.manager import write_durably
-from megashear.console import table
+from megashear.checkpoint.agreement import on_each_process
+from megashear.checkpoint.manager import versions, write_durably
+from megashear.config.schema import ModelShape, RunConfig
 from megashear.errors import PlatformError
 from megashear.files import flush
+from megashear.hardware import gpu_of_device
+from megashear.platform import cuda, slurm
+from megashear.platform.parallel import Platform
+from megashear.pruning.counting import flops_per_token, parameter_count
+from megashear.records import (
+    METRICS,
+    SCHEMA,
+    EndRecord,
+    EvaluationRecord,
+    SaveRecord,
+    StartRecord,
+    StepRecord,
+)
+from megashear.training.terminal import Terminal
+from megashear.training.views import View, views
+
+_OPTIONAL = (
+    *("numpy", "transformer-engine", "apex", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    *("tensorboard", "wandb"),
+)
 
 
 class RunLog:
-    """Appends to metrics.jsonl and prints a line of progress.
+    """Appends records to metrics.jsonl and shows them: on the console, and where `log` says.
 
     Args:
-        run_dir: of the run.
-        steps: of the whole run.
+        config: of the run.
         writes: whether this process writes (rank 0); the others are silent.
         resumed_step: records of later steps are dropped, since these steps are done again; None
-            where the run begins, which drops all.
+            where the run begins, which drops those of all steps.
     """
 
-    def __init__(self, run_dir: Path, steps: int, writes: bool, resumed_step: int | None) -> None:
-        self.file = run_dir / "metrics.jsonl"
-        self.steps = steps
-        self.writes = writes
-        self._shown: list[Mapping[str, Any]] = []  # records since the last console line
+    def __init__(self, config: RunConfig, writes: bool, resumed_step: int | None) -> None:
+        run_dir = Path(config.run_dir)
+        self.config, self.writes, self.resumed_step = config, writes, resumed_step
+        self.file = run_dir / METRICS
+        self._terminal = Terminal(config.trainer)
+        self._views: list[View] = [self._terminal]
         if writes:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +72,9 @@ class RunLog:
         kept = []
         for line in self.file.read_text(errors="replace").splitlines():
             try:
-                keep = step is not None and json.loads(line)["step"] <= step
+                record = json.loads(line)
+                done_again = step is None or record["step"] > step
+                keep = not done_again or record["kind"] in ("start", "end")
             except (ValueError, TypeError, KeyError):
                 continue  # a line cut by a crash belongs to a step that is done again
             if keep:
@@ -62,84 +90,118 @@ class RunLog:
             flush(self.file)
             flush(self.file.parent)
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def say(self, text: str) -> None:
+        """Print a message once."""
+        if self.writes:
+            self._terminal.say(text)
+
+    def warn(self, text: str) -> None:
+        """Print a message once, on stderr."""
+        if self.writes:
+            self._terminal.say(text, sys.stderr)
+
+    def start(self, record: StartRecord) -> None:
+        """Record that training begins, and open the views."""
+        if self.writes:
+            self._views += views(self.config, self.resumed_step, self.warn)
+        self._record(record)
+
+    def step(self, record: StepRecord) -> None:
+        """Record a training step."""
+        self._record(record)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Record an evaluation."""
+        self._record(record)
+
+    def save(self, record: SaveRecord) -> None:
+        """Record a checkpoint."""
+        self._record(record)
+
+    def end(self, record: EndRecord) -> None:
+        """Record that training ended in order."""
+        self._record(record)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         try:
             with self.file.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
             raise PlatformError(f"{self.file} cannot be written: {error}") from error
+        for view in self._views:
+            view.take(record)
 
-    def say(self, text: str) -> None:
-        """Print a message once."""
-        if self.writes:
-            print(text, flush=True)
-
-    def warn(self, text: str) -> None:
-        """Print a message once, on stderr."""
-        if self.writes:
-            print(text, file=sys.stderr, flush=True)
-
-    def step(self, record: Mapping[str, Any], *, show: bool) -> None:
-        """Record a training step, and show it where a logging interval ends."""
-        if not self.writes:
-            return
-        self._append({"kind": "step", **record})
-        self._shown.append(record)
-        if show:
-            print(step_line(self._shown, self.steps), flush=True)
-            self._shown = []
-
-    def evaluation(
-        self,
-        record: Mapping[str, Any],
-        losses: Mapping[str, float],
-        references: Mapping[str, float],
-        before: Sequence[float],
-        after: Sequence[float],
-    ) -> None:
-        """Record and show an evaluation: losses (nats per token), references, domain weights.
-
-        `record` has its step and seconds.
-        """
-        if not self.writes:
-            return
-        gaps = {
-            name: loss - references[name] for name, loss in losses.items() if name in references
-        }
-        weights = dict(zip(losses, after, strict=True))
-        values = {"losses": losses, "references": references, "gaps": gaps, "weights": weights}
-        self._append({"kind": "evaluation", **record, **values})
-        rows = []
-        for (name, loss), old, new in zip(losses.items(), before, after, strict=True):
-            gap = f"{gaps[name]:+.3f}" if name in gaps else "-"
-            moved = f"{old:.3f} -> {new:.3f}" if old != new else f"{new:.3f}"
-            reference = f"{references[name]:.4f}" if name in gaps else "-"
-            rows.append((name, f"{loss:.4f}", reference, gap, moved))
-        print(f"evaluation at step {record['step']}")
-        header = ("domain", "loss", "reference", "gap", "weight")
-        print("  " + table(rows, header).replace("\n", "\n  "), flush=True)
+    def close(self) -> None:
+        """Close the views; messages are printed still."""
+        for view in self._views:
+            view.close()
 
 
-def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
-    """One console line of the steps since the last one: the newest values, at their mean speed."""
-    last = records[-1]
-    seconds = sum(record["seconds"] for record in records) / len(records)
-    width = len(str(steps))
-    parts = [f"step {last['step']:>{width}}/{steps}", f"loss {last['loss']:.3f}"]
-    if last["penalty"] is not None:
-        parts.append(f"penalty {last['penalty']:.3f}")
-    parts += [f"grad_norm {last['grad_norm']:.2f}", f"lr {last['lr']:.1e}"]
-    if "sparsity" in last:
-        target = last["target_sparsity"]
-        pairs = [f"{name} {now:.2f}/{target[name]:.2f}" for name, now in last["sparsity"].items()]
-        parts.append("sparsity " + " ".join(pairs))
-    parts.append(f"tok/s {last['tokens_per_second'] * last['seconds'] / seconds:,.0f}")
-    parts.append(f"mem {last['memory_gib']:.1f}GiB")
-    parts.append(f"ETA {_duration((steps - last['step']) * seconds)}")
-    return "  ".join(parts)
+def start_record(
+    config: RunConfig,
+    platform: Platform,
+    source: ModelShape,
+    target: ModelShape | None,
+    step: int,
+    weights: Mapping[str, float],
+) -> StartRecord:
+    """What stands at the head of a run that goes on from a step; a collective.
+
+    Args:
+        config: of the run.
+        platform: that it stands on.
+        source: shape that is trained.
+        target: shape to reach, where there is one.
+        step: completed.
+        weights: of the domains.
+    """
+    return {
+        "kind": "start",
+        "schema": SCHEMA,
+        "step": step,
+        "time": utc(),
+        "stage": config.stage,
+        "steps": config.trainer.steps,
+        "tokens_per_step": config.trainer.global_batch_size * config.data.seq_length,
+        "source": asdict(source),
+        "target": asdict(target) if target else None,
+        "parameters": parameter_count(source),
+        "target_parameters": parameter_count(target) if target else None,
+        "weights": dict(weights),
+        "layout": {
+            "tensor": platform.tensor_size,
+            "pipeline": platform.pipeline_size,
+            "context": platform.context_size,
+            "data": platform.data_size,
+        },
+        "hosts": list(dict.fromkeys(on_each_process(socket.gethostname))),
+        "device": cuda.device_name(platform.device),
+        "peak_flops": peak_flops(platform),
+        "flops_per_token": flops_per_token(source, config.data.seq_length),
+        "precision": platform.precision,
+        "layers": platform.layers,
+        "kernels": platform.kernels,
+        "versions": {**versions(), **_optional_versions()},
+        "job": slurm.job(),
+    }
 
 
-def _duration(seconds: float) -> str:
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+def peak_flops(platform: Platform) -> float | None:
+    """Of a device in bf16 (FLOP/s); None in fp32, and of a device that is not known."""
+    gpu = gpu_of_device(cuda.device_name(platform.device))
+    return gpu.bf16_flops if gpu and platform.precision == "bf16" else None
+
+
+def _optional_versions() -> dict[str, str]:
+    found = {}
+    for package in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def utc() -> str:
+    """The time of now as records have it: 2026-11-23T05:40:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

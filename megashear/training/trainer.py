@@ -6,11 +6,12 @@ function of the step.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,13 @@ from megashear.errors import CheckpointError, TrainingError
 from megashear.model.build import build_model
 from megashear.platform import cuda
 from megashear.platform.parallel import Platform
-from megashear.pruning.counting import parameter_count
+from megashear.pruning.counting import flops_per_token, parameter_count
+from megashear.records import MASKS, EvaluationRecord, pack
 from megashear.training.evaluation import Evaluator, cost_of_evaluations
 from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
-from megashear.training.run_log import RunLog
+from megashear.training.run_lock import RunLock
+from megashear.training.run_log import RunLog, peak_flops, start_record, utc
 from megashear.training.step import DomainLosses, run_microbatches
 
 
@@ -60,6 +63,7 @@ class Trainer:
         self.config, self.platform = config, platform
         self.shape = source_shape(config)
         self.run_dir = Path(config.run_dir)
+        self.lock = RunLock(self.run_dir)  # before anything in there changes
         trainer, data = config.trainer, config.data
         self.checkpoints = CheckpointManager(self.run_dir, platform, trainer.keep_checkpoints)
         platform.progress.mark("check of the checkpoints")
@@ -71,7 +75,7 @@ class Trainer:
         kept = resumed.generation if resumed else manager.generation_of(config.init_from)
         self.generation = kept
         resumed_step = resumed.step if resumed else None
-        self.log = RunLog(self.run_dir, trainer.steps, platform.rank == 0, resumed_step)
+        self.log = RunLog(config, platform.rank == 0, resumed_step)
         if passed_over:
             self.log.warn(passed_over)
 
@@ -116,6 +120,10 @@ class Trainer:
         if resumed is not None:  # last, since what is made before may draw numbers
             self.checkpoints.restore_random_states(resumed)
         self._signal = 0  # the one that ends the run
+        peak = peak_flops(platform)
+        self._peak_flops = peak and peak * platform.world_size
+        self._flops_per_token = flops_per_token(self.shape, data.seq_length)
+        self._saving = (0, 0.0)  # step of the newest checkpoint, and seconds that it was waited for
 
     def _introduce(self) -> None:
         """Say what is about to run, on what."""
@@ -169,7 +177,8 @@ class Trainer:
         if self.step >= steps:
             self.log.say(f"{self.run_dir} is complete: {steps} steps. Nothing to do")
             return
-        with self._signals():
+        with closing(self.lock), self._signals(), closing(self.log):
+            self._start()
             saved: int | None = self.step
             if not self.losses:  # the run begins: a resumed one has those of its checkpoint
                 self._evaluate()
@@ -181,18 +190,40 @@ class Trainer:
                 if self._due(self.config.trainer.save_interval):
                     self.save()
                     saved = self.step
-                self._say_saved(self.checkpoints.poll())
+                self._finish_save(wait=False)
             if saved != self.step:
                 self.save()
-            self._say_saved(self.checkpoints.finish())
+            self._finish_save()
+            self._end()
         self.loader.close()
         if self.step < steps:
-            self.log.say(f"stopped by a signal at step {self.step}; start it again to go on")
             raise SystemExit(128 + self._signal)
-        if result := self.objective.result():
+
+    def _start(self) -> None:
+        shapes, now = (self.shape, self.objective.target), (self.step, self._weights())
+        self.log.start(start_record(self.config, self.platform, *shapes, *now))
+
+    def _weights(self) -> dict[str, float]:
+        return dict(zip(self.mixture.names, self.mixture.weights, strict=True))
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak_flops is None:
+            return None
+        return tokens_per_second * self._flops_per_token / self._peak_flops
+
+    def _end(self) -> None:
+        """Say what the run came to, or what stopped it."""
+        reason, verdict = "complete", self.objective.verdict()
+        if self.step < self.config.trainer.steps:
+            reason, verdict = signal.Signals(self._signal).name, ""
+            self.log.say(f"stopped by {reason} at step {self.step}; start it again to go on")
+        elif result := self.objective.result():
             self.log.say(result)
-        if verdict := self.objective.verdict():
+        if verdict:
             self.log.warn(verdict)
+        self.log.end(
+            {"kind": "end", "step": self.step, "time": utc(), "reason": reason, "verdict": verdict}
+        )
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.config.trainer.steps
@@ -212,14 +243,15 @@ class Trainer:
             losses = run_microbatches(
                 self.optimizer.models, batches, self.platform, len(self.mixture.names)
             )
-        self._check_finite(losses, batches)
+        self._check_finite(losses, batches)  # waits for the device
+        computed = time.perf_counter()
         mark("optimizer")
-        penalty = self.objective.backward(self.step)
+        self.objective.backward(self.step)
         grad_norm = self.optimizer.step()
         self.objective.update(lr_share)
-        record = self.objective.metrics(self.step)
+        objective = self.objective.metrics(self.step)
         self.step += 1
-        self._log_step(record, losses, penalty, grad_norm, loaded - began, began)
+        self._log_step(losses, grad_norm, objective, (began, loaded, computed))
 
     def _next_evaluation(self) -> int:
         interval = self.config.evaluation.interval
@@ -232,7 +264,7 @@ class Trainer:
             name: int(tokens) // self.config.data.seq_length
             for name, tokens in zip(self.mixture.names, losses.tokens, strict=True)
         }
-        self._say_saved(self.checkpoints.finish())
+        self._finish_save()
         good = self.checkpoints.latest()
         raise TrainingError(
             f"the loss of step {self.step + 1} is {losses.mean}. Sequences of its batch by domain: "
@@ -244,31 +276,35 @@ class Trainer:
 
     def _log_step(
         self,
-        record: dict[str, Any],
         losses: DomainLosses,
-        penalty: float | None,
         grad_norm: float,
-        data_seconds: float,
-        began: float,
+        objective: dict[str, Any],
+        times: tuple[float, float, float],
     ) -> None:
-        trainer, seq_length = self.config.trainer, self.config.data.seq_length
+        began, loaded, computed = times
         seconds = time.perf_counter() - began
+        tokens = self.config.trainer.global_batch_size * self.config.data.seq_length
         of_domains = zip(self.mixture.names, losses.of_domains(), strict=True)
-        record = {
-            "step": self.step,
-            "tokens": self.step * trainer.global_batch_size * seq_length,
-            "loss": losses.mean,
-            "penalty": penalty,
-            "grad_norm": grad_norm,
-            "lr": self.optimizer.lr,
-            **record,
-            "domain_losses": {name: loss for name, loss in of_domains if not math.isnan(loss)},
-            "seconds": seconds,
-            "data_seconds": data_seconds,
-            "tokens_per_second": trainer.global_batch_size * seq_length / seconds,
-            "memory_gib": cuda.peak_memory_gib(self.platform.device),
-        }
-        self.log.step(record, show=self.step == 1 or self._due(trainer.log_interval))
+        self.log.step(
+            {
+                "kind": "step",
+                "step": self.step,
+                "time": time.time(),
+                "tokens": self.step * tokens,
+                "loss": losses.mean,
+                "domain_losses": {name: loss for name, loss in of_domains if not math.isnan(loss)},
+                "weights": self._weights(),
+                "lr": self.optimizer.lr,
+                "grad_norm": grad_norm,
+                **objective,  # type: ignore[typeddict-item]
+                "seconds": seconds,
+                "data_seconds": loaded - began,
+                "forward_backward_seconds": computed - loaded,
+                "tokens_per_second": tokens / seconds,
+                "mfu": self._mfu(tokens / seconds),
+                "memory_gib": cuda.peak_memory_gib(self.platform.device),
+            }
+        )
 
     def _evaluate(self) -> None:
         self.platform.progress.mark("evaluation", self.step)
@@ -277,20 +313,27 @@ class Trainer:
             self.optimizer.gather(wait=True)
             measured = self.evaluator.measure(self.optimizer.models)
         self.losses = {name: domain.loss for name, domain in measured.items()}
-        before = self.mixture.weights
         if self.step < self.config.trainer.steps:
             self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)
-        self.log.evaluation(
-            {"step": self.step, "seconds": time.perf_counter() - began},
-            self.losses,
-            self.mixture.references,
-            before,
-            self.mixture.weights,
-        )
+        references, of_domains = self.mixture.references, self.losses.items()
+        record: EvaluationRecord = {
+            "kind": "evaluation",
+            "step": self.step,
+            "time": time.time(),
+            "seconds": time.perf_counter() - began,
+            "losses": self.losses,
+            "references": references,
+            "gaps": {n: loss - references[n] for n, loss in of_domains if n in references},
+            "weights": self._weights(),
+        }
+        if kept := self.objective.kept():
+            record["kept"] = kept
+        self.log.evaluation(record)
 
     def save(self) -> None:
         """Write a checkpoint; with `async_save` begin to, and `run` finishes it."""
-        config = self.config
+        self._finish_save()  # the one before, if it takes so long
+        began, config = time.perf_counter(), self.config
         self.platform.progress.mark("save", self.step)
         info = CheckpointInfo(
             shape=self.shape,
@@ -304,18 +347,24 @@ class Trainer:
             tokenizer=self._tokenizer,
             generation=self.generation,
         )
-        self._say_saved(self.checkpoints.finish())  # the one before, if it takes so long
         on_first_process(self._write_run_files)
         self.optimizer.gather(wait=True)
         self.checkpoints.save(
             info, self.optimizer.chunks, self.optimizer.megatron, self.objective.state()
         )
+        self._saving = (self.step, time.perf_counter() - began)
         if not config.trainer.async_save:
-            self._say_saved(self.checkpoints.finish())
+            self._finish_save()
 
-    def _say_saved(self, checkpoint: Path | None) -> None:
+    def _finish_save(self, *, wait: bool = True) -> None:
+        """Give the checkpoint that is being written its name, and tell of it."""
+        began, (step, seconds) = time.perf_counter(), self._saving
+        checkpoint = self.checkpoints.finish() if wait else self.checkpoints.poll()
+        seconds += time.perf_counter() - began
+        self._saving = (step, seconds)
         if checkpoint is not None:
             self.log.say(f"saved {checkpoint}")
+            self.log.save({"kind": "save", "step": step, "time": time.time(), "seconds": seconds})
 
     def _write_run_files(self) -> None:
         """Beside the checkpoints: records, configuration, and domains with their newest weights."""
@@ -325,6 +374,10 @@ class Trainer:
         self.checkpoints.directory.mkdir(exist_ok=True)  # before DOMAINS_FILE, which tells of it
         manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
         manager.write_durably(self.run_dir / "config.yaml", to_yaml(self.config))
+        if masks := self.objective.extracted():
+            packed = {name: pack(rows) for name, rows in masks.items()}
+            text = json.dumps({"step": self.step, "masks": packed})
+            manager.write_durably(self.run_dir / MASKS, text)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

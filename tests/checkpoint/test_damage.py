@@ -5,7 +5,6 @@ The run goes on from the newest whole checkpoint; with none it does not begin ag
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -27,7 +26,7 @@ from megashear.platform import parallel
 from megashear.training.run_log import RunLog
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 
 def train(config: RunConfig, steps: int | None) -> dict[str, Any]:
@@ -80,8 +79,7 @@ def checkpoint(config: RunConfig, step: int) -> Path:
 
 
 def steps_recorded(config: RunConfig) -> list[int]:
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"]
+    return [record["step"] for record in records(config.run_dir, "step")]
 
 
 def cut(file: Path) -> None:
@@ -178,12 +176,12 @@ def test_records_of_another_shape_are_dropped_and_a_full_disk_is_named(tmp_path:
     bad = ["[1]", "1", '{"stfp": 1}', '{"step": "1"}', '{"step": 3}', '{"step": ']
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join([good[0], *bad[:3], good[1], *bad[3:]]))
-    log = RunLog(tmp_path, 4, True, 2)
+    log = RunLog(run_config(tmp_path.parent, (), run_dir=str(tmp_path)), True, 2)
     assert file.read_text().splitlines() == good
     file.unlink()
     file.symlink_to("/dev/full")
     with pytest.raises(PlatformError, match=r"metrics.jsonl cannot be written: .*No space left"):
-        log.step({"step": 3}, show=False)
+        log.step({"kind": "step", "step": 3})
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"\xff\xfe\x00"])

@@ -95,9 +95,9 @@ def steps(config: RunConfig, until: int) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "tokens": []}
     log_step, next_step = trainer.log.step, trainer.loader.next_step
 
-    def note_loss(record: Any, *, show: bool) -> None:
+    def note_loss(record: Any) -> None:
         found["losses"].append(record["loss"])
-        log_step(record, show=show)
+        log_step(record)
 
     def note_tokens() -> Any:
         batches = next_step()

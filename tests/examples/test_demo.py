@@ -7,11 +7,9 @@ functions; about 20 seconds, once for the whole module.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
@@ -23,6 +21,7 @@ from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 from tests.distributed import run_distributed
 from tests.make_tokenizer import example, make_tokenizer, real_texts, write_jsonl
+from tests.runs import records
 
 demo, summary = example("demo/run"), example("demo/summary")
 RUNS = ("source", "prune", "continue", "scratch")
@@ -82,15 +81,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records(folder: Path, run: str, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
 def test_every_run_trained_and_was_evaluated_on_every_domain(folder: Path) -> None:
     for run, steps in STEPS.items():
-        assert [record["step"] for record in records(folder, run, "step")][-1] == steps
-        evaluations = records(folder, run, "evaluation")
+        assert [record["step"] for record in records(folder / run, "step")][-1] == steps
+        evaluations = records(folder / run, "evaluation")
         assert [record["step"] for record in evaluations] == list(range(0, steps + 1, 4))
         for record in evaluations:
             assert list(record["losses"]) == DOMAINS
@@ -152,7 +146,7 @@ def test_the_summary_says_what_came_out(folder: Path) -> None:
     assert f"{parameter_count(CONFIGS['source'].model):,}" in counts[1]
     assert f"{parameter_count(CONFIGS['scratch'].model):,}" in counts[2]
 
-    evaluated = {run: records(folder, run, "evaluation") for run in STEPS}
+    evaluated = {run: records(folder / run, "evaluation") for run in STEPS}
     columns = [evaluated["source"][-1], evaluated["continue"][0], evaluated["continue"][-1]]
     losses = [record["losses"] for record in (*columns, evaluated["scratch"][-1])]
     table = rows["Validation loss (nats per token)"]

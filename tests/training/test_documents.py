@@ -25,7 +25,7 @@ from megashear.training.step import within_documents
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.make_data import random_documents, write_tokens
-from tests.runs import GQA, run_config, write_source
+from tests.runs import GQA, records, run_config, write_source
 
 EOD, SEQ = 0, 16
 SHAPE = replace(GQA, num_layers=4)
@@ -113,9 +113,8 @@ def train(config: RunConfig) -> None:
 def losses_of(config: RunConfig, ranks: int) -> list[float]:
     """Of two steps, and of the evaluations before and after them."""
     run_distributed(train, ranks, config)
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [r["loss"] if r["kind"] == "step" else r["losses"]["a"] for r in records]
+    found = records(config.run_dir)
+    return [r["loss"] if r["kind"] == "step" else r["losses"]["a"] for r in found]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.make_data import write_tokens
 from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 SHAPE = replace(GQA, num_layers=4, tied_embeddings=True)
 LENGTH = 16
@@ -152,8 +151,7 @@ def test_current_and_target_masks_are_different_models(masked: Any) -> None:
 
 def test_the_record_holds_what_was_measured(config: RunConfig, masked: Any) -> None:
     losses = masked("dp2", "target")[0]["losses"]
-    file = Path(f"{config.run_dir}-dp2-target", "metrics.jsonl")
-    record = json.loads(file.read_text().splitlines()[-1])
+    record = records(f"{config.run_dir}-dp2-target")[-1]
     assert (record["kind"], record["step"]) == ("evaluation", 0)
     assert record["losses"] == losses
     assert record["gaps"] == {name: loss - 4.0 for name, loss in losses.items()}

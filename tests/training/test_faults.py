@@ -6,7 +6,6 @@ operations on files by which a checkpoint comes into force. After each the run i
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -27,7 +26,7 @@ from megashear.config.schema import EvaluationConfig, ParallelConfig, RunConfig,
 from megashear.platform import parallel, watchdog
 from megashear.training.trainer import Trainer
 from tests.distributed import _free_port, _on_rank, run_distributed
-from tests.runs import GQA, prune_options, run_config, write_domains, write_source
+from tests.runs import GQA, prune_options, records, run_config, write_domains, write_source
 
 RUNS = {
     "tp2": (ParallelConfig(tensor=2), False),
@@ -191,13 +190,6 @@ def draw_faults(passed: dict[str, int], share: int) -> list[Fault]:
     return draw.sample(faults, len(faults))[share :: len(RUNS)]
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
-    timed = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> None:
     layout, async_save = RUNS[name]
@@ -257,8 +249,8 @@ def assert_same_state(found: list[dict[str, Any]], expected: list[dict[str, Any]
 def assert_same_files(found: Path, expected: Path) -> None:
     """The same record without a step lost or repeated, the same domains, and no left-overs."""
     assert records(found) == records(expected)
-    steps = [record["step"] for record in records(found) if record["kind"] == "step"]
-    assert steps == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(found, "step")] == list(range(1, STEPS + 1))
+    assert (found / "masks.json").read_text() == (expected / "masks.json").read_text()
     assert (found / "domains.yaml").read_text() == (expected / "domains.yaml").read_text()
     left, usual = ({path.name for path in run.glob("**/*")} for run in (found, expected))
     assert left == usual

@@ -6,7 +6,6 @@ of this file go on at once, since they mostly wait.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -28,13 +27,13 @@ from megashear.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from megashear.console import FAILED, run
+from megashear.console import LOST, run
 from megashear.errors import RankError
 from megashear.platform import parallel
 from megashear.training import trainer as trainer_module
 from megashear.training.trainer import Trainer
 from tests.distributed import _free_port, _on_rank
-from tests.runs import GQA, run_config, write_domains
+from tests.runs import GQA, records, run_config, write_domains
 
 TIMEOUT = 5.0  # seconds
 NOTICED = 0.1 * TIMEOUT  # at most, after the time-out
@@ -205,7 +204,7 @@ def test_stopped_rank_ends_the_others_within_the_time_out(
     assert culprit is not None
     assert ranks.processes[culprit].exitcode is None
     for rank in others(name):
-        assert ranks.processes[rank].exitcode == FAILED
+        assert ranks.processes[rank].exitcode == LOST
         assert TIMEOUT < ranks.seconds(rank, culprit) < TIMEOUT + NOTICED + JUDGED + SLACK
         first = ranks.said(rank).splitlines()[0]
         assert re.match(rf"error: step {STEP}: no progress for \d s \(platform.timeout_", first)
@@ -220,7 +219,7 @@ def test_killed_rank_ends_the_others_at_once(runs: dict[str, Ranks], name: str) 
     assert culprit is not None
     assert ranks.processes[culprit].exitcode == -signal.SIGKILL
     for rank in others(name):
-        assert ranks.processes[rank].exitcode == FAILED
+        assert ranks.processes[rank].exitcode == LOST
         assert ranks.seconds(rank, culprit) < JUDGED + SLACK
         first = ranks.said(rank).splitlines()[0]
         assert first.startswith(f"error: step {STEP}: a process of the run is lost: rank {culprit}")
@@ -242,7 +241,7 @@ def test_rank_that_hangs_while_the_others_wait_for_it_is_named_by_all(
     runs: dict[str, Ranks],
 ) -> None:
     for rank in (0, 1):
-        assert runs["hangs"].processes[rank].exitcode == FAILED
+        assert runs["hangs"].processes[rank].exitcode == LOST
         assert runs["hangs"].seconds(rank, 1) < TIMEOUT + NOTICED + JUDGED + SLACK
         assert re.search(
             rf": rank 1 \(.+\) at step {STEP} in micro-batches for \d+ s, hang_in_python \(",
@@ -252,13 +251,13 @@ def test_rank_that_hangs_while_the_others_wait_for_it_is_named_by_all(
 
 
 def test_run_of_one_process_that_hangs_ends(runs: dict[str, Ranks]) -> None:
-    assert runs["hangs alone"].processes[0].exitcode == FAILED
+    assert runs["hangs alone"].processes[0].exitcode == LOST
     assert "rank 0" in runs["hangs alone"].said(0)
     assert "hang_in_python (test_hang.py" in runs["hangs alone"].said(0)
 
 
 def test_error_of_one_rank_is_named_by_the_others(runs: dict[str, Ranks]) -> None:
-    assert runs["fails"].processes[0].exitcode == FAILED
+    assert runs["fails"].processes[0].exitcode == LOST
     assert "ended at step 3 in micro-batches: MemoryError: no memory is left" in runs["fails"].said(
         0
     )
@@ -285,6 +284,5 @@ def test_slow_or_suspended_run_goes_on_to_its_end(runs: dict[str, Ranks], name: 
     for rank, process in enumerate(runs[name].processes):
         assert process.exitcode == 0
         assert runs[name].said(rank) == ""
-    records = (runs[name].out / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [record["step"] for record in map(json.loads, records) if record["kind"] == "step"]
+    steps = [record["step"] for record in records(runs[name].out / "run", "step")]
     assert steps == [1, 2, 3, 4]

@@ -127,7 +127,7 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
     found["stage"] = platform.pipeline_rank
     owned = trainer.optimizer.owned
 
-    def keep(record: dict[str, Any], show: bool) -> None:
+    def keep(record: dict[str, Any]) -> None:
         found["losses"].append(record["loss"])
         found["norms"].append(record["grad_norm"])
 

@@ -26,7 +26,7 @@ from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf_models import load_llama, save_llama
 from tests.make_data import random_documents, write_tokens
-from tests.runs import GQA, prune_options, run_config, write_domains, write_source
+from tests.runs import GQA, prune_options, records, run_config, write_domains, write_source
 
 
 def train(config: RunConfig) -> None:
@@ -72,8 +72,7 @@ def evaluate(ranks: int, *arguments: object) -> list[dict[str, Any]]:
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "evaluation"][-1]
+    return records(run, "evaluation")[-1]
 
 
 def loss_of_transformers(directory: Path, domain: Domain, sequences: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from megashear.errors import ConfigError
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 ETA, SMOOTHING, INTERVAL, BATCH = 4.0, 1e-4, 4, 8
 REFERENCES = {"first": 6.0, "second": 4.1}  # a random model's loss is above the second alone
@@ -79,10 +78,8 @@ class Run:
         self.directory = Path(self.config.run_dir)
         ranks = run_distributed(train, 2, self.config)
         self.counts = np.array(ranks).sum(0)  # [steps, domains]
-        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        self.evaluations = [record for record in records if record["kind"] == "evaluation"]
-        self.steps = [record for record in records if record["kind"] == "step"]
+        self.evaluations = records(self.directory, "evaluation")
+        self.steps = records(self.directory, "step")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +165,7 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
         (d.name, d.train, d.valid) for d in run.config.data.domains
     ]
     run_distributed(train, 1, config)
-    first = json.loads((tmp_path / "continue" / "metrics.jsonl").read_text().splitlines()[0])
+    first = records(tmp_path / "continue", "evaluation")[0]
     assert first["weights"] == final
     assert first["references"] == REFERENCES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -15,6 +14,7 @@ import torch
 
 from megashear.config.schema import (
     QUERY_HEAD,
+    LogConfig,
     ParallelConfig,
     RunConfig,
     TargetShape,
@@ -24,7 +24,7 @@ from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 
 def prune_run(directory: Path, **changes: Any) -> RunConfig:
@@ -67,13 +67,6 @@ def train(config: RunConfig, stop_at: int | None) -> dict[str, Any]:
     return {"began": began, "weights": weights, **trainer.objective.state()}
 
 
-def records(config: RunConfig) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
-    timed = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     run_distributed(write_source, 1, tmp_path, GQA)
     whole = prune_run(tmp_path, run_dir=str(tmp_path / "whole"))
@@ -90,9 +83,11 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), name
-    assert records(broken) == records(whole)
-    steps = [record["step"] for record in records(broken) if record["kind"] == "step"]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert records(broken.run_dir) == records(whole.run_dir)
+    assert [record["step"] for record in records(broken.run_dir, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(broken.run_dir, "start")] == [0, 3]
+    masks = [(Path(run.run_dir) / "masks.json").read_text() for run in (broken, whole)]
+    assert masks[0] == masks[1]
 
 
 def test_complete_run_does_nothing_when_started_again(tmp_path: Path) -> None:
@@ -135,6 +130,7 @@ MATTERS = {
 }
 FREE = {
     "data.num_workers": 1,
+    "log": LogConfig(tensorboard=True),
     "parallel": ParallelConfig(distributed_optimizer=True, recompute="full"),
     "platform.precision": "auto",  # which is what it was on this machine
     "platform.timeout_minutes": 3.0,
@@ -195,7 +191,12 @@ def test_signal_to_one_rank_saves_on_all_and_the_run_goes_on(tmp_path: Path, num
     config = prune_run(tmp_path)
     for found in run_distributed(stop_by_signal, 2, config, number):
         assert found == {"status": 128 + number, "step": 2}
+    assert records(config.run_dir, "end") == [
+        {"kind": "end", "step": 2, "reason": signal.Signals(number).name, "verdict": ""}
+    ]
     assert run_distributed(train, 2, config, None)[0]["began"] == 2
+    ends = [(record["step"], record["reason"]) for record in records(config.run_dir, "end")]
+    assert ends == [(2, signal.Signals(number).name), (6, "complete")]
 
 
 def poisoned(config: RunConfig) -> str:

@@ -27,9 +27,8 @@ from megashear.pruning.counting import parameter_count
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf_models import save_llama
-from tests.runs import GQA, MHA, TARGETS, run_config, write_domains, write_source
+from tests.runs import GQA, MHA, TARGETS, records, run_config, write_domains, write_source
 
-TIMED = ("seconds", "data_seconds", "tokens_per_second", "memory_gib")
 MASKS = ("layer", "hidden", "head", "intermediate")
 
 
@@ -42,16 +41,6 @@ def train(config: RunConfig) -> str:
     finally:
         parallel.stop()
     return trainer.objective.verdict()
-
-
-def records(run: str | Path, kind: str) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, without what a clock measured."""
-    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [
-        {key: value for key, value in line.items() if key not in TIMED}
-        for line in lines
-        if line["kind"] == kind
-    ]
 
 
 def write_import(directory: Path) -> None:
@@ -203,7 +192,7 @@ def penalties(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, A
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     logged: list[float] = []
-    trainer.log.step = lambda record, show: logged.append(record["penalty"])  # type: ignore
+    trainer.log.step = lambda record: logged.append(record["penalty"])  # type: ignore
     expected = []
     for step in range(5):
         total = 0.0

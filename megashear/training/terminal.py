@@ -1,0 +1,106 @@
+"""What a run prints: lines for a file that a scheduler writes; on a terminal a bar below them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from megashear.config.schema import TrainerConfig
+from megashear.console import table
+
+
+class Terminal:
+    """A view of the records on stdout; the bar is there from a start until `close`."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.steps, self.interval = config.steps, config.log_interval
+        self._weights: Mapping[str, float] = {}
+        self._shown: list[Mapping[str, Any]] = []  # records since the last line
+        self._bar: tqdm | None = None
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Print what a record has to say."""
+        if record["kind"] == "start":
+            self._weights = record["weights"]
+            self.say(start_line(record))
+            if sys.stdout.isatty():
+                what = {"desc": record["stage"], "unit": "step", "total": self.steps}
+                style = {"file": sys.stdout, "leave": False, "dynamic_ncols": True}
+                self._bar = tqdm(initial=record["step"], **what, **style)
+        elif record["kind"] == "step":
+            self._step(record)
+        elif record["kind"] == "evaluation":
+            self.say(evaluation_table(record, self._weights))
+            self._weights = record["weights"]
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        self._shown.append(record)
+        step = record["step"]
+        if step == 1 or step % self.interval == 0 or step == self.steps:
+            self.say(step_line(self._shown, self.steps))
+            self._shown = []
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Print above the bar; on stdout unless told otherwise."""
+        file = file or sys.stdout
+        with tqdm.external_write_mode(file) if self._bar is not None else nullcontext():
+            print(text, file=file, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def start_line(record: Mapping[str, Any]) -> str:
+    """When and where a run starts, which a file of several jobs does not tell otherwise."""
+    hosts, count = record["hosts"], 1
+    for size in record["layout"].values():
+        count *= size
+    where = ", ".join(hosts) if len(hosts) <= 4 else f"{hosts[0]} and {len(hosts) - 1} more"
+    job = f", job {record['job']}" if record["job"] else ""
+    return f"{record['time']}  step {record['step']}  {count} x {record['device']} on {where}{job}"
+
+
+def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
+    """One line of the steps since the last one: the newest values, at their mean speed."""
+    last = records[-1]
+    seconds = sum(record["seconds"] for record in records) / len(records)
+    width = len(str(steps))
+    parts = [f"step {last['step']:>{width}}/{steps}", f"loss {last['loss']:.3f}"]
+    if "penalty" in last:
+        parts.append(f"penalty {last['penalty']:.3f}")
+    parts += [f"grad_norm {last['grad_norm']:.2f}", f"lr {last['lr']:.1e}"]
+    if "sparsity" in last:
+        target = last["target_sparsity"]
+        pairs = [f"{name} {now:.2f}/{target[name]:.2f}" for name, now in last["sparsity"].items()]
+        parts.append("sparsity " + " ".join(pairs))
+    speed = last["seconds"] / seconds  # of the last step, to that of all
+    parts.append(f"tok/s {last['tokens_per_second'] * speed:,.0f}")
+    if last["mfu"] is not None:
+        parts.append(f"mfu {last['mfu'] * speed:.1%}")
+    parts.append(f"mem {last['memory_gib']:.1f}GiB")
+    parts.append(f"ETA {tqdm.format_interval((steps - last['step']) * seconds)}")
+    return "  ".join(parts)
+
+
+def evaluation_table(record: Mapping[str, Any], before: Mapping[str, float]) -> str:
+    """Losses (nats per token), references and gaps by domain, and how the weights moved."""
+    rows = []
+    for name, loss in record["losses"].items():
+        gap = f"{record['gaps'][name]:+.3f}" if name in record["gaps"] else "-"
+        reference = f"{record['references'][name]:.4f}" if name in record["gaps"] else "-"
+        weight = f"{record['weights'][name]:.3f}"
+        if before.get(name, record["weights"][name]) != record["weights"][name]:
+            weight = f"{before[name]:.3f} -> {weight}"
+        rows.append((name, f"{loss:.4f}", reference, gap, weight))
+    text = table(rows, ("domain", "loss", "reference", "gap", "weight"))
+    return f"evaluation at step {record['step']}\n  " + text.replace("\n", "\n  ")
