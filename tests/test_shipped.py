@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -113,16 +112,6 @@ def test_every_configuration_is_right(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(copy, check_files=False) == config
-
-
-def test_the_configurations_in_the_readme_are_right(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^    stage: (?:.+\n)+", text, re.MULTILINE)
-    assert len(blocks) == 2
-    for block in blocks:
-        file = tmp_path / "readme.yaml"
-        file.write_text(textwrap.dedent(block), encoding="utf-8")
-        load_config(file, check_files=False, world_size=8)
 
 
 def test_every_module_has_its_line_in_the_tour() -> None:
