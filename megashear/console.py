@@ -17,9 +17,9 @@ from typing import Any, TextIO, TypeVar
 
 from megashear.errors import RankError, ShearError
 
-FAILED, USAGE, BROKEN_PIPE = 1, 2, 141
-"""Exit statuses: a negative answer, or a rank is lost; wrong use or input, or the output cannot be
-written; its reader left. Of a signal it is 128 + its number, as in a shell."""
+FAILED, USAGE, LOST, BROKEN_PIPE = 1, 2, 75, 141
+"""Exit statuses: a negative answer; wrong use or input, or the output cannot be written; a rank is
+lost, so start again; its reader left. Of a signal it is 128 + its number, as in a shell."""
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def _status(main: Callable[[], int | None]) -> int:
         return main() or 0
     except ShearError as error:
         _say(f"error: {error}")
-        return FAILED if isinstance(error, RankError) else USAGE
+        return LOST if isinstance(error, RankError) else USAGE
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         _say(SIGNALS[number])

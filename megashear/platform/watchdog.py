@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megashear.console import FAILED
+from megashear.console import LOST
 from megashear.errors import RankError
 
 GRACE_MINUTES = 1.0
@@ -149,7 +149,7 @@ class _Watchdog:
                 if not self._closed.is_set():
                     self.close()
                     print(f"error: {message}", file=sys.stderr, flush=True)
-                    os._exit(FAILED)
+                    os._exit(LOST)
 
     def _exchange(self) -> None:
         """Publish this rank's mark at every change and read all once a period, until closed."""
