@@ -1,0 +1,61 @@
+"""`megashear report`: runs as a page for a browser."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from megashear.errors import DataError
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser(
+        "report",
+        help="runs as an HTML page",
+        description="Write one HTML page of a run, or of several side by side: losses against\n"
+        "references, domain weights and data, masks, speed, sizes, configuration. It needs\n"
+        "nothing beside it and no network. Runs may be unfinished or damaged: the page says what\n"
+        "could not be read.",
+        epilog="example:\n\n"
+        "  megashear report runs/prune\n"
+        "  megashear report runs/prune runs/continue --out report.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page, replaced where it is there (default: report.html, in RUN where it is one)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the runs, and write their page.
+
+    Raises:
+        DataError: a run is no directory, or the page cannot be written.
+    """
+    from megashear import __version__
+    from megashear.files import write_whole
+    from megashear.report.page import render
+    from megashear.report.runs import Run
+
+    directories = list(dict.fromkeys(args.runs))
+    if lacking := [str(path) for path in directories if not path.is_dir()]:
+        raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
+    out = args.out or Path(directories[0] if len(directories) == 1 else ".", "report.html")
+    runs = [Run.read(directory) for directory in directories]
+    page = render(runs, __version__, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}") from error
+    for read in runs:
+        for problem in read.problems:
+            print(f"{read.directory}: {problem}")
+    print(f"written to {out} ({len(page) / 1e6:.1f} MB)")

@@ -1,0 +1,212 @@
+"""Numbers from the records of a run, whatever else stands in them. No drawing here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megashear.records import METRICS
+from megashear.report.runs import Run
+
+Series = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""Steps, and a value at each."""
+
+MOST_POINTS = 2000
+"""Of a line that is drawn: about two for each pixel of a wide screen."""
+STRETCHES = 100
+"""Of a noisy line, whose means are drawn over it."""
+
+
+def number(value: Any) -> float:
+    """A finite number as it is, anything else as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) < 1e300 else math.nan  # false of NaN too
+
+
+def part(tree: Any, *path: str | int) -> Any:
+    """What stands at this path of keys and positions; None where nothing does."""
+    for key in path:
+        try:
+            tree = tree[key]
+        except (LookupError, TypeError):
+            return None
+    return tree
+
+
+def mapping(tree: Any, *path: str | int) -> dict[str, Any]:
+    """The mapping at a path; an empty one where there is none."""
+    found = part(tree, *path)
+    return found if isinstance(found, dict) else {}
+
+
+def series(run: Run, kind: str, *path: str | int) -> Series:
+    """A field over the steps; `run.problems` tells of values that are no numbers."""
+    steps, values, wrong = [], [], []
+    for record in run.records[kind]:
+        found = part(record, *path)
+        value = number(found)
+        if not math.isnan(value):
+            steps.append(record["step"])
+            values.append(value)
+        elif found is not None:
+            wrong.append(record["step"])
+    if wrong:
+        field = ".".join(map(str, path))
+        more = f" and of {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        tell(run, f"{METRICS}: {kind} {wrong[0]}{more}: {field} is no finite number; left out")
+    return np.array(steps, np.int64), np.array(values, np.float64)
+
+
+def tell(run: Run, problem: str) -> None:
+    """Add to a run's problems, once."""
+    if problem not in run.problems:
+        run.problems.append(problem)
+
+
+def last(run: Run, kind: str, *path: str | int) -> float:
+    """The newest number of a field; NaN where there is none."""
+    values = series(run, kind, *path)[1]
+    return float(values[-1]) if len(values) else math.nan
+
+
+def thin(line: Series, most: int = MOST_POINTS) -> Series:
+    """Few enough points to draw: of each stretch of steps its least and its greatest, and the ends.
+
+    What is left are points of the line, so that no peak is lost or moved.
+    """
+    steps, values = line
+    if len(steps) <= most:
+        return line
+    kept = {0, len(steps) - 1}
+    for stretch in np.array_split(np.arange(len(steps)), most // 2 - 1):
+        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    chosen = sorted(kept)
+    return steps[chosen], values[chosen]
+
+
+def means(line: Series) -> Series:
+    """The mean of each of STRETCHES equal stretches of steps, at its middle."""
+    of_steps, of_values = (np.array_split(each, STRETCHES) for each in line)
+    steps = np.array([stretch[len(stretch) // 2] for stretch in of_steps])
+    return steps, np.array([stretch.mean() for stretch in of_values])
+
+
+def is_long(run: Run) -> bool:
+    """Whether its lines are thinned."""
+    return len(run.records["step"]) > MOST_POINTS
+
+
+def labels(directories: Sequence[Path]) -> list[str]:
+    """A short name of each run: the end of its path, as long as it takes to tell them apart."""
+    paths = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def domains(runs: Sequence[Run]) -> list[str]:
+    """Names of domains, in the order in which the runs have them."""
+    names: dict[str, None] = {}
+    for run in runs:
+        for record in run.records["evaluation"] + run.records["step"][:1]:
+            for field in ("losses", "references", "weights", "domain_losses"):
+                names |= dict.fromkeys(mapping(record, field))
+    return list(names)
+
+
+def tokens_per_step(run: Run) -> float:
+    """As the run states it, or as its records came to; NaN where nothing tells."""
+    stated = number(run.start.get("tokens_per_step"))
+    steps, tokens = series(run, "step", "tokens")
+    if math.isnan(stated) and len(steps) and steps[-1] > 0:
+        return float(tokens[-1] / steps[-1])
+    return stated
+
+
+def data_used(run: Run) -> dict[str, float]:
+    """Tokens that were drawn of each domain: the weights of each step times its tokens.
+
+    A step that does not tell its weights was drawn by those of the evaluation before it.
+    """
+    each = tokens_per_step(run)
+    updates = [(r["step"], mapping(r, "weights")) for r in run.records["evaluation"]]
+    used: dict[str, float] = {}
+    weights: Mapping[str, Any] = {}
+    done, at = 0, 0
+    for record in run.records["step"]:
+        while at < len(updates) and updates[at][0] < record["step"]:
+            weights, at = updates[at][1], at + 1
+        drawn = mapping(record, "weights") or weights
+        tokens = (record["step"] - done) * each  # of damaged records before it too
+        done = record["step"]
+        for name, weight in drawn.items():
+            share = number(weight) * tokens
+            used[name] = used.get(name, 0.0) + (0.0 if math.isnan(share) else share)
+    return used
+
+
+def missing_steps(run: Run) -> str:
+    """The first steps between others that have no record, in words; empty where all have one."""
+    steps = np.array([record["step"] for record in run.records["step"]])
+    gaps = np.flatnonzero(np.diff(steps) > 1)
+    if not len(gaps):
+        return ""
+    lost = int(np.sum(np.diff(steps)[gaps] - 1))
+    first = f"{steps[gaps[0]] + 1:,} to {steps[gaps[0] + 1] - 1:,}"
+    return f"{METRICS}: no record of {lost:,} steps, the first of them steps {first}"
+
+
+def seconds_since_1970(text: Any) -> float:
+    """Of a record's time, as a number or as 2026-11-23T05:40:00Z; NaN where it is neither."""
+    if not isinstance(text, str):
+        return number(text)
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return math.nan
+
+
+def time_spent(run: Run) -> dict[str, float]:
+    """Seconds by what they went to, in the order of a step; without what was not recorded."""
+
+    def total(kind: str, field: str) -> float:
+        return float(series(run, kind, field)[1].sum())
+
+    step, data = total("step", "seconds"), total("step", "data_seconds")
+    compute = total("step", "forward_backward_seconds")
+    spent = {
+        "waiting for data": data,
+        "forward and backward": compute,
+        "optimizer and rest of the step" if compute else "computation": step - data - compute,
+        "evaluation": total("evaluation", "seconds"),
+        "saving": total("save", "seconds"),
+    }
+    running, stopped = _sessions(run)
+    spent["start-up and other"] = running - sum(spent.values())
+    spent["between starts"] = stopped
+    return {what: seconds for what, seconds in spent.items() if seconds > 0}
+
+
+def _sessions(run: Run) -> tuple[float, float]:
+    """Seconds from each start to the last sign of life before the next one, and those between."""
+    starts = sorted(
+        time for r in run.records["start"] if (time := seconds_since_1970(r.get("time"))) > 0
+    )
+    records = run.records["step"] + run.records["end"]
+    seen = np.array(starts + [seconds_since_1970(r.get("time")) for r in records])
+    running = stopped = 0.0
+    for began, following in pairwise([*starts, math.inf]):
+        ended = float(np.max(seen, where=(seen >= began) & (seen < following), initial=began))
+        running += ended - began
+        stopped += following - ended if following < math.inf else 0.0
+    return running, stopped

@@ -1,0 +1,234 @@
+"""The numbers of a report as tables, from runs in whatever state they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megashear.report.runs import Run
+from megashear.report.series import (
+    data_used,
+    last,
+    mapping,
+    number,
+    seconds_since_1970,
+    series,
+    time_spent,
+    tokens_per_step,
+)
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def of_runs(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
+    """A column for each run, and a row for each fact that one of them tells."""
+    facts = {fact: None for column in columns.values() for fact in column}
+    rows = [(fact, *(column.get(fact, NONE) for column in columns.values())) for fact in facts]
+    return Table(title, ("", *columns), rows)
+
+
+def show(value: Any, form: str = ",") -> str:
+    """A value of a file as a cell."""
+    if isinstance(value, str):
+        return value[:300]
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(show, value))
+    return NONE if math.isnan(number(value)) else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """As 26:03:05 (hours), or 4.2 s."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+
+
+def overview(run: Run) -> dict[str, str]:
+    """What the run is, how far it is, and what it came to."""
+    start = run.start
+    spent = time_spent(run)
+    layout = mapping(start, "layout")
+    processes = math.prod(int(size) for size in layout.values() if number(size) > 0)
+    facts = {
+        "directory": str(run.directory),
+        "stage": show(start.get("stage", run.config.get("stage"))),
+        "state": state(run),
+        "tokens": show(last(run, "step", "tokens"), ",.0f"),
+        "tokens per step": show(tokens_per_step(run), ",.0f"),
+        "parameters": show(start.get("parameters")),
+        "target parameters": show(start.get("target_parameters")),
+        "devices": f"{processes} x {show(start.get('device'))}" if layout else NONE,
+        "hosts": show(start.get("hosts")),
+        "layout": show(layout) if layout else NONE,
+        "precision": show(start.get("precision")),
+        "layers, kernels": f"{show(start['layers'])}, {show(start.get('kernels'))}"
+        if "layers" in start
+        else NONE,
+        "recorded time": duration(sum(spent.values())) if spent else NONE,
+    }
+    for name, field, form in (
+        ("tokens/s, median of steps", "tokens_per_second", ",.0f"),
+        ("MFU, median of steps", "mfu", ".1%"),
+    ):
+        values = series(run, "step", field)[1]
+        facts[name] = format(float(np.median(values)), form) if len(values) else NONE
+    facts["peak memory of a process (GiB)"] = show(last(run, "step", "memory_gib"), ".2f")
+    for name, field in (("last validation loss", "losses"), ("last gap", "gaps")):
+        of_domains = mapping(_newest(run, "evaluation"), field).values()
+        finite = [value for value in map(number, of_domains) if not math.isnan(value)]
+        facts[f"{name}, mean of domains"] = f"{np.mean(finite):.4f}" if finite else NONE
+    return {fact: value for fact, value in facts.items() if value != NONE}
+
+
+def state(run: Run) -> str:
+    """How far it is, and how it ended."""
+    steps = number(run.steps)
+    of = "" if math.isnan(steps) else f" of {steps:,.0f}"
+    end = _newest(run, "end")
+    if run.step >= steps:
+        return f"complete: {run.step:,} steps"
+    if number(end.get("step")) == run.step and end.get("reason") != "complete":
+        return f"stopped at step {run.step:,}{of}: {show(end.get('reason'))}"
+    return f"at step {run.step:,}{of}; running, or ended without a record"
+
+
+def _newest(run: Run, kind: str) -> dict[str, Any]:
+    return run.records[kind][-1] if run.records[kind] else {}
+
+
+def losses(label: str, run: Run, domains: Sequence[str]) -> Table:
+    """First and last losses, reference, gap, weights and tokens of each domain."""
+    used = data_used(run)
+    total = sum(used.values())
+    header = (
+        *("domain", "first loss", "last loss", "reference", "gap"),
+        *("first weight", "last weight", "tokens used", "share used"),
+    )
+    rows = []
+    for name in domains:
+        loss, weight = (series(run, "evaluation", f, name)[1] for f in ("losses", "weights"))
+        if not len(loss) and not len(weight) and name not in used:
+            continue
+        ends = [*_ends(loss, ".4f")]
+        reference = show(last(run, "evaluation", "references", name), ".4f")
+        gap = show(last(run, "evaluation", "gaps", name), "+.4f")
+        tokens = used.get(name, math.nan)
+        share = show(tokens / total, ".1%") if total else NONE
+        rows.append(
+            (name, *ends, reference, gap, *_ends(weight, ".4f"), show(tokens, ",.0f"), share)
+        )
+    return Table(label, header, rows)
+
+
+def _ends(values: Sequence[float] | np.ndarray, form: str) -> tuple[str, str]:
+    return (format(values[0], form), format(values[-1], form)) if len(values) else (NONE, NONE)
+
+
+def masks(label: str, run: Run) -> Table:
+    """Of each constraint: units kept, sparsities and multipliers."""
+    newest = _newest(run, "step")
+    kept = mapping(_newest(run, "evaluation"), "kept")
+    counts = {name: [sum(row) for row in rows] for name, rows in run.masks.items()} or kept
+    sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
+    rows = []
+    for name in dict.fromkeys([*sparsity, *counts]):
+        units = len(run.masks[name][0]) if run.masks.get(name) else None
+        amounts = [n for n in counts.get(name) or [] if not math.isnan(number(n))]
+        of = f" of {units:,}" if units else ""
+        now, wanted = number(sparsity.get(name)), number(target.get(name))
+        lambdas = [_mean(mapping(newest, "multipliers").get(name), at) for at in (0, 1)]
+        rows.append(
+            (
+                name,
+                f"{_range(amounts)}{of}" if amounts else NONE,
+                *(show(value, ".4f") for value in (now, wanted)),
+                show(now - wanted, "+.4f"),
+                *(show(value, "+.3f") for value in lambdas),
+            )
+        )
+    header = ("mask", "units kept, of each row", "expected sparsity", "target", "difference")
+    return Table(label, (*header, "λ1, mean of rows", "λ2, mean of rows"), rows)
+
+
+def _range(amounts: Sequence[int]) -> str:
+    low, high = min(amounts), max(amounts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _mean(multipliers: Any, at: int) -> float:
+    try:
+        return float(np.mean([float(value) for value in multipliers[at]]))
+    except (TypeError, ValueError, LookupError):
+        return math.nan
+
+
+def times(run: Run) -> dict[str, str]:
+    """Durations, and their shares of all."""
+    spent = time_spent(run)
+    total = sum(spent.values())
+    return {what: f"{duration(s)} ({s / total:.1%})" for what, s in spent.items()}
+
+
+SIZES = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("ffn_hidden_size", "vocab_size", "tied_embeddings"),
+)
+
+
+def shapes(label: str, run: Run) -> dict[str, dict[str, str]]:
+    """Columns of sizes and parameters: the model's, and in stage prune the target's."""
+    start, config = run.start, run.config
+    model = mapping(start, "source") or mapping(config, "model")
+    target = mapping(start, "target") or mapping(config, "target")
+    columns = {}
+    for name, shape, parameters in (
+        (f"{label}: source" if target else label, model, start.get("parameters")),
+        (f"{label}: target", target, start.get("target_parameters")),
+    ):
+        sizes = {size: show(shape[size]) for size in SIZES if shape.get(size) is not None}
+        if parameters is not None:
+            sizes["parameters"] = show(parameters)
+        if sizes:
+            columns[name] = sizes
+    return columns
+
+
+def events(label: str, run: Run) -> Table:
+    """Starts, resumes and ends in the order of time."""
+    rows = []
+    for kind in ("start", "end"):
+        for record in run.records[kind]:
+            when = seconds_since_1970(record.get("time"))
+            what = "end" if kind == "end" else "resume" if record["step"] else "start"
+            told = record.get("reason") if kind == "end" else _where(record)
+            cells = (what, show(record.get("time")), f"{record['step']:,}", show(told))
+            rows.append((when if when == when else math.inf, cells))
+    header = ("event", "time (UTC)", "step", "")
+    return Table(label, header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def _where(start: Mapping[str, Any]) -> str:
+    parts = [show(start.get("device")), f"hosts {show(start.get('hosts'))}"]
+    parts.append(f"layout {show(mapping(start, 'layout'))}")
+    return "; ".join(parts + ([f"job {show(start['job'])}"] if start.get("job") else []))
+
+
+def versions(run: Run) -> dict[str, str]:
+    """Of the packages, at the last start."""
+    return {show(name): show(version) for name, version in mapping(run.start, "versions").items()}
