@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from megashear import console
-from megashear.commands import evaluate, launch, reference_loss, report, shear, tokenize
+from megashear.commands import evaluate, launch, reference_loss, report, shear, tokenize, watch
 
-COMMANDS = (shear, tokenize, launch, evaluate, reference_loss, report)
+COMMANDS = (shear, tokenize, launch, watch, evaluate, reference_loss, report)
 
 
 def main() -> None:

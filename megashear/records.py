@@ -21,16 +21,16 @@ class StartRecord(TypedDict):
     """A process group began to train: at first, and after each resume."""
 
     kind: Literal["start"]
-    schema: int  # SCHEMA
+    schema: int  # of this page's fields
     step: int  # that it goes on from
     time: str  # UTC, as 2026-11-23T05:40:00Z
     stage: str  # pretrain | prune | continue
     steps: int  # of the whole run
-    tokens_per_step: int
+    tokens_per_step: int  # of all processes
     source: dict[str, Any]  # shape that is trained: ModelShape
     target: dict[str, Any] | None  # shape to reach, in stage prune where it has one
-    parameters: int
-    target_parameters: int | None
+    parameters: int  # of the source
+    target_parameters: int | None  # of the target
     weights: dict[str, float]  # of the domains, to begin with
     layout: dict[str, int]  # processes by kind: tensor, pipeline, context, data
     hosts: list[str]  # machines, in the order of the processes
@@ -48,21 +48,21 @@ class StepRecord(TypedDict, total=False):
     """An optimizer step."""
 
     kind: Literal["step"]
-    step: int
+    step: int  # its number, from 1 on
     time: float  # when it ended (seconds since 1970)
     tokens: int  # seen since the run began
     loss: float  # mean over the step's tokens
     domain_losses: dict[str, float]  # of the domains that the step had tokens of
     weights: dict[str, float]  # of the domains, that the step's samples were drawn by
-    lr: float
+    lr: float  # of the weights
     grad_norm: float  # of the weights, before clipping
     mask_grad_norm: float  # stage prune only, as all down to target_sparsity; before clipping
-    multiplier_grad_norm: float
-    penalty: float
-    # Of each constraint after the step: lambda1 and lambda2, [2, 1 or rows].
+    multiplier_grad_norm: float  # before clipping
+    penalty: float  # of being off the targets, as the step minimised it
+    # of each constraint after the step: lambda1 and lambda2, [2, 1 or rows]
     multipliers: dict[str, list[list[float]]]
-    sparsity: dict[str, float]  # expected, of each constraint, mean over rows
-    target_sparsity: dict[str, float]  # warmed up
+    sparsity: dict[str, float]  # expected, of each constraint after the step, mean over rows
+    target_sparsity: dict[str, float]  # that the step aimed at, which rises while it warms up
     seconds: float  # of the step, waiting for data included
     data_seconds: float  # waiting for data
     forward_backward_seconds: float  # micro-batches, masks on weights, reduction of gradients
@@ -75,10 +75,10 @@ class EvaluationRecord(TypedDict, total=False):
     """Validation of every domain."""
 
     kind: Literal["evaluation"]
-    step: int
+    step: int  # steps done; 0 before the first
     time: float  # when it ended (seconds since 1970)
-    seconds: float
-    losses: dict[str, float]
+    seconds: float  # that it took
+    losses: dict[str, float]  # of the domains
     references: dict[str, float]  # of the domains that have one
     gaps: dict[str, float]  # loss - reference
     weights: dict[str, float]  # from here on
@@ -98,8 +98,8 @@ class EndRecord(TypedDict):
     """Training ended in order; a run that was killed, or that failed, has none."""
 
     kind: Literal["end"]
-    step: int
-    time: str
+    step: int  # steps done
+    time: str  # UTC
     reason: str  # complete, or the name of the signal, such as SIGUSR1
     verdict: str  # masks that are off their targets, as the run says it; empty where all is well
 

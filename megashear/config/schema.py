@@ -90,8 +90,8 @@ class PruningConfig:
     """How the masks are learned (DESIGN section 3; defaults are the paper's)."""
 
     sparsity_warmup_steps: int = 640  # steps over which the target sparsity rises from 0
-    mask_lr: float = 1.0
-    multiplier_lr: float = 1.0
+    mask_lr: float = 1.0  # at its peak, on the schedule of optimizer.lr
+    multiplier_lr: float = 1.0  # likewise
     head_unit: str = QUERY_GROUP  # query_group: with its key and value; query_head: they all stay
     multipliers: str = "shared"  # shared: one pair per mask; per_layer: one pair per row
     clip_grad: float = 1.0  # norm at which mask and multiplier gradients are clipped, each apart
@@ -102,9 +102,9 @@ class Domain:
     """A source of text: token files without their .bin/.idx suffix, and its share of the blend."""
 
     name: str
-    train: str
-    valid: str
-    weight: float
+    train: str  # token files
+    valid: str  # token files that losses are measured on
+    weight: float  # share of the samples, to begin with; those of all domains sum to 1
     reference_loss: float | None = None  # nats per token; needed by every rule but `constant`
     min_weight: float = 0.0  # bounds that an update of the weights keeps to
     max_weight: float = 1.0
@@ -116,9 +116,9 @@ class DataConfig:
 
     seq_length: int = 4096  # tokens
     rule: str = "paper"  # paper | reference_code | constant
-    eta: float = 1.0
-    smoothing: float = 1e-4
-    seed: int = 1234
+    eta: float = 1.0  # strength of an update of the weights
+    smoothing: float = 1e-4  # share of the whole that an update spreads evenly over the domains
+    seed: int = 1234  # order of samples
     num_workers: int = 0  # loader processes per rank
     index_cache: str | None = None  # directory of epoch indices; default: beside the token files
     reset_attention_mask: bool = False  # no token attends to an earlier document of its sample
@@ -143,9 +143,9 @@ class EvaluationConfig:
 class OptimizerConfig:
     """AdamW for the weights, with linear warm-up and cosine decay."""
 
-    lr: float = 1e-4
+    lr: float = 1e-4  # at its peak
     min_lr_ratio: float = 0.1  # lr at the last step / lr
-    warmup_steps: int = 320
+    warmup_steps: int = 320  # over which lr rises from 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -171,7 +171,7 @@ class TrainerConfig:
 class ParallelConfig:
     """How the model is laid over processes; what is left over is data parallel."""
 
-    tensor: int = 1
+    tensor: int = 1  # ranks that share each layer
     sequence: bool = False  # split what tensor parallelism repeats (norms, residual) by tokens
     pipeline: int = 1  # stages
     virtual_pipeline: int = 1  # chunks of layers per stage; above 1 their schedules interleave
@@ -205,7 +205,7 @@ class LogConfig:
 
     tensorboard: bool = False  # event files in the run directory
     wandb: str = "disabled"  # disabled | offline (in the run directory, for `wandb sync`) | online
-    wandb_project: str = "megashear"
+    wandb_project: str = "megashear"  # where W&B shows the run
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,13 @@ class Run:
             raise DataError(f"{directory} is no directory of a run")
         run = cls(directory)
         run.follow()
-        run._read_config()
         run._read_masks()
         return run
 
     def follow(self) -> bool:
-        """Read what has been written since; whether there was anything."""
+        """Read the records that have been written since; whether there were any."""
+        if not self.config:  # it is there from the first checkpoint on
+            self._read_config()
         file = self.directory / METRICS
         try:
             with file.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,8 +30,8 @@ class Terminal:
             self.say(start_line(record))
             if sys.stdout.isatty():
                 what = {"desc": record["stage"], "unit": "step", "total": self.steps}
-                style = {"file": sys.stdout, "leave": False, "dynamic_ncols": True}
-                self._bar = tqdm(initial=record["step"], **what, **style)
+                self._bar = tqdm(initial=record["step"], file=sys.stdout, leave=False, **what)
+                self._bar.dynamic_ncols = _room
         elif record["kind"] == "step":
             self._step(record)
         elif record["kind"] == "evaluation":
@@ -58,6 +59,12 @@ class Terminal:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _room(_: object) -> tuple[int, int]:
+    """Columns and lines for a bar: what a terminal echoes of Ctrl-C has room behind it."""
+    size = shutil.get_terminal_size()
+    return max(size.columns - 4, 10), size.lines
 
 
 def start_line(record: Mapping[str, Any]) -> str:

@@ -91,6 +91,8 @@ class TensorBoard:
         """Add its numbers."""
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "save":  # a run that is resumed from it adds those of later steps only
+            self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""

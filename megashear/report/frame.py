@@ -1,0 +1,243 @@
+"""Runs as they are now, as one frame of a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megashear.report.runs import Run
+from megashear.report.series import mapping, number, part, seconds_since_1970
+from megashear.report.tables import duration, show
+
+DEFAULT_TIMEOUT_MINUTES = 10.0
+"""Of `platform.timeout_minutes`, before the run has written its configuration."""
+_NARROW = 79
+"""Columns below which tables have fewer columns of their own."""
+_STEPS = 100
+"""The newest ones, whose pace the time left is told by."""
+
+
+def frame(runs: Sequence[Run], now: float, width: int) -> RenderableType:
+    """One run with all that it tells, or a line for each of several.
+
+    Args:
+        runs: as read by now.
+        now: seconds since 1970.
+        width: of the terminal; a narrow one is told less.
+    """
+    narrow = width < _NARROW
+    if len(runs) == 1:
+        return _whole(runs[0], now, narrow)
+    header = ("run", "stage", "step", "time left", "loss", "gap", "tok/s", "state")
+    rows = [_line(run, now) for run in runs]
+    return _table(header, rows, without=(1, 3, 5, 6) if narrow else (), left=(0, 1, 7))
+
+
+def state(run: Run, now: float) -> tuple[str, str]:
+    """What a run does, and the style to say it in."""
+    newest = run.newest
+    if not newest:
+        return "not begun", "yellow"
+    if newest["kind"] == "end":
+        if newest.get("reason") == "complete":
+            return "complete", "green"
+        return f"stopped by {show(newest.get('reason'))} at step {newest['step']:,}", "yellow"
+    silent = now - seconds_since_1970(newest.get("time"))
+    if math.isnan(silent):
+        return "no sign of when", "yellow"
+    said = f"silent for {duration(max(silent, 0))}"
+    if silent > _patience(run):
+        return f"{said}: perhaps dead", "bold red"
+    return ("running" if silent < 60 else f"running, {said}"), "green"
+
+
+def is_over(run: Run) -> bool:
+    """Whether nothing more is to come."""
+    return run.newest.get("kind") == "end" and run.newest.get("reason") == "complete"
+
+
+def _patience(run: Run) -> float:
+    """Seconds without a record after which a run that is alive would have ended itself."""
+    timeout = number(part(run.config, "platform", "timeout_minutes"))
+    minutes = DEFAULT_TIMEOUT_MINUTES if math.isnan(timeout) else timeout
+    longest = [number(records[-1].get("seconds")) for records in run.records.values() if records]
+    return 60 * minutes + max((seconds for seconds in longest if seconds > 0), default=0.0)
+
+
+def seconds_left(run: Run) -> float:
+    """At the pace of the newest steps since the last start, evaluations and saves included."""
+    steps, began = number(run.steps), number(run.start.get("step"))
+    newest = [r for r in run.records["step"][-_STEPS:] if not r["step"] <= began]
+    if math.isnan(steps) or not newest or is_over(run):
+        return math.nan
+    first, last = newest[0], newest[-1]
+    if len(newest) == 1:
+        pace = number(last.get("seconds"))
+    else:
+        times = [seconds_since_1970(record.get("time")) for record in (first, last)]
+        pace = (times[1] - times[0]) / (last["step"] - first["step"])
+    return (steps - run.step) * pace
+
+
+def _whole(run: Run, now: float, narrow: bool) -> RenderableType:
+    word, style = state(run, now)
+    head = Table.grid(expand=True)
+    head.add_row(
+        Text(str(run.directory), "bold", overflow="fold"), Text(word, style, justify="right")
+    )
+    parts: list[RenderableType] = [head, _progress(run), *_facts(run)]
+    parts += [table for table in (_domains(run, narrow), _masks(run, narrow)) if table is not None]
+    parts += [Text(problem, "yellow") for problem in run.problems[-3:]]
+    verdict = run.newest.get("verdict")
+    if verdict:
+        parts.append(Text(show(verdict).splitlines()[0], "bold red"))
+    return Group(*parts)
+
+
+def _progress(run: Run) -> RenderableType:
+    steps = number(run.steps)
+    line = Table.grid(padding=(0, 1), expand=True)
+    line.add_column(no_wrap=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True)
+    share = "" if math.isnan(steps) else f" of {steps:,.0f} ({run.step / max(steps, 1):.0%})"
+    left = seconds_left(run)
+    eta = "" if math.isnan(left) else f", {duration(left)} left"
+    stage = show(run.start.get("stage", run.config.get("stage")))
+    total = None if math.isnan(steps) else max(steps, 1)
+    bar = ProgressBar(total=total or 1, completed=run.step if total else 0)
+    line.add_row(Text(stage, "bold"), bar, f"step {run.step:,}{share}{eta}")
+    return line
+
+
+def _facts(run: Run) -> list[Text]:
+    start, newest = run.start, _newest(run, "step")
+    layout = mapping(start, "layout")
+    parts = [f"{name} {show(size)}" for name, size in layout.items() if size != 1]
+    target = start.get("target_parameters")
+    model = [show(start.get("parameters"))] + ([show(target)] if target else [])
+    lines = []
+    if start:
+        size = math.prod(int(n) for n in layout.values() if number(n) > 0)
+        job = [f"job {show(start['job'])}"] if start.get("job") else []
+        where = [f"{size} x {show(start.get('device'))}", *parts, *job]
+        lines.append(f"{' -> '.join(model)} parameters · {' · '.join(where)}")
+    if newest:
+        seconds, data = number(newest.get("seconds")), number(newest.get("data_seconds"))
+        told = [
+            f"loss {show(newest.get('loss'), '.4f')}",
+            f"lr {show(newest.get('lr'), '.2e')}",
+            f"grad norm {show(newest.get('grad_norm'), '.2f')}",
+            f"{show(newest.get('tokens_per_second'), ',.0f')} tok/s",
+            *([f"MFU {show(newest['mfu'], '.1%')}"] if newest.get("mfu") else []),
+            f"data wait {show(data / seconds if seconds else math.nan, '.1%')}",
+        ]
+        lines.append(" · ".join(told))
+        every = number(start.get("tokens_per_step")) * number(run.steps)
+        told = [
+            f"{show(newest.get('tokens'))} of {show(every, ',.0f')} tokens",
+            f"{show(newest.get('memory_gib'), '.1f')} GiB",
+            _saved(run),
+        ]
+        lines.append(" · ".join(told))
+    return [Text(line) for line in lines]
+
+
+def _saved(run: Run) -> str:
+    save = _newest(run, "save")
+    if not save:
+        return "nothing saved"
+    return f"saved at step {save['step']:,}, in {show(save.get('seconds'), ',.1f')} s"
+
+
+def _domains(run: Run, narrow: bool) -> Table | None:
+    """Losses of the newest evaluation, and how the weights moved there."""
+    newest, training = _newest(run, "evaluation"), mapping(_newest(run, "step"), "domain_losses")
+    before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
+    weights = mapping(newest, "weights") or mapping(run.start, "weights")
+    rows = []
+    for name in weights:
+        gap = number(part(newest, "gaps", name))
+        moved = number(weights[name]) - number(part(before[0], "weights", name))
+        rows.append(
+            (
+                name,
+                show(training.get(name), ".4f"),
+                show(part(newest, "losses", name), ".4f"),
+                show(part(newest, "references", name), ".4f"),
+                Text(show(gap, "+.4f"), "red" if gap > 0 else "green"),
+                show(weights[name], ".4f"),
+                show(moved, "+.4f"),
+            )
+        )
+    at = f"{newest['step']:,}" if newest else "-"
+    header = ("domain", "training", f"at step {at}", "reference", "gap", "weight", "moved")
+    return _table(header, rows, without=(1, 3, 6) if narrow else ()) if rows else None
+
+
+def _masks(run: Run, narrow: bool) -> Table | None:
+    """Expected sparsity against its target of now, and the units that the masks keep."""
+    newest, kept = _newest(run, "step"), mapping(_newest(run, "evaluation"), "kept")
+    sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
+    rows = []
+    for name, value in sparsity.items():
+        off = number(value) - number(target.get(name))
+        close = abs(off) < 0.02  # as the run's verdict has it
+        counts = [n for n in kept.get(name) or [] if not math.isnan(number(n))]
+        units = "-" if not counts else f"{min(counts):,}"
+        if counts and max(counts) > min(counts):
+            units += f" to {max(counts):,}"
+        bar = ProgressBar(total=1.0, completed=max(0.0, min(1.0, number(value) or 0.0)), width=12)
+        cells = (show(value, ".4f"), show(target.get(name), ".4f"))
+        rows.append(
+            (name, bar, *cells, Text(show(off, "+.4f"), "green" if close else "red"), units)
+        )
+    header = ("mask", "removed", "sparsity", "target now", "off", "units kept")
+    return _table(header, rows, without=(1, 4) if narrow else ()) if rows else None
+
+
+def _line(run: Run, now: float) -> tuple[Any, ...]:
+    word, style = state(run, now)
+    steps, left = number(run.steps), seconds_left(run)
+    newest = _newest(run, "step")
+    gaps = [number(gap) for gap in mapping(_newest(run, "evaluation"), "gaps").values()]
+    return (
+        str(run.directory),
+        show(run.start.get("stage", run.config.get("stage"))),
+        f"{run.step:,}" + ("" if math.isnan(steps) else f"/{steps:,.0f}"),
+        "-" if math.isnan(left) else duration(left),
+        show(newest.get("loss"), ".4f"),
+        show(sum(gaps) / len(gaps) if gaps else math.nan, "+.4f"),
+        show(newest.get("tokens_per_second"), ",.0f"),
+        Text(word, style),
+    )
+
+
+def _table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    without: Sequence[int],
+    left: Sequence[int] = (0,),
+) -> Table:
+    """A table of all columns but some; those not on the left are of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    columns = [column for column in range(len(header)) if column not in without]
+    for column in columns:
+        justify: Any = "left" if column in left else "right"
+        table.add_column(header[column], justify=justify, no_wrap=True)
+    for row in rows:
+        cells = [row[column] for column in columns]
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    return table
+
+
+def _newest(run: Run, kind: str) -> dict[str, Any]:
+    return run.records[kind][-1] if run.records[kind] else {}
