@@ -20,7 +20,7 @@ MEGASHEAR_CLUSTER=${MEGASHEAR_CLUSTER:-${SLURM_SUBMIT_DIR:-.}/cluster.env}
 run_stages() {  # CHAIN.yaml STAGE...
   local chain=$1 stage command status
   shift
-  trap : TERM  # outlive the step, to tell preemption from scancel
+  trap : TERM  # outlive the step, and see what it ended with
   for stage in "$@"; do
     command=$("${PRINT[@]}" "${INSIDE[@]}" megashear shear "$chain" --stage "$stage" --print)
     if [[ -z $command ]]; then
@@ -32,30 +32,28 @@ run_stages() {  # CHAIN.yaml STAGE...
     "${SRUN[@]}" "${INSIDE[@]}" bash -c "exec $command" || status=$?
     [[ $status == 0 ]] || finish "$status"
   done
+  rm -f ".lost-$SLURM_JOB_ID"
 }
 
-# Ends the job with the status of its run, or makes Slurm start it again.
+# Ends the job with the status of its run, or makes Slurm start it again. Not where somebody or
+# Slurm has ended it (scancel, its time, preemption without grace): Slurm requeues what it wants to.
 finish() {  # STATUS
-  local lost=.lost-$SLURM_JOB_ID  # a line for each time
-  case $1 in
-    138)  # SIGUSR1: saved before the time limit, or before preemption
-      rm -f "$lost"
-      requeue "saved" ;;
-    143)  # SIGTERM: of scancel it is meant, of preemption not
-      if preempted; then requeue "preempted"; fi ;;
-    75 | 137)  # another process is lost; a process was killed
-      date -u +%FT%TZ >>"$lost"
-      if (($(wc -l <"$lost") <= LOST_AT_MOST)); then requeue "a node or process was lost"; fi ;;
-  esac
+  local job lost=.lost-$SLURM_JOB_ID  # a line for each time
+  job=$(scontrol show job "$SLURM_JOB_ID") || true
+  if [[ $job == *JobState=RUNNING* ]]; then
+    case $1 in
+      138)  # SIGUSR1: the time limit or preemption comes
+        rm -f "$lost"
+        requeue "saved before its time ends" ;;
+      143)  # SIGTERM: preemption has come, and the grace time runs
+        if [[ $job =~ PreemptTime=[0-9] ]]; then requeue "preempted"; fi ;;
+      75 | 137)  # another process is lost; a process was killed
+        date -u +%FT%TZ >>"$lost"
+        if (($(wc -l <"$lost") <= LOST_AT_MOST)); then requeue "a process was lost"; fi ;;
+    esac
+  fi
   echo "job $SLURM_JOB_ID ends with status $1"
   exit "$1"
-}
-
-# Whether Slurm lets the job run on for its grace time. Without one it requeues the job itself.
-preempted() {
-  local job
-  job=$(scontrol show job "$SLURM_JOB_ID")
-  [[ $job == *JobState=RUNNING* && $job =~ PreemptTime=[0-9] ]]
 }
 
 requeue() {  # WHY

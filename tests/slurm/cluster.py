@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -89,10 +88,22 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """What a power cut does: slurmd, the steps' daemons and all that they run are gone."""
         slurmd = int((self.folder / f"slurmd-{node}.pid").read_text())
-        steps = [pid for pid, name in _processes() if re.search(rf"slurmstepd.*\b{node}\b", name)]
-        for pid in [slurmd, *[each for step in steps for each in (step, *_below(step))]]:
+        tasks = self._tasks(node)
+        steps = {_parent(task) for task in tasks} - set(tasks)
+        # From above: what is left of a daemon must not tell of the death of what it runs.
+        for pid in (slurmd, *(step for step in steps if _is_step(step)), *tasks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _tasks(self, node: str) -> list[int]:
+        """Processes that run on a node of this cluster, by their environment."""
+        names = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if names <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                    found.append(int(folder.name))
+        return found
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -105,11 +116,12 @@ class Cluster:
         with contextlib.suppress(AssertionError):
             self.wait(lambda: not list(self.folder.glob("*.pid")), 20)
 
-    def run(self, *command: str | Path, **more: str) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None) -> str:
         """Standard output of a command on this cluster, which must succeed."""
         done = subprocess.run(
             [str(part) for part in command],
-            env={**self.environment, **more},
+            env=self.environment,
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=120,
@@ -144,20 +156,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _processes() -> list[tuple[int, str]]:
-    """Number and command line of every process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            found.append((int(folder.name), b" ".join(words).decode(errors="replace")))
-    return found
+def _parent(pid: int) -> int:
+    """The process that started one; 0 where it has ended."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
-def _below(pid: int) -> list[int]:
-    """The processes that a process has started, and theirs."""
-    children = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            children += [int(child) for child in task.read_text().split()]
-    return [each for child in children for each in (child, *_below(child))]
+def _is_step(pid: int) -> bool:
+    """Whether a process is the daemon of a job step."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")
+    return False
