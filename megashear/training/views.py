@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from megashear.config.schema import RunConfig
 from megashear.files import write_whole
 
-_WAIT = 60.0
+_WAIT = 30.0
 """Seconds that a server is waited for at the start and at the end of a run."""
 
 
@@ -137,7 +137,7 @@ class WeightsAndBiases:
             self._run.log({**values, "step": record["step"]})
 
     def close(self) -> None:
-        """Send what is left, for a minute at most."""
+        """Send what is left, for half a minute at most."""
         self._run.finish()
 
 
