@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from megashear.report.page import render
     from megashear.report.runs import Run
 
-    directories = list(dict.fromkeys(args.runs))
+    directories = list({path.resolve(): path for path in args.runs}.values())
     if lacking := [str(path) for path in directories if not path.is_dir()]:
         raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
     out = args.out or Path(directories[0] if len(directories) == 1 else ".", "report.html")

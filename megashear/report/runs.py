@@ -86,7 +86,9 @@ class Run:
 
     def _begin_again(self, file: int) -> None:
         config, masks = self.config, self.masks
-        self.__dict__.update(vars(Run(self.directory, config=config, masks=masks)))
+        others = [problem for problem in self.problems if not problem.startswith(METRICS)]
+        fresh = Run(self.directory, config=config, masks=masks, problems=others)
+        self.__dict__.update(vars(fresh))
         self._file = file
 
     def _take(self, line: bytes) -> None:

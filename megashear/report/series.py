@@ -110,15 +110,15 @@ def labels(directories: Sequence[Path]) -> list[str]:
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+            break
+    return names
 
 
 def domains(runs: Sequence[Run]) -> list[str]:
     """Names of domains, in the order in which the runs have them."""
     names: dict[str, None] = {}
     for run in runs:
-        for record in run.records["evaluation"] + run.records["step"][:1]:
+        for record in run.records["start"] + run.records["evaluation"] + run.records["step"][:1]:
             for field in ("losses", "references", "weights", "domain_losses"):
                 names |= dict.fromkeys(mapping(record, field))
     return list(names)

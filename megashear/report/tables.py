@@ -99,13 +99,13 @@ def overview(run: Run) -> dict[str, str]:
 def state(run: Run) -> str:
     """How far it is, and how it ended."""
     steps = number(run.steps)
-    of = "" if math.isnan(steps) else f" of {steps:,.0f}"
-    end = _newest(run, "end")
-    if run.step >= steps:
+    at = f"{run.step:,}" if math.isnan(steps) else f"{run.step:,} of {steps:,.0f}"
+    if run.newest.get("kind") != "end":
+        ended = "complete: all steps" if run.step >= steps else "running, or ended without a record"
+        return f"at step {at}; {ended}"
+    if run.newest.get("reason") == "complete":
         return f"complete: {run.step:,} steps"
-    if number(end.get("step")) == run.step and end.get("reason") != "complete":
-        return f"stopped at step {run.step:,}{of}: {show(end.get('reason'))}"
-    return f"at step {run.step:,}{of}; running, or ended without a record"
+    return f"stopped at step {at}: {show(run.newest.get('reason'))}"
 
 
 def _newest(run: Run, kind: str) -> dict[str, Any]:
@@ -120,24 +120,29 @@ def losses(label: str, run: Run, domains: Sequence[str]) -> Table:
         *("domain", "first loss", "last loss", "reference", "gap"),
         *("first weight", "last weight", "tokens used", "share used"),
     )
+    began = mapping(run.records["start"], 0, "weights")
     rows = []
     for name in domains:
         loss, weight = (series(run, "evaluation", f, name)[1] for f in ("losses", "weights"))
         if not len(loss) and not len(weight) and name not in used:
             continue
-        ends = [*_ends(loss, ".4f")]
-        reference = show(last(run, "evaluation", "references", name), ".4f")
-        gap = show(last(run, "evaluation", "gaps", name), "+.4f")
+        weight = [number(began[name]), *weight] if name in began else weight
         tokens = used.get(name, math.nan)
-        share = show(tokens / total, ".1%") if total else NONE
         rows.append(
-            (name, *ends, reference, gap, *_ends(weight, ".4f"), show(tokens, ",.0f"), share)
+            (
+                *(name, *_ends(loss)),
+                show(last(run, "evaluation", "references", name), ".4f"),
+                show(last(run, "evaluation", "gaps", name), "+.4f"),
+                *(*_ends(weight), show(tokens, ",.0f")),
+                show(tokens / total, ".1%") if total else NONE,
+            )
         )
     return Table(label, header, rows)
 
 
-def _ends(values: Sequence[float] | np.ndarray, form: str) -> tuple[str, str]:
-    return (format(values[0], form), format(values[-1], form)) if len(values) else (NONE, NONE)
+def _ends(values: Sequence[float] | np.ndarray) -> tuple[str, str]:
+    first, *rest = [show(float(value), ".4f") for value in values] or [NONE]
+    return first, rest[-1] if rest else first
 
 
 def masks(label: str, run: Run) -> Table:

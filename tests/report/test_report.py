@@ -1,0 +1,345 @@
+"""`megashear report`: the page of real runs, of large ones, and of damaged ones."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megashear import cli
+from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+from megashear.config.schema import RunConfig
+from megashear.errors import DataError
+from megashear.platform import parallel
+from megashear.pruning.counting import parameter_count
+from megashear.report.runs import Run
+from megashear.report.series import MOST_POINTS, data_used, labels, missing_steps, thin, time_spent
+from megashear.training.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.report.browser import CHROMIUM, visit
+from tests.report.made_runs import SIZES, make_run
+from tests.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
+
+MEASURE = """(view, page) => {
+  const plots = [...page.querySelectorAll(".plotly-graph-div")];
+  const right = element => element.getBoundingClientRect().right;
+  const prevents = plot => {
+    const target = plot.querySelector(".nsewdrag"), box = target.getBoundingClientRect();
+    const finger = new view.Touch({identifier: 1, target, clientX: box.x + 9, clientY: box.y + 9});
+    return ["touchstart", "touchmove"].some(kind => {
+      const touches = {touches: [finger], changedTouches: [finger], targetTouches: [finger]};
+      const event = new view.TouchEvent(kind, {bubbles: true, cancelable: true, ...touches});
+      target.dispatchEvent(event);
+      return event.defaultPrevented;
+    });
+  };
+  return {
+    figures: plots.length,
+    undrawn: plots.filter(plot => !plot.querySelector(
+      ".scatterlayer .js-line, .heatmaplayer image, .barlayer .point path")).map(plot => plot.id),
+    columns: new Set(plots.map(plot => Math.round(plot.getBoundingClientRect().left))).size,
+    too_wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    cut: plots.filter(plot => right(plot.querySelector("svg")) > right(page.body)).length,
+    trapping: plots.filter(prevents).length,
+    fetched: view.performance.getEntriesByType("resource").length,
+    titles: [...page.querySelectorAll("figcaption")].map(caption => caption.textContent),
+    unnamed: [...page.querySelectorAll("figure")].filter(
+      figure => !figure.querySelector("[role=img][aria-label]")).length,
+    language: page.documentElement.lang,
+    attacked: view.attacked === true,
+  };
+}"""
+
+HOSTILE = "</script><script>attacked = true</script><img src=x onerror='attacked = true'>"
+
+
+class Tables(HTMLParser):
+    """Cells of a page's tables, by row."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._cell = False
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self._cell = tag in ("td", "th")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.rows[-1][-1] += data
+
+    def row(self, name: str, number: int = 0) -> list[str]:
+        """What stands behind a row's name."""
+        return [row[1:] for row in self.rows if row and row[0] == name][number]
+
+
+def train(config: RunConfig) -> None:
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    try:
+        Trainer(config, platform).run()
+    finally:
+        parallel.stop()
+
+
+def prune_and_continue(directory: Path) -> None:
+    """Real runs, the second of what the first came to."""
+    write_source(directory, GQA)
+    domains = write_domains(directory)
+    places = {"run_dir": str(directory / "prune"), "init_from": str(directory / "source")}
+    train(run_config(directory, domains, **places, **prune_options(GQA)))
+    extract_checkpoint(read_pruned(directory / "prune"), directory / "prune" / "extracted")
+    places = {
+        "run_dir": str(directory / "continue"),
+        "init_from": str(directory / "prune" / "extracted"),
+    }
+    train(run_config(directory, domains, stage="continue", **places))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    run_distributed(prune_and_continue, 1, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def large(directory: Path) -> Path:
+    return make_run(directory / "large", "prune", 3200)
+
+
+def report(*runs: Path, out: Path) -> Tables:
+    assert cli.execute(["report", *map(str, runs), "--out", str(out)]) is None
+    return Tables(out)
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_every_figure_at_every_width(directory: Path) -> None:
+    """About 10 s, most of it drawing. The last page is wrong in every way, and that is seen."""
+    both, hostile, wrong = (directory / f"{name}.html" for name in ("both", "hostile", "wrong"))
+    report(directory / "prune", directory / "continue", out=both)
+    many = make_run(directory / "many", "continue", 60, names=(HOSTILE, *"abcdefgh"))
+    report(many, out=hostile)
+    text = hostile.read_text().replace('"dragmode":false', '"dragmode":"zoom"')
+    broken = "<div style='width: 2000px'>wide</div><script>fail()</script></body>"
+    wrong.write_text(text.replace("</body>", broken))
+    visits = [(both, 1280), (both, 390), (hostile, 390), (wrong, 390)]
+    found, console = visit(visits, MEASURE)
+    for measured, (page, width) in zip(found, visits, strict=True):
+        assert measured["figures"] == len(measured["titles"]) >= 15, page
+        assert (measured["columns"] == 1) == (width == 390), page
+        assert measured["language"] == "en"
+        nothing = ("fetched", "attacked", "unnamed", "cut", "undrawn")
+        assert not any(measured[what] for what in nothing), (page, measured)
+        is_wrong = page == wrong
+        assert (measured["too_wide"] > 0, measured["trapping"] > 0) == (is_wrong, is_wrong), page
+    assert {line.rpartition("/")[2].split(" ")[0] for line in console} == {"wrong.html"}
+    assert {"first", "second", "layer", "hidden", "head", "intermediate"} < {*found[0]["titles"]}
+    assert HOSTILE in found[2]["titles"]
+
+
+def test_the_tables_say_what_the_records_say(directory: Path) -> None:
+    page = report(directory / "prune", directory / "continue", out=directory / "tables.html")
+    for number, name in enumerate(("prune", "continue")):
+        evaluations = records(directory / name, "evaluation")
+        for domain in ("first", "second"):
+            row = page.row(domain, number)
+            losses = [f"{evaluations[end]['losses'][domain]:.4f}" for end in (0, -1)]
+            gap = evaluations[-1]["losses"][domain] - 4.0
+            assert row[:4] == [*losses, "4.0000", f"{gap:+.4f}"]
+    step = records(directory / "prune", "step")[-1]
+    for mask, target in (("layer", 1 / 3), ("hidden", 1 / 4), ("head", 1 / 2)):
+        now = step["sparsity"][mask]
+        assert page.row(mask)[1:4] == [f"{now:.4f}", f"{target:.4f}", f"{now - target:+.4f}"]
+    assert page.row("state") == ["complete: 6 steps"] * 2
+    assert page.row("tokens") == [f"{6 * 4 * 16:,}"] * 2
+    assert page.row("num_layers") == ["3", "2", "2"]
+    assert page.row("hidden_size") == ["32", "24", "24"]
+    count = f"{parameter_count(GQA):,}"
+    assert page.row("parameters", 1)[0] == page.row("parameters")[0] == count
+    assert TARGETS[GQA].num_layers == 2
+    assert page.row("megatron-core") == page.row("megatron-core")[:1] * 2
+
+
+def test_data_used_is_what_was_drawn(large: Path) -> None:
+    used = data_used(Run.read(large))
+    weights = [list(record["weights"].values()) for record in records(large, "step")]
+    assert list(used.values()) == pytest.approx(131_072 * np.sum(weights, 0), rel=1e-12)
+    assert sum(used.values()) == pytest.approx(131_072 * 3200)
+
+
+def test_without_weights_of_steps_those_of_evaluations_count(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "evaluation", "step": 0, "weights": {"a": 0.75, "b": 0.25}},
+        *({"kind": "step", "step": step, "tokens": 100 * step} for step in (1, 2)),
+        {"kind": "evaluation", "step": 2, "weights": {"a": 0.5, "b": 0.5}},
+        *({"kind": "step", "step": step, "tokens": 100 * step} for step in (3, 4)),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert data_used(Run.read(tmp_path)) == {"a": 250, "b": 150}
+
+
+def test_all_time_is_accounted_for(large: Path) -> None:
+    spent = time_spent(Run.read(large))
+    assert spent["waiting for data"] == pytest.approx(320)
+    assert spent["forward and backward"] == pytest.approx(25600)
+    assert spent["optimizer and rest of the step"] == pytest.approx(0.8 * 3200)
+    assert (spent["evaluation"], spent["saving"]) == (65 * 40, 30)
+    assert spent["between starts"] == pytest.approx(3600, abs=1)
+    assert spent["start-up and other"] == pytest.approx(200, abs=1)
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300),
+    st.integers(10, 50),
+)
+def test_thinned_lines_keep_their_ends_and_peaks(values: list[float], most: int) -> None:
+    line = np.arange(len(values)) * 3, np.array(values)
+    steps, kept = thin(line, most)
+    assert len(steps) <= most and np.all(np.diff(steps) > 0)
+    assert all(values[step // 3] == value for step, value in zip(steps, kept, strict=True))
+    assert (steps[0], steps[-1]) == (line[0][0], line[0][-1])
+    assert (kept.min(), kept.max()) == (min(values), max(values))
+
+
+def test_a_long_run_gives_a_page_of_a_few_megabytes(large: Path, tmp_path: Path) -> None:
+    """Lines are thinned, and the page says so; plotly.js is there once, most of all bytes."""
+    report(large, out=tmp_path / "large.html")
+    text = (tmp_path / "large.html").read_text()
+    assert 4.5e6 < len(text) < 6e6
+    assert text.count("plotly.js v") == 1
+    assert f"more than {MOST_POINTS:,} points" in text
+    assert "To be known first" not in text
+
+
+def test_maps_have_as_many_kept_units_as_the_masks(large: Path, tmp_path: Path) -> None:
+    page = report(large, out=tmp_path / "large.html")
+    text = (tmp_path / "large.html").read_text()
+    for name, (rows, units, keep) in SIZES.items():
+        assert f"{name}: {rows * keep:,} of {rows * units:,} kept" in text
+        assert page.row(name)[0] == f"{keep:,} of {units:,}"
+
+
+DAMAGES = {
+    "no records": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: no records"),
+    "empty": (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl: no records"),
+    "half a line in the middle": (lambda run: edit(run, 30, '{"kind": "step", "st'), "line 31"),
+    "bytes in the middle": (lambda run: edit(run, 30, "\x00\x93\ufffd\x1b[2J"), "line 31"),
+    "a word for a loss": (
+        lambda run: edit(run, 30, '{"kind": "step", "step": 28, "loss": "<b>low</b>"}'),
+        "step 28: loss is no finite number",
+    ),
+    "numbers that are none": (
+        lambda run: edit(run, 30, '{"kind": "step", "step": 28, "loss": NaN, "weights": [1]}'),
+        "step 28: loss is no finite number",
+    ),
+    "lines lost": (
+        lambda run: edit(run, 30, *[""] * 6),
+        "no record of 3 steps, the first of them steps 28 to 30",
+    ),
+    "configuration": (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml: "),
+    "masks": (
+        lambda run: (run / "masks.json").write_text('{"masks": {"head": {"units": 1, "rows": 7}}}'),
+        "masks.json: ",
+    ),
+}
+
+
+def edit(run: Path, line: int, *texts: str) -> None:
+    """Write other lines in the place of some."""
+    lines = (run / "metrics.jsonl").read_text().split("\n")
+    lines[line : line + len(texts)] = [text for text in texts if text]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_has_its_page_and_the_page_says_so(damage: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "continue", 60, names=("a", "b"), every=20)
+    losses = records(run, "evaluation")[-1]["losses"]
+    spoil, told = DAMAGES[damage]
+    spoil(run)
+    page = report(run, out=tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert told in text.partition("To be known first")[2].partition("</ul>")[0]
+    assert "<b>low" not in text and "\x1b" not in text
+    if "records" not in told:
+        assert [page.row(name)[1] for name in "ab"] == [f"{losses[name]:.4f}" for name in "ab"]
+
+
+def test_an_empty_directory_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    report(tmp_path / "empty", out=tmp_path / "page.html")
+    assert "To be known first" in (tmp_path / "page.html").read_text()
+    assert len((tmp_path / "page.html").read_text()) < 10_000  # no figure, no library
+
+
+@given(data=st.data())
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_bytes_in_the_records_leave_a_page(data: st.DataObject, tmp_path: Path) -> None:
+    run = tmp_path / "any"
+    if not run.is_dir():
+        make_run(run, "continue", 12, names=("a", "b"), every=4)
+        (run / "whole").write_bytes((run / "metrics.jsonl").read_bytes())
+    content = bytearray((run / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 30))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.sampled_from(b'0123456789.eE-+:,[]{}" nulltrueNaN\x00\xff'))
+    (run / "metrics.jsonl").write_bytes(content)
+    report(run, out=tmp_path / "page.html")
+
+
+def test_where_the_page_goes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(directory)
+    both = ["prune", "continue", "./prune/"]  # of one that is named twice, it shows one
+    for runs, out in ((["prune"], "prune/report.html"), (both, "report.html")):
+        Path(out).write_text("old")
+        cli.execute(["report", *runs])
+        text = Path(out).read_text()
+        assert text.endswith("</html>\n")
+        assert f"<h1>{' and '.join(runs[:2])}</h1>" in text
+        assert f"written to {out} (" in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError) as refused:
+        report(tmp_path / "none", tmp_path, tmp_path / "file", out=tmp_path / "page.html")
+    assert len(str(refused.value).splitlines()) == 2
+    with pytest.raises(DataError, match="cannot be written: No such file"):
+        report(tmp_path, out=tmp_path / "nowhere" / "page.html")
+
+
+def test_runs_are_called_by_what_tells_them_apart() -> None:
+    assert labels([Path("runs/a/prune"), Path("runs/a/continue")]) == ["prune", "continue"]
+    assert labels([Path("runs/a/prune"), Path("runs/b/prune")]) == ["a/prune", "b/prune"]
+
+
+def test_steps_without_a_record_are_told(tmp_path: Path) -> None:
+    steps = [1, 2, 6, 7, 9]
+    lines = [json.dumps({"kind": "step", "step": step}) + "\n" for step in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert missing_steps(Run.read(tmp_path)).endswith(
+        "no record of 4 steps, the first of them steps 3 to 5"
+    )
