@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from megashear.report.runs import Run
-from megashear.report.series import mapping, number, part, seconds_since_1970
+from megashear.report.series import labels, mapping, number, part, seconds_since_1970
 from megashear.report.tables import duration, show
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 """Of `platform.timeout_minutes`, before the run has written its configuration."""
-_NARROW = 79
-"""Columns below which tables have fewer columns of their own."""
 _STEPS = 100
 """The newest ones, whose pace the time left is told by."""
 
@@ -32,12 +31,12 @@ def frame(runs: Sequence[Run], now: float, width: int) -> RenderableType:
         now: seconds since 1970.
         width: of the terminal; a narrow one is told less.
     """
-    narrow = width < _NARROW
     if len(runs) == 1:
-        return _whole(runs[0], now, narrow)
+        return _whole(runs[0], now, width)
     header = ("run", "stage", "step", "time left", "loss", "gap", "tok/s", "state")
-    rows = [_line(run, now) for run in runs]
-    return _table(header, rows, without=(1, 3, 5, 6) if narrow else (), left=(0, 1, 7))
+    names = labels([run.directory for run in runs])
+    rows = [(name, *_line(run, now)) for name, run in zip(names, runs, strict=True)]
+    return _table(header, rows, width, rather_without=(1, 5, 6, 4, 3), left=(0, 1, 7))
 
 
 def state(run: Run, now: float) -> tuple[str, str]:
@@ -86,14 +85,14 @@ def seconds_left(run: Run) -> float:
     return (steps - run.step) * pace
 
 
-def _whole(run: Run, now: float, narrow: bool) -> RenderableType:
+def _whole(run: Run, now: float, width: int) -> RenderableType:
     word, style = state(run, now)
     head = Table.grid(expand=True)
     head.add_row(
         Text(str(run.directory), "bold", overflow="fold"), Text(word, style, justify="right")
     )
     parts: list[RenderableType] = [head, _progress(run), *_facts(run)]
-    parts += [table for table in (_domains(run, narrow), _masks(run, narrow)) if table is not None]
+    parts += [table for table in (_domains(run, width), _masks(run, width)) if table is not None]
     parts += [Text(problem, "yellow") for problem in run.problems[-3:]]
     verdict = run.newest.get("verdict")
     if verdict:
@@ -157,7 +156,7 @@ def _saved(run: Run) -> str:
     return f"saved at step {save['step']:,}, in {show(save.get('seconds'), ',.1f')} s"
 
 
-def _domains(run: Run, narrow: bool) -> Table | None:
+def _domains(run: Run, width: int) -> Table | None:
     """Losses of the newest evaluation, and how the weights moved there."""
     newest, training = _newest(run, "evaluation"), mapping(_newest(run, "step"), "domain_losses")
     before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
@@ -179,10 +178,10 @@ def _domains(run: Run, narrow: bool) -> Table | None:
         )
     at = f"{newest['step']:,}" if newest else "-"
     header = ("domain", "training", f"at step {at}", "reference", "gap", "weight", "moved")
-    return _table(header, rows, without=(1, 3, 6) if narrow else ()) if rows else None
+    return _table(header, rows, width, rather_without=(1, 6, 3, 2)) if rows else None
 
 
-def _masks(run: Run, narrow: bool) -> Table | None:
+def _masks(run: Run, width: int) -> Table | None:
     """Expected sparsity against its target of now, and the units that the masks keep."""
     newest, kept = _newest(run, "step"), mapping(_newest(run, "evaluation"), "kept")
     sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
@@ -190,7 +189,8 @@ def _masks(run: Run, narrow: bool) -> Table | None:
     for name, value in sparsity.items():
         off = number(value) - number(target.get(name))
         close = abs(off) < 0.02  # as the run's verdict has it
-        counts = [n for n in kept.get(name) or [] if not math.isnan(number(n))]
+        found = kept.get(name)
+        counts = [n for n in found if number(n) >= 0] if isinstance(found, list) else []
         units = "-" if not counts else f"{min(counts):,}"
         if counts and max(counts) > min(counts):
             units += f" to {max(counts):,}"
@@ -199,8 +199,8 @@ def _masks(run: Run, narrow: bool) -> Table | None:
         rows.append(
             (name, bar, *cells, Text(show(off, "+.4f"), "green" if close else "red"), units)
         )
-    header = ("mask", "removed", "sparsity", "target now", "off", "units kept")
-    return _table(header, rows, without=(1, 4) if narrow else ()) if rows else None
+    header = ("mask", "removed", "sparsity", "target", "off", "units")
+    return _table(header, rows, width, rather_without=(1, 4, 5)) if rows else None
 
 
 def _line(run: Run, now: float) -> tuple[Any, ...]:
@@ -209,7 +209,6 @@ def _line(run: Run, now: float) -> tuple[Any, ...]:
     newest = _newest(run, "step")
     gaps = [number(gap) for gap in mapping(_newest(run, "evaluation"), "gaps").values()]
     return (
-        str(run.directory),
         show(run.start.get("stage", run.config.get("stage"))),
         f"{run.step:,}" + ("" if math.isnan(steps) else f"/{steps:,.0f}"),
         "-" if math.isnan(left) else duration(left),
@@ -223,13 +222,21 @@ def _line(run: Run, now: float) -> tuple[Any, ...]:
 def _table(
     header: Sequence[str],
     rows: Sequence[Sequence[Any]],
+    width: int,
     *,
-    without: Sequence[int],
+    rather_without: Sequence[int],
     left: Sequence[int] = (0,),
 ) -> Table:
-    """A table of all columns but some; those not on the left are of numbers."""
+    """A table that is no wider than this, if need be without some columns, the first ones first.
+
+    Columns that do not stand on the left are of numbers.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    columns = [column for column in range(len(header)) if column not in without]
+    columns = list(range(len(header)))
+    for column in rather_without:
+        widths = [max(_width(row[at]) for row in (header, *rows)) + 3 for at in columns]
+        if sum(widths) > width + 1:
+            columns.remove(column)
     for column in columns:
         justify: Any = "left" if column in left else "right"
         table.add_column(header[column], justify=justify, no_wrap=True)
@@ -237,6 +244,10 @@ def _table(
         cells = [row[column] for column in columns]
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return table
+
+
+def _width(cell: str | Text | ProgressBar) -> int:
+    return cell.width or 0 if isinstance(cell, ProgressBar) else cell_len(str(cell))
 
 
 def _newest(run: Run, kind: str) -> dict[str, Any]:
