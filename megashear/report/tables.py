@@ -126,14 +126,14 @@ def losses(label: str, run: Run, domains: Sequence[str]) -> Table:
         loss, weight = (series(run, "evaluation", f, name)[1] for f in ("losses", "weights"))
         if not len(loss) and not len(weight) and name not in used:
             continue
-        weight = [number(began[name]), *weight] if name in began else weight
         tokens = used.get(name, math.nan)
         rows.append(
             (
                 *(name, *_ends(loss)),
                 show(last(run, "evaluation", "references", name), ".4f"),
                 show(last(run, "evaluation", "gaps", name), "+.4f"),
-                *(*_ends(weight), show(tokens, ",.0f")),
+                *_ends([number(began[name]), *weight] if name in began else weight),
+                show(tokens, ",.0f"),
                 show(tokens / total, ".1%") if total else NONE,
             )
         )
