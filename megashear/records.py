@@ -99,7 +99,7 @@ class EndRecord(TypedDict):
 
     kind: Literal["end"]
     step: int  # steps done
-    time: str  # UTC
+    time: str  # UTC, as in a start
     reason: str  # complete, or the name of the signal, such as SIGUSR1
     verdict: str  # masks that are off their targets, as the run says it; empty where all is well
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs"
 
 METRICS = """\
 # metrics.jsonl
@@ -167,20 +168,24 @@ def _yaml(value: object, source: str) -> str:
     return value if isinstance(value, str) else source
 
 
-def main() -> int:
-    """Write or check the pages."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only tell what is not current")
-    check = parser.parse_args().check
+def update(*, check: bool) -> int:
+    """Write the pages that are not current, or tell which; whether any was told."""
     pages = {"metrics.md": metrics_page(), "configuration.md": configuration_page()}
-    old = [name for name, text in pages.items() if _read(ROOT / "docs" / name) != text]
+    old = [name for name, text in pages.items() if _read(PAGES / name) != text]
     for name in old:
         if check:
             print(f"docs/{name} is not what the code says. Run python tools/docs.py")
         else:
-            (ROOT / "docs" / name).write_text(pages[name], encoding="utf-8")
+            (PAGES / name).write_text(pages[name], encoding="utf-8")
             print(f"wrote docs/{name}")
     return int(check and bool(old))
+
+
+def main() -> int:
+    """Write or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only tell what is not current")
+    return update(check=parser.parse_args().check)
 
 
 def _read(file: Path) -> str:
