@@ -131,13 +131,15 @@ def _train(file: str, run: RunConfig, processes: int | None) -> Stage:
     from megashear.config.loader import settings
     from megashear.stages import Stage, python, script
 
+    # Domains that come from the run before are not known until it has run; a run refuses others.
+    decides = {k: v for k, v in settings(run).items() if not k.startswith("data.domains")}
     _, *shear = script("examples/pretrain_shear.py", "--config", file)
     count = ("--nproc-per-node", str(processes)) if processes else ()
     return Stage(
         run.stage,
         str(Path(run.run_dir, "checkpoints")),
         python("-m", "megashear", "launch", *count, *shear),
-        settings=repr(settings(run)),
+        settings=repr(decides),
         goes_on="unknown",
     )
 
