@@ -106,7 +106,7 @@ def test_a_start_tells_what_trains_where(config: RunConfig) -> None:
     assert (first["device"], first["peak_flops"], first["precision"]) == ("cpu", None, "fp32")
     assert first["tokens_per_step"] == 64
     for package in ("torch", "megatron-core", "numpy", "tensorboard", "wandb"):
-        assert first["versions"][package] == version(package)
+        assert first["versions"][package].startswith(version(package))
     assert first["weights"] == {"first": 0.7, "second": 0.3}
     at_three = records(config.run_dir, "evaluation")[1]
     assert second["weights"] == at_three["weights"]
