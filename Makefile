@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 MAX_KB := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-latest python-latest check format clean
+.PHONY: help venv demo test test-latest test-slurm python-latest check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,6 +40,14 @@ test-latest: ## run the tests with Python 3.12 and the newest Megatron-Core, in 
 	@test -n "$(PYTHON_LATEST)" || \
 	  { echo "error: no Python 3.12. Name one: make PYTHON_LATEST=/path/to/python3.12 $@" >&2; exit 1; }
 	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
+
+test-slurm: $(STAMP) ## run the tests with a real Slurm on this machine (as root; installs it on Debian)
+	@test "$$(id -u)" = 0 || { echo "error: $@ starts Slurm's daemons, as root" >&2; exit 1; }
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null || \
+	  { test -f /etc/debian_version && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm >/dev/null; } || \
+	  { echo "error: slurmctld and slurmd are missing. On Debian: apt-get install slurm-wlm" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 python-latest:
 	@echo $(PYTHON_LATEST)

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: one slurmctld, two slurmd. As root; no munge, no cgroups."""
+"""A real Slurm on this machine: one slurmctld, two slurmd. As root; no munge, no cgroups."""
 
 from __future__ import annotations
 
@@ -88,20 +88,24 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """What a power cut does: slurmd, the steps' daemons and all that they run are gone."""
         slurmd = int((self.folder / f"slurmd-{node}.pid").read_text())
-        tasks = self._tasks(node)
+        tasks = self.processes(node)
         steps = {_parent(task) for task in tasks} - set(tasks)
         # From above: what is left of a daemon must not tell of the death of what it runs.
         for pid in (slurmd, *(step for step in steps if _is_step(step)), *tasks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _tasks(self, node: str) -> list[int]:
-        """Processes that run on a node of this cluster, by their environment."""
+    def processes(self, node: str, word: str = "") -> list[int]:
+        """Of jobs, those that run on a node of this cluster; with a word of their command line."""
         names = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if names <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                command, environment = (
+                    (folder / name).read_text(errors="replace").split("\0")
+                    for name in ("cmdline", "environ")
+                )
+                if names <= set(environment) and (not word or word in command):
                     found.append(int(folder.name))
         return found
 
@@ -137,10 +141,6 @@ class Cluster:
     def state(self, number: str) -> str:
         """A job's state."""
         return self.job(number)["JobState"]
-
-    def start_again(self, number: str) -> None:
-        """Spare a requeued job the two minutes that it would wait for."""
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def wait(self, condition: Callable[[], Any], seconds: float) -> None:
         """Wait until something is so."""

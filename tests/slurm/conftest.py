@@ -1,4 +1,4 @@
-"""A cluster for the tests of this folder, which `make test-slurm` runs; elsewhere they are skipped."""
+"""A cluster for the tests of this folder, which `make test-slurm` runs; else they are skipped."""
 
 from __future__ import annotations
 

@@ -38,20 +38,20 @@ def test_the_chain_makes_a_small_model(
 def test_what_comes_after_a_stage_that_failed_does_not_start(
     cluster: Cluster, folder: Path, jobs: dict[str, str]
 ) -> None:
-    broken = (folder / "chain.yaml").read_text().replace("prune.yaml", "broken.yaml")
-    (folder / "broken_chain.yaml").write_text(broken.replace("models/sheared", "models/none"))
-    config = (folder / "prune.yaml").read_text()
-    (folder / "broken.yaml").write_text(config.replace("steps: 6", "steps: 5"))  # of a run with 6
-    command = (SCRIPTS / "submit.sh", "broken_chain.yaml", "cluster.env", "prune", "extract")
+    other = (folder / "prune.yaml").read_text().replace("runs/prune", "runs/missing")
+    (folder / "missing.yaml").write_text(other)
+    after = (folder / "continue.yaml").read_text().replace("runs/prune", "runs/missing")
+    (folder / "after_missing.yaml").write_text(after)
+    chain = (folder / "chain.yaml").read_text().replace("prune.yaml", "missing.yaml")
+    (folder / "missing_chain.yaml").write_text(chain.replace("continue.y", "after_missing.y"))
+    command = (SCRIPTS / "submit.sh", "missing_chain.yaml", "cluster.env", "extract", "continue")
     said = cluster.run(*command, cwd=folder)
-    prune, extract = (line.split()[1] for line in said.splitlines())
+    extract, go_on = (line.split()[1] for line in said.splitlines())
     cluster.wait(lambda: not cluster.run("squeue", "-h"), 60)
-    assert cluster.job(prune)["JobState"] == "FAILED"
-    assert cluster.job(prune)["ExitCode"] == "2:0"
-    assert cluster.job(extract)["JobState"] == "CANCELLED"
-    log = (folder / "logs" / f"prune-{prune}.log").read_text()
-    assert log.count("holds a run of another configuration") == 2  # once on each node
-    assert not (folder / "logs" / f"extract-{extract}.log").exists()
+    assert (cluster.state(extract), cluster.job(extract)["ExitCode"]) == ("FAILED", "2:0")
+    assert "runs/missing" in (folder / "logs" / f"extract-{extract}.log").read_text()
+    assert cluster.state(go_on) == "CANCELLED"
+    assert not (folder / "logs" / f"continue-{go_on}.log").exists()
 
 
 def test_a_wrong_chain_is_refused_before_anything_is_submitted(
