@@ -10,9 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from megashear import console
-from megashear.commands import evaluate, launch, reference_loss, report, shear, tokenize, watch
+from megashear.commands import (
+    evaluate,
+    launch,
+    plan,
+    reference_loss,
+    report,
+    shear,
+    tokenize,
+    watch,
+)
 
-COMMANDS = (shear, tokenize, launch, watch, evaluate, reference_loss, report)
+COMMANDS = (plan, shear, tokenize, launch, watch, evaluate, reference_loss, report)
 
 
 def main() -> None:

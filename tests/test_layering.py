@@ -23,6 +23,7 @@ DIRECTION: dict[str, set[str]] = {
     "console": {"errors"},
     "stages": {"errors", "files", "console"},
     "pruning": {"errors", "config"},
+    "planning": {"errors", "config", "console", "hardware", "pruning"},
     "platform": {"errors", "config", "console", "hardware"},
     "model": {"errors", "config", "pruning", "platform"},
     "data": {"errors", "files", "config", "platform"},

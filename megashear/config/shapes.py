@@ -247,6 +247,14 @@ def _context(run: Run) -> Iterator[Problem]:
         yield "parallel.context", text + f"the model's sliding window = {window}"
 
 
+def _packed_documents(run: Run) -> Iterator[Problem]:
+    """Transformer Engine splits a sequence over ranks without a mask."""
+    context, layers = run.config.parallel.context, run.config.platform.layers
+    if run.config.data.reset_attention_mask and context > 1 and layers != "torch":
+        text = f"= true with parallel.context = {context} needs platform.layers = 'torch'"
+        yield "data.reset_attention_mask", text
+
+
 def _world(run: Run) -> Iterator[Problem]:
     parallel, ranks = run.config.parallel, run.world_size
     sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context")}
@@ -297,6 +305,7 @@ CHECKS: tuple[Check, ...] = (
     _overlap,
     _positions,
     _context,
+    _packed_documents,
     _world,
     _batches,
 )

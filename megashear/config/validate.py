@@ -201,14 +201,6 @@ def _weight_bounds(run: Run) -> Iterator[Problem]:
         yield "data.domains", f"max_weight sums to {most:.6g}; at least 1 can be kept to"
 
 
-def _packed_documents(run: Run) -> Iterator[Problem]:
-    """Transformer Engine splits a sequence over ranks without a mask."""
-    context, layers = run.config.parallel.context, run.config.platform.layers
-    if run.config.data.reset_attention_mask and context > 1 and layers != "torch":
-        text = f"= true with parallel.context = {context} needs platform.layers = 'torch'"
-        yield "data.reset_attention_mask", text
-
-
 def _references(run: Run) -> Iterator[Problem]:
     """Rules that move the weights need every domain's reference loss."""
     data = run.config.data
@@ -298,7 +290,6 @@ _CHECKS: tuple[Check, ...] = (
     _domain_names,
     _domain_weights,
     _weight_bounds,
-    _packed_documents,
     _references,
     _data_files,
     _paths,

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from megashear.config.schema import QUERY_GROUP, ModelShape
-from megashear.pruning.table import LAYER, Row, layer_rows, outer_rows, table
+from megashear.pruning.table import LAYER, Row, layer_rows, outer_rows
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """Parameters of a dense model; a tied embedding counts once."""
-    return sum(math.prod(row.shape()) for row in table(shape))
+    """Parameters of a dense model, whose layers are alike; a tied embedding counts once."""
+    outer, layer = (
+        sum(math.prod(row.shape()) for row in rows)
+        for rows in (outer_rows(shape), layer_rows(shape, 0))
+    )
+    return outer + shape.num_layers * layer
 
 
 def flops_per_token(shape: ModelShape, seq_length: int) -> float:

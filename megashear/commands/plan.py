@@ -1,0 +1,224 @@
+"""`megashear plan`: what a run will take, before it runs; or target shapes of a wanted size."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megashear.config.loader import load_config, load_shape
+from megashear.config.schema import ModelShape, RunConfig
+from megashear.config.shapes import allowed_layouts
+from megashear.config.validate import problems
+from megashear.config.values import either
+from megashear.errors import CheckpointError, ConfigError
+from megashear.hardware import GPUS
+
+if TYPE_CHECKING:
+    from megashear.planning.stage import Stage
+    from megashear.planning.targets import Goal
+    from megashear.planning.throughput import Cluster
+
+EPILOG = """\
+examples:
+
+  megashear plan prune.yaml continue.yaml --gpus 8,16 --gpu a100-80gb
+  megashear plan prune.yaml parallel.tensor=4 --gpus 32
+  megashear plan --source models/llama2-7b --size 1.3B --tensor 8
+  megashear plan --source models/llama2-7b --memory 2GiB --precision int4
+"""
+_FREE = {"platform.layers": "auto", "platform.kernels": "auto", "platform.loader": "torch"}
+"""What need not be installed where a plan is made."""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser(
+        "plan",
+        help="memory, time and disk of a run before it runs; target shapes of a size",
+        description="Parameters, memory of a GPU, layouts that fit by expected speed, hours and\n"
+        "disk of one run or of a chain of runs. Or, with --source, target shapes of a size.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_option = parser.add_argument
+    add_option("runs", nargs="*", metavar="CONFIG", help="YAML files, and key.sub=value for all")
+    names = ", ".join(gpu.name for gpu in GPUS)
+    add_option("--gpus", default="8", help="of the run, or of each: 8,16 (default: 8)")
+    add_option("--gpu", default="h100-80gb", help=f"{names} (default: h100-80gb)")
+    add_option("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    add_option("--network", type=float, default=200, metavar="GBIT", help="Gbit/s from a GPU to "
+               "other nodes (default: 200)")  # fmt: skip
+    add_option("--mfu", type=float, default=0.4, help="share of a GPU's peak that arithmetic "
+               "reaches (default: 0.4); a run's log says what it was")  # fmt: skip
+    add_option("--reserve", type=float, default=0.1, help="share of a GPU's memory to leave free, "
+               "for what is not modelled (default: 0.1)")  # fmt: skip
+    add_option("--source-shape", type=Path, metavar="FILE", help="sizes (YAML) or config.json of "
+               "the source, where init_from is not here yet")  # fmt: skip
+    sizes = parser.add_argument_group("target shapes")
+    sizes.add_argument("--source", metavar="DIR", help="of the model to prune, or a config.json")
+    sizes.add_argument("--size", metavar="N", help="parameters: 1.3B, 370M")
+    sizes.add_argument("--memory", metavar="BYTES", help="of the weights: 4GiB, 700MB")
+    sizes.add_argument("--precision", choices=("bf16", "int4"), default="bf16", help="of --memory")
+    sizes.add_argument("--kv-cache", metavar="BYTES", help="a token, at bf16: 64KiB")
+    sizes.add_argument("--tensor", type=int, default=8, metavar="N", help="tensor-parallel ranks "
+                       "that the target should divide by (default: 8)")  # fmt: skip
+    add_option("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan runs, or propose targets."""
+    if args.source:
+        propose(args)
+        return
+    files = [Path(word) for word in args.runs if "=" not in word]
+    overrides = [word for word in args.runs if "=" in word]
+    if not files:
+        _wrong("CONFIG", "is missing: name a run's YAML file, or --source and a size")
+    from megashear.planning import text
+    from megashear.planning.stage import plan
+
+    cluster = _cluster(args)
+    stages = _stages(files, overrides, _gpus(args.gpus, len(files)), args.source_shape)
+    plans = [plan(stage, cluster, args.reserve) for stage in stages]
+    if args.json:
+        print(json.dumps([each.plain() for each in plans], indent=1))
+        return
+    for file, each in zip(files, plans, strict=True):
+        print(text.stage_text(file, each), end="\n\n")
+    if len(plans) > 1:
+        print(text.totals_text(files, plans), end="\n\n")
+    print(text.assumptions_text(cluster, args.reserve))
+
+
+def _wrong(path: str, text: str) -> NoReturn:
+    raise ConfigError("command line", [(path, text)])
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    from megashear.planning.throughput import Cluster
+
+    found = [gpu for gpu in GPUS if gpu.name == args.gpu]
+    if not found:
+        _wrong("--gpu", f"= {args.gpu} is none of {', '.join(gpu.name for gpu in GPUS)}")
+    if not 0 < args.mfu <= 1 or not 0 <= args.reserve < 1:
+        _wrong("--mfu, --reserve", "are shares: between 0 and 1")
+    if args.gpus_per_node < 1 or args.network <= 0:
+        _wrong("--gpus-per-node, --network", "must be above 0")
+    return Cluster(found[0], args.gpus_per_node, args.network * 1e9 / 8, args.mfu)
+
+
+def _gpus(text: str, count: int) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or len(words) not in (
+        1,
+        count,
+    ):
+        _wrong("--gpus", f"= {text}: expected one number, or one for each of {count} runs: 8,16")
+    return [int(word) for word in words] * (count if len(words) == 1 else 1)
+
+
+def _stages(
+    files: Sequence[Path], overrides: Sequence[str], gpus: Sequence[int], source: Path | None
+) -> list[Stage]:
+    from megashear.planning.stage import Stage, count_domains, shape_after
+
+    stages: list[Stage] = []
+    for file, number in zip(files, gpus, strict=True):
+        config = _load(file, overrides)
+        shape = config.model or shape_after(stages, config.init_from or "")
+        if shape is None:
+            shape = read_source(source or Path(config.init_from or ""))
+        found = problems(config, shape, check_files=False)
+        if found := [problem for problem in found if problem[0] not in _FREE]:
+            raise ConfigError(str(file), found)
+        stages.append(Stage(config, shape, number, count_domains(config, stages)))
+    return stages
+
+
+def _load(file: Path, overrides: Sequence[str]) -> RunConfig:
+    """A run's configuration; its text and its source may be elsewhere, and its packages."""
+    try:
+        return load_config(file, overrides, check_files=False)
+    except ConfigError as error:
+        absent = [path for path, text in error.problems if "is not installed" in text]
+        if len(absent) < len(error.problems):
+            raise
+        free = [f"{path}={_FREE[path]}" for path in absent]
+        return load_config(file, [*overrides, *free], check_files=False)
+
+
+def read_source(path: Path) -> ModelShape:
+    """The shape in a YAML file of sizes, a config.json, or at a checkpoint; weights may be absent.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        return load_shape(path)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        from megashear.checkpoint.hf_config import read_json, shape_from_hf_config
+
+        return shape_from_hf_config(read_json(file), str(file))
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not here. Give its sizes or config.json: --source-shape")
+    from megashear.checkpoint.manager import read_shape
+
+    return read_shape(path)
+
+
+def propose(args: argparse.Namespace) -> None:
+    """Print target shapes of a wanted size."""
+    from megashear.planning import text
+    from megashear.planning.targets import propose as proposals_of
+
+    goal, source = _goal(args), read_source(Path(args.source))
+    found = proposals_of(source, goal, args.tensor)
+    if not found:
+        split = allowed_layouts(source)["tensor"]
+        _wrong(
+            f"--{goal.kind}",
+            f"= {getattr(args, goal.kind.replace('-', '_'))}: no shape near a known one that the "
+            f"source can be pruned to divides by --tensor {args.tensor}. Try another size, or "
+            f"another --tensor; the source divides by {either(split)}",
+        )
+    if args.json:
+        values = [{**asdict(each), "kv_bytes": each.kv_bytes} for each in found]
+        print(json.dumps(values, indent=1))
+        return
+    print(text.proposals_text(source, found))
+
+
+def _goal(args: argparse.Namespace) -> Goal:
+    from megashear.planning.targets import Goal
+
+    asked = {"size": args.size, "memory": args.memory, "kv-cache": args.kv_cache}
+    figures = {kind: _number(f"--{kind}", given) for kind, given in asked.items() if given}
+    limit = {"kv_bytes": figures["kv-cache"]} if "kv-cache" in figures else {}
+    sizes = [kind for kind in figures if kind != "kv-cache"] or list(figures)
+    if len(sizes) != 1 or args.tensor < 1:
+        _wrong("--source", "needs one of --size and --memory, or --kv-cache; and --tensor >= 1")
+    return Goal(sizes[0], figures[sizes[0]], args.precision, **limit)
+
+
+def _number(path: str, text: str) -> float:
+    """`1.3B` -> 1.3e9, `4GiB` -> 2**32, `700MB` -> 7e8."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)", text)
+    units = {"": 1.0, "B": 1e9 if path == "--size" else 1.0, "T": 1e12}
+    for power, letter in enumerate("KMG", start=1):
+        units |= {letter: 1e3**power, f"{letter}B": 1e3**power, f"{letter}iB": 1024.0**power}
+    try:
+        assert found
+        value = float(found[1]) * units[found[2]]
+    except (AssertionError, KeyError, ValueError):
+        value = 0.0
+    if not 0 < value < math.inf:
+        _wrong(path, f"= {text}: expected a number such as 1.3B or 370M, of bytes 4GiB or 700MB")
+    return value

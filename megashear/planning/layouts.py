@@ -1,0 +1,125 @@
+"""The layouts in which a run fits, fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
+from megashear.config.shapes import CHECKS, allowed_layouts
+from megashear.config.values import Problem, Run
+from megashear.planning.memory import RESERVE, Memory, peak_memory
+from megashear.planning.setup import Setup, setup_of
+from megashear.planning.throughput import Cluster, StepTime, step_time
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+CONTEXTS = (1, 2, 4, 8)
+CHUNKS = (1, 2, 4, 8)
+RECOMPUTE = ("none", "selective", "full")
+OVERLAPPED = ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout, what it takes of a GPU, and how long its step is."""
+
+    setup: Setup
+    memory: Memory
+    time: StepTime
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.setup.tokens_per_step / self.time.total
+
+    @property
+    def options(self) -> str:
+        """What makes a run have this layout, as overrides on the command line."""
+        names = ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "recompute")
+        parallel, default = self.setup.parallel, ParallelConfig()
+        values = [
+            f"parallel.{name}={str(getattr(parallel, name)).lower()}"
+            for name in (*names, *OVERLAPPED)
+            if getattr(parallel, name) != getattr(default, name)
+        ]
+        return " ".join([*values, f"trainer.micro_batch_size={self.setup.micro_batch_size}"])
+
+
+def usable_bytes(cluster: Cluster, reserve: float = RESERVE) -> float:
+    """Of a GPU's memory, what a plan may fill."""
+    return cluster.gpu.memory_gib * 2**30 * (1 - reserve)
+
+
+def layout_of(
+    config: RunConfig, shape: ModelShape, gpus: int, cluster: Cluster, backend: str
+) -> Layout:
+    """A configuration's own layout, which `config.validate` found good."""
+    setup = setup_of(config, shape, gpus, backend)
+    return Layout(setup, peak_memory(setup), step_time(setup, cluster))
+
+
+def ranked(
+    config: RunConfig,
+    shape: ModelShape,
+    gpus: int,
+    cluster: Cluster,
+    backend: str,
+    reserve: float = RESERVE,
+) -> list[Layout]:
+    """The fastest layout that fits for each way to split the model; fastest first.
+
+    Ways differ by tensor, pipeline and context; of each, the micro-batch, recomputation and
+    interleaving are the best that fit.
+    """
+    best: dict[tuple[int, int, int], Layout] = {}
+    most = usable_bytes(cluster, reserve)
+    for candidate in _candidates(config, shape, gpus, cluster.gpus_per_node):
+        layout = layout_of(candidate, shape, gpus, cluster, backend)
+        parallel = candidate.parallel
+        way = (parallel.tensor, parallel.pipeline, parallel.context)
+        if layout.memory.total <= most and (way not in best or _order(layout) < _order(best[way])):
+            best[way] = layout
+    return sorted(best.values(), key=_order)
+
+
+def _order(layout: Layout) -> tuple[float, float]:
+    return layout.time.total, layout.memory.total
+
+
+def _candidates(
+    config: RunConfig, shape: ModelShape, gpus: int, gpus_per_node: int
+) -> Iterator[RunConfig]:
+    """Every layout that the configuration's rules allow, with each way to recompute."""
+    allowed = allowed_layouts(shape)
+    tensors = [n for n in allowed["tensor"] if n <= gpus_per_node and gpus % n == 0]
+    stages = [n for n in allowed["pipeline"] if gpus % n == 0]
+    for tensor, pipeline, context in product(tensors, stages, CONTEXTS):
+        if gpus % (tensor * pipeline * context):
+            continue
+        data = gpus // (tensor * pipeline * context)
+        for chunks, micro in product(CHUNKS if pipeline > 1 else (1,), MICRO_BATCHES):
+            parallel = replace(
+                config.parallel,
+                tensor=tensor,
+                sequence=tensor > 1,
+                pipeline=pipeline,
+                virtual_pipeline=chunks,
+                context=context,
+                distributed_optimizer=data * context > 1,
+                overlap_grad_reduce=data * context > 1,
+                overlap_param_gather=data * context > 1,
+            )
+            trainer = replace(config.trainer, micro_batch_size=micro)
+            changed = replace(config, parallel=parallel, trainer=trainer)
+            if trainer.global_batch_size % (micro * data) == 0 and not layout_problems(
+                changed, shape, gpus
+            ):
+                for recompute in RECOMPUTE:
+                    yield replace(changed, parallel=replace(parallel, recompute=recompute))
+
+
+def layout_problems(config: RunConfig, shape: ModelShape, gpus: int) -> list[Problem]:
+    """Why a run that is right by itself cannot have its layout on so many GPUs."""
+    run = Run(config, shape, gpus, check_files=False)
+    return [problem for check in CHECKS for problem in check(run)]

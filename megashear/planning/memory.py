@@ -1,0 +1,187 @@
+"""Memory of a rank, part by part, by arithmetic (docs/design.md, section "Planning").
+
+Activations follow Korthikanti et al. 2022 (arXiv 2205.05198), for the tensors that these layers
+really keep for the backward pass: no scores of attention (flash kernels), no dropout. Measured
+against what runs allocate on CPUs by `benchmarks/memory_model.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megashear.planning.setup import CPU, TRANSFORMER_ENGINE, Setup, sizes_of_stage
+
+ERROR = 0.04
+"""Largest error of a rank's peak against measured ones, on CPUs (benchmarks/results)."""
+ERROR_TEXT = f"within {ERROR:.0%} of measured peaks on CPUs; not measured on GPUs"
+
+RESERVE = 0.1
+"""Of a GPU's memory, for what is not modelled: CUDA's context, NCCL's buffers, workspaces of
+matrix products, fragmentation."""
+
+MASK_BYTES = 48
+"""Of a unit of the masks: log_alpha, its gradient, two moments, and what its sample keeps."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at its peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    masks: float  # masks, and the copy of scaled weights that is put aside
+    activations: float  # of all micro-batches in flight, and the gradients of a layer
+    logits: float  # and what the loss and the gradient of the output head take
+    buffers: float  # of communication, and temporary copies of the optimizer
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(vars(self).values()))
+
+
+def peak_memory(setup: Setup) -> Memory:
+    """Of the rank that takes most: one of the first pipeline stage, or of the last."""
+    stages = {0, setup.parallel.pipeline - 1}
+    return max((stage_memory(setup, stage) for stage in sorted(stages)), key=lambda m: m.total)
+
+
+def stage_memory(setup: Setup, stage: int) -> Memory:
+    """Of a rank of a pipeline stage, counted from 0."""
+    parallel, element, owners = setup.parallel, setup.element, setup.owners
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    sizes = sizes_of_stage(setup.shape, parallel.tensor, setup.layers, first, last)
+    fp32_copy = 4 if setup.precision == "bf16" else 0  # beside two moments
+    put_aside = element * sizes.scaled / (owners if parallel.overlap_param_gather else 1)
+    kept, at_work, logits = _activations(setup, stage)
+    inside = kept + at_work + logits + (put_aside if setup.masked else 0)
+    after = _after_backward(setup, sizes.parameters, sizes.largest, sizes.largest_scaled)
+    return Memory(
+        weights=element * sizes.parameters,
+        gradients=4 * sizes.parameters,
+        optimizer=(8 + fp32_copy) * sizes.parameters / owners,
+        masks=(put_aside + MASK_BYTES * setup.masked_units) if setup.masked else 0,
+        activations=kept + at_work,
+        logits=logits,
+        # Beside activations, or, where more, in their place after the backward pass.
+        buffers=_communication(setup, stage) + max(0.0, after - inside),
+    )
+
+
+def _after_backward(setup: Setup, parameters: int, largest: int, largest_scaled: int) -> float:
+    """Temporary copies of the chain rule, or of the optimizer's step."""
+    if setup.backend == TRANSFORMER_ENGINE:  # its fused Adam has none
+        step = 0.0
+    elif setup.backend == CPU:  # one parameter after another
+        step = 2.3 * 4 * largest
+    else:  # all at once
+        step = 4 * parameters / setup.owners
+    return max(step, 4 * largest_scaled if setup.masked else 0)
+
+
+def _communication(setup: Setup, stage: int) -> float:
+    """What a stage receives into, and where sequence parallelism gathers."""
+    hidden = setup.element * setup.tokens * setup.shape.hidden_size
+    messages = 2 * ((stage > 0) + (setup.parallel.virtual_pipeline > 1))
+    return messages * hidden / _split(setup) + (hidden if setup.parallel.sequence else 0)
+
+
+def _split(setup: Setup) -> int:
+    """Ranks over which norms and the residual stream are split."""
+    return setup.parallel.tensor if setup.parallel.sequence else 1
+
+
+def _activations(setup: Setup, stage: int) -> tuple[float, float, float]:
+    """Bytes (kept for the backward pass, at work in a layer, of logits and loss) at the peak."""
+    parallel, tokens, element = setup.parallel, setup.tokens, setup.element
+    hidden = element * tokens * setup.shape.hidden_size / _split(setup)
+    per_layer = layer_activations(setup)
+    full = parallel.recompute == "full"
+    chunk_layers = setup.layers / parallel.virtual_pipeline
+    in_flight = _in_flight(setup, stage)
+    kept = in_flight * chunk_layers * (hidden if full else per_layer)
+    if setup.backend == CPU:  # outputs are not freed when sent
+        last = stage == parallel.pipeline - 1
+        kept += in_flight * hidden * (1 - 1 / parallel.virtual_pipeline if last else 1)
+    # Backward through a gated MLP: gradients of its output and of both its halves.
+    at_work = hidden + 2 * element * tokens * setup.shape.ffn_hidden_size / parallel.tensor
+    if full:  # a layer is there once more, with its output
+        x_kept = hidden if setup.precision == "fp32" or setup.backend != CPU else 0
+        at_work += per_layer - x_kept + hidden
+    if parallel.sequence:  # what is gathered of all tokens
+        at_work += element * tokens * setup.shape.hidden_size
+    embedding = element * _vocabulary(setup) * setup.shape.hidden_size
+    if stage == 0:  # its gradient, when all of a micro-batch is done
+        at_work = max(at_work, embedding + 2 * hidden - kept / in_flight)
+    if setup.shape.tied_embeddings and parallel.pipeline == 1:  # that of the output head waits
+        at_work += embedding
+    if stage < parallel.pipeline - 1:
+        return kept, at_work, 0.0
+    loss = _loss(setup, hidden)
+    return (kept, at_work, 0.0) if at_work > loss else (kept, 0.0, loss)
+
+
+def layer_activations(setup: Setup) -> float:
+    """Bytes that a layer keeps of a micro-batch without recomputing all of it."""
+    shape, parallel, element, tokens = setup.shape, setup.parallel, setup.element, setup.tokens
+    tensor, context = parallel.tensor, parallel.context
+    queries = shape.num_attention_heads * shape.kv_channels / tensor
+    keys = shape.num_query_groups * shape.kv_channels / tensor
+    norms = 2 * _norm(setup) * shape.hidden_size / _split(setup)
+    # The projection as a whole, whose values attention keeps; rotated queries and keys; output.
+    attention = element * ((queries + 2 * keys) + (queries + keys) + queries)
+    if context > 1 and setup.backend != TRANSFORMER_ENGINE:
+        # In their place keys and values of all ranks, gathered; outputs of both blocks, and joined.
+        attention = element * (3 * queries + 2 * keys * context)
+    if shape.qk_norm:
+        attention += (_norm(setup) - element) * (queries + keys)
+    if parallel.recompute != "selective":
+        attention += 4 * shape.num_attention_heads / tensor  # log-sum-exp
+    if setup.backend != TRANSFORMER_ENGINE:
+        # Cosines and sines, of queries and of keys, once for all sequences of the batch.
+        attention += element * 4 * shape.kv_channels / setup.micro_batch_size
+    if setup.backend not in (CPU, TRANSFORMER_ENGINE) and setup.micro_batch_size > 1:
+        attention += element * queries  # the output, in another order
+    # fc1 (gate and up) and the product; torch layers keep the activated gate and the up half too.
+    halves = 3 if setup.backend == TRANSFORMER_ENGINE else 5
+    mlp = element * halves * shape.ffn_hidden_size / tensor
+    return tokens * (norms + attention + mlp)
+
+
+def _norm(setup: Setup) -> int:
+    """Bytes of a norm's input and output, an element; on a CPU of what is between as well."""
+    if setup.backend != CPU:
+        return 2 * setup.element
+    return 3 * 4 if setup.precision == "fp32" else 4 + 4 + 2
+
+
+def _vocabulary(setup: Setup) -> int:
+    """Rows of the vocabulary on a tensor-parallel rank, with padding."""
+    return -(-setup.shape.vocab_size // setup.parallel.tensor)
+
+
+def _loss(setup: Setup, hidden: float) -> float:
+    """Bytes of the end of a model, at the larger of two moments.
+
+    In the loss: logits, and their fp32 copy where they are bf16. In the output head's backward
+    pass: the gradients of logits, of its weight, and of what came in.
+    """
+    shape, tokens, element = setup.shape, setup.tokens, setup.element
+    vocabulary = _vocabulary(setup)
+    norm = tokens * _norm(setup) * shape.hidden_size / _split(setup)
+    bf16 = element == 2
+    in_loss = tokens * vocabulary * (6 if bf16 else 4) + (hidden if bf16 else 0)
+    in_backward = element * vocabulary * (tokens + shape.hidden_size) + hidden
+    if setup.parallel.sequence:  # input and its gradient, of all tokens
+        in_backward += 2 * element * tokens * shape.hidden_size
+    return norm + max(in_loss, in_backward)
+
+
+def _in_flight(setup: Setup, stage: int) -> int:
+    """Chunks of layers whose activations a stage keeps at once (1F1B, or interleaved)."""
+    stages, chunks = setup.parallel.pipeline, setup.parallel.virtual_pipeline
+    all_chunks = setup.micro_batches * chunks
+    if chunks == 1:
+        return min(all_chunks, stages - stage)
+    return min(all_chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)

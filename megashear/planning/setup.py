@@ -1,0 +1,130 @@
+"""What a plan is made for: a model in a layout, on one rank. Imports config and pruning only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
+from megashear.pruning.table import Row, layer_rows, mask_sizes, outer_rows
+
+CPU, TORCH, TRANSFORMER_ENGINE = BACKENDS = ("cpu", "torch", "transformer_engine")
+"""What computes: torch layers on a CPU (norms in several operations), torch layers or Transformer
+Engine's on a GPU."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One layout of a run.
+
+    Attributes:
+        shape: of the model that is trained.
+        parallel: the layout.
+        data_size: data-parallel ranks.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences.
+        micro_batches: of a data-parallel rank in a step.
+        masked: whether masks are trained too (stage prune).
+        masked_units: of the masks, for the whole model.
+        backend: one of BACKENDS.
+        precision: bf16 | fp32.
+    """
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    data_size: int
+    seq_length: int
+    micro_batch_size: int
+    micro_batches: int
+    masked: bool
+    masked_units: int
+    backend: str
+    precision: str
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers of a pipeline stage."""
+        return self.shape.num_layers // self.parallel.pipeline
+
+    @property
+    def owners(self) -> int:
+        """Ranks that share the optimizer's state of the same parameters."""
+        shared = self.parallel.distributed_optimizer
+        return self.data_size * self.parallel.context if shared else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on one context-parallel rank."""
+        return self.micro_batch_size * self.seq_length // self.parallel.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        sequences = self.data_size * self.micro_batches * self.micro_batch_size
+        return sequences * self.seq_length
+
+
+def setup_of(config: RunConfig, shape: ModelShape, gpus: int, backend: str) -> Setup:
+    """The layout of a configuration that `config.validate` found good for so many GPUs."""
+    parallel, trainer = config.parallel, config.trainer
+    data_size = gpus // parallel.model_ranks
+    sizes = mask_sizes(shape, config.pruning.head_unit).values()
+    precision = config.platform.precision
+    if precision == "auto":
+        precision = "fp32" if backend == CPU else "bf16"
+    return Setup(
+        shape=shape,
+        parallel=parallel,
+        data_size=data_size,
+        seq_length=config.data.seq_length,
+        micro_batch_size=trainer.micro_batch_size,
+        micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * data_size),
+        masked=config.stage == "prune",
+        masked_units=sum(rows * units for rows, units in sizes) if config.stage == "prune" else 0,
+        backend=backend,
+        precision=precision,
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a rank: all, those that masks scale, and the largest two of each kind."""
+
+    parameters: int
+    scaled: int
+    largest: int
+    largest_scaled: int
+
+
+@lru_cache(maxsize=4096)
+def sizes_of_stage(shape: ModelShape, tensor: int, layers: int, first: bool, last: bool) -> Sizes:
+    """Parameters that a rank of a pipeline stage holds.
+
+    Args:
+        shape: of the whole model.
+        tensor: tensor-parallel ranks.
+        layers: of the stage.
+        first: whether it has the embedding.
+        last: whether it has the output head: of tied embeddings a copy, unless it has them.
+    """
+    embedding, norm, *head = outer_rows(shape)
+    rows = [(row, layers) for row in layer_rows(shape, 0)]
+    rows += [(embedding, 1)] if first or (last and not head) else []
+    rows += [(row, 1) for row in (norm, *head)] if last else []
+    numbers = [(_number(row, tensor), row.scaled, count) for row, count in rows]
+    return Sizes(
+        parameters=sum(number * count for number, _, count in numbers),
+        scaled=sum(number * count for number, scaled, count in numbers if scaled),
+        largest=max(number for number, *_ in numbers),
+        largest_scaled=max((number for number, scaled, _ in numbers if scaled), default=0),
+    )
+
+
+def _number(row: Row, tensor: int) -> int:
+    return math.prod(row.shape(tensor))

@@ -1,0 +1,135 @@
+"""What `megashear plan` prints: plain text, in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megashear import console
+from megashear.config.schema import QUERY_HEAD, ModelShape
+from megashear.planning.layouts import usable_bytes
+from megashear.planning.memory import ERROR_TEXT
+from megashear.planning.stage import Stage, StagePlan
+from megashear.planning.targets import Proposal
+from megashear.planning.throughput import LINK_SHARE, Cluster
+from megashear.pruning.counting import parameter_count
+
+GIB, MOST = 2**30, 6
+
+
+def stage_text(file: Path, plan: StagePlan) -> str:
+    """A stage's part of the page."""
+    stage, gpu = plan.stage, plan.cluster.gpu
+    usable = usable_bytes(plan.cluster, plan.reserve) / GIB
+    own = plan.configured
+    lines = [f"{file}: {stage.config.stage} on {stage.gpus} x {gpu.name}"]
+    lines.append(f"  model   {parameter_count(stage.shape):,} parameters ({_sizes(stage.shape)})")
+    if stage.target_parameters is not None:
+        sizes = f" ({_sizes(stage.target)})" if stage.target else ""
+        lines.append(f"  target  {stage.target_parameters:,} parameters{sizes}")
+    lines.append(f"  tokens  {stage.tokens / 1e9:.3g} B in {stage.config.trainer.steps:,} steps")
+    share = f"{stage.evaluation_share():.1%}" if stage.domains else "domains unknown, not counted"
+    lines.append(f"  evaluations add {share} to the computation")
+    lines.append(f"  disk    {_disk(stage)}")
+    lines += [f"  cannot run as configured: {path} {text}" for path, text in plan.problems]
+    if own is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(f"\nmemory of a GPU as configured: {verdict} in {usable:.1f} GiB")
+        parts = [(n, f"{size / GIB:.2f} GiB") for n, size in vars(own.memory).items()]
+        parts.append(("total", f"{own.memory.total / GIB:.2f} GiB"))
+        lines.append(_indented(parts))
+    lines.append(f"\nlayouts that fit in {usable:.1f} GiB, fastest first")
+    lines.append(_layouts(plan) if plan.layouts else "  none: take more GPUs, or larger ones")
+    if plan.layouts:
+        lines.append(f"  the first as options: {plan.layouts[0].options}")
+    return "\n".join(lines)
+
+
+def _sizes(shape: ModelShape) -> str:
+    heads = f"{shape.num_attention_heads} heads"
+    if shape.num_query_groups != shape.num_attention_heads:
+        heads += f" in {shape.num_query_groups} groups"
+    sizes = f"{shape.num_layers} layers, hidden {shape.hidden_size}, {heads}"
+    return f"{sizes}, intermediate {shape.ffn_hidden_size}"
+
+
+def _disk(stage: Stage) -> str:
+    sizes = [f"{what} {size / 1e9:.3g} GB" for what, size in stage.disk_bytes().items()]
+    return ", ".join(sizes)
+
+
+def _layouts(plan: StagePlan) -> str:
+    header = ("tensor", "pipeline", "virtual", "context", "data", "micro-batch", "recompute")
+    rows = []
+    own = [("configured", plan.configured)] if plan.configured else []
+    for name, layout in [*own, *(("", each) for each in plan.layouts[:MOST])]:
+        setup, parallel = layout.setup, layout.setup.parallel
+        hours = plan.stage.hours(layout)
+        rows.append(
+            (
+                *(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context),
+                *(setup.data_size, setup.micro_batch_size, parallel.recompute),
+                f"{layout.memory.total / GIB:.1f}",
+                f"{layout.tokens_per_second:,.0f}",
+                f"{hours:,.1f}",
+                f"{hours * plan.stage.gpus:,.0f}",
+                name,
+            )
+        )
+    return _indented(rows, (*header, "GiB", "tok/s", "hours", "GPU-hours", ""))
+
+
+def _indented(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
+    return "\n".join(f"  {line}" for line in console.table(rows, header).splitlines())
+
+
+def totals_text(files: Sequence[Path], plans: Sequence[StagePlan]) -> str:
+    """The chain: each stage in its own layout where that fits, else in the fastest that does."""
+    rows, sums = [], [0.0, 0.0, 0.0, 0.0]
+    for file, plan in zip(files, plans, strict=True):
+        chosen = plan.chosen
+        hours = plan.stage.hours(chosen) if chosen else float("nan")
+        disk = sum(plan.stage.disk_bytes().values())
+        values = (plan.stage.tokens / 1e9, hours, hours * plan.stage.gpus, disk / 1e9)
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+        rows.append((str(file), plan.stage.gpus, *(f"{value:,.1f}" for value in values)))
+    rows.append(("total", "", *(f"{value:,.1f}" for value in sums)))
+    header = ("stage", "GPUs", "tokens (B)", "hours", "GPU-hours", "disk (GB)")
+    return "the chain, as configured or, where that does not fit, in the fastest layout\n" + (
+        _indented(rows, header)
+    )
+
+
+def assumptions_text(cluster: Cluster, reserve: float) -> str:
+    """What the figures stand on."""
+    return (
+        f"assumed: arithmetic at {cluster.mfu:.0%} of the peak (--mfu), links and network at "
+        f"{LINK_SHARE:.0%}, {cluster.network * 8e-9:g} Gbit/s a GPU (--network), "
+        f"{cluster.gpus_per_node} GPUs a node; {reserve:.0%} of the memory left free (--reserve)\n"
+        f"memory model: {ERROR_TEXT}; times are a model's, to rank layouts by"
+    )
+
+
+def proposals_text(source: ModelShape, proposals: Sequence[Proposal]) -> str:
+    """Target shapes as a table, and as lines for a run's file."""
+    sizes = ("parameters", "layers", "hidden", "heads", "groups", "intermediate")
+    header = (*sizes, "bf16 GiB", "int4 GiB", "KV KiB/token", "near")
+    rows = []
+    for each in proposals:
+        shape, memory = each.shape, (f"{each.weight_bytes(p) / GIB:.2f}" for p in ("bf16", "int4"))
+        rows.append(
+            (
+                *(f"{each.parameters:,}", shape.num_layers, shape.hidden_size),
+                *(shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size),
+                *(*memory, f"{each.kv_bytes / 1024:g}", each.nearest.name),
+            )
+        )
+    lines = [f"source: {parameter_count(source):,} parameters ({_sizes(source)})", ""]
+    lines += [console.table(rows, header), "", "for a run's file:"]
+    return "\n".join([*lines, *(f"  {_target_line(each)}" for each in proposals)])
+
+
+def _target_line(proposal: Proposal) -> str:
+    sizes = ", ".join(f"{name}: {size}" for name, size in vars(proposal.target).items())
+    unit = f"  pruning: {{head_unit: {QUERY_HEAD}}}" if proposal.head_unit == QUERY_HEAD else ""
+    return f"target: {{{sizes}}}{unit}"
