@@ -54,12 +54,10 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.18"],
-        "plots": ["matplotlib>=3.8"],
         "dev": [
             "codespell>=2.3",
             "ctranslate2>=4.5",  # another engine, to run what was exported
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2.3",

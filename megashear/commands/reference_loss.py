@@ -104,7 +104,7 @@ def run_source(args: argparse.Namespace) -> None:
     losses = model["losses"]
     earlier = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
     content = {"domains": _referring(domains, losses), "models": [model]}
-    _write(args, content, lambda p, file: p.domain_losses(file, measured.model, losses, earlier))
+    _write(args, content, lambda plots: plots.domain_losses(measured.model, losses, earlier))
 
 
 def run_scaling(args: argparse.Namespace) -> None:
@@ -139,7 +139,7 @@ def run_scaling(args: argparse.Namespace) -> None:
         "laws": {n: {"E": f.E, "A": f.A, "b": f.b, "flag": f.flag} for n, f in laws.items()},
         "models": [asdict(model) for model in models],
     }
-    _write(args, content, lambda plots, file: plots.scaling_laws(file, laws, target), warnings)
+    _write(args, content, lambda plots: plots.scaling_laws(laws, target), warnings)
 
 
 def _parameters(file: Path) -> int:
@@ -179,7 +179,7 @@ def _referring(domains: Sequence[Domain], losses: Mapping[str, float]) -> list[d
 
 
 def _plot(args: argparse.Namespace) -> Path:
-    return Path(args.out.parent, f"{args.out.stem}.png")
+    return Path(args.out.parent, f"{args.out.stem}.html")
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -191,10 +191,10 @@ def _check_output(args: argparse.Namespace) -> None:
 def _write(
     args: argparse.Namespace,
     content: dict[str, Any],
-    draw: Callable[[Any, Path], None],
+    draw: Callable[[Any], str],
     warnings: Sequence[str] = (),
 ) -> None:
-    """The YAML file, and its plot where matplotlib is installed."""
+    """The YAML file, and its plot as a page."""
     from megashear.checkpoint.manager import write_durably
     from megashear.report import plots
 
@@ -203,8 +203,5 @@ def _write(
     head = [f"megashear {shlex.join(sys.argv[1:])}", use, *warnings]
     write_durably(args.out, "".join(f"# {line}\n" for line in head) + text)
     print(f"\nwritten to {args.out}: for a run, data.domains_from={args.out}")
-    try:
-        draw(plots, _plot(args))
-        print(f"plot: {_plot(args)}")
-    except ImportError:
-        print("no plot: it needs matplotlib (pip install megashear[plots])")
+    write_durably(_plot(args), draw(plots))
+    print(f"plot: {_plot(args)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
 
 import yaml
 from plotly.offline import get_plotlyjs
@@ -58,32 +57,36 @@ summary { cursor: pointer; font-weight: 600 }
 """
 
 
+def document(title: str, head: str, content: str) -> str:
+    """A whole page: its title as text, what stands below that and the content as HTML."""
+    script = f"<script>{get_plotlyjs()}</script>" if "<figure" in content else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)} - megashear</title><style>{STYLE}</style>{script}</head><body>"
+        f"<header><h1>{_text(title)}</h1>{head}</header><main>{content}</main></body></html>\n"
+    )
+
+
 def render(found: Sequence[Run], version: str, now: str) -> str:
     """The page of these runs, as megashear `version` made it at the time `now`."""
     runs: Runs = dict(zip(labels([run.directory for run in found]), found, strict=True))
-    bodies = {heading: body for heading, body in _bodies(runs, count(1)) if body}
-    title = _text(" and ".join(runs) if len(runs) < 3 else f"{len(runs)} runs")
-    content = "".join(
-        f'<section id="{heading.lower()}"><h2>{heading}</h2>{body}</section>'
-        for heading, body in bodies.items()
-    )
-    script = f"<script>{get_plotlyjs()}</script>" if "<figure" in content else ""
+    bodies = {heading: body for heading, body in _bodies(runs) if body}
     links = "".join(f'<a href="#{heading.lower()}">{heading}</a>' for heading in bodies)
     thinned = (
         f" Of a line with more than {MOST_POINTS:,} points, the least and the greatest of each "
         "stretch of steps are drawn; tables and sums are of all."
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title} - megashear</title><style>{STYLE}</style>{script}</head><body>"
-        f"<header><h1>{title}</h1><p>Made {_text(now)} by megashear {_text(version)}."
-        f"{thinned if any(map(is_long, found)) else ''}</p><nav>{links}</nav></header>"
-        f"<main>{_told(runs)}{content}</main></body></html>\n"
+    made = f"Made {now} by megashear {version}.{thinned if any(map(is_long, found)) else ''}"
+    sections = "".join(
+        f'<section id="{heading.lower()}"><h2>{heading}</h2>{body}</section>'
+        for heading, body in bodies.items()
     )
+    title = " and ".join(runs) if len(runs) < 3 else f"{len(runs)} runs"
+    return document(title, f"<p>{_text(made)}</p><nav>{links}</nav>", _told(runs) + sections)
 
 
-def _bodies(runs: Runs, ids: Iterator[int]) -> Iterator[tuple[str, str]]:
+def _bodies(runs: Runs) -> Iterator[tuple[str, str]]:
     """Headings, and what stands below each; nothing, where no run tells of it."""
     wide = 340 * len(runs)
     each = {label: (label, run) for label, run in runs.items()}.values()
@@ -91,13 +94,13 @@ def _bodies(runs: Runs, ids: Iterator[int]) -> Iterator[tuple[str, str]]:
     for label, run in each:
         columns |= tables.shapes(label, run)
     yield "Overview", _table(_of_runs("", runs, tables.overview), words=True)
-    yield "Domains", _domains(runs, ids)
-    yield "Masks", _masks(runs, ids)
-    yield "Training", _figures(figures.lines(runs, figures.PROGRESS), ids, wide)
+    yield "Domains", _domains(runs)
+    yield "Masks", _masks(runs)
+    yield "Training", draw(figures.lines(runs, figures.PROGRESS), wide)
     yield (
         "Speed",
-        _figures(figures.lines(runs, figures.SPEED), ids, wide)
-        + _figures(figures.time(runs), ids)
+        draw(figures.lines(runs, figures.SPEED), wide)
+        + draw(figures.time(runs))
         + _table(_of_runs("Where the time went", runs, tables.times)),
     )
     yield "Sizes", _table(tables.of_runs("", columns))
@@ -106,7 +109,7 @@ def _bodies(runs: Runs, ids: Iterator[int]) -> Iterator[tuple[str, str]]:
     yield "Versions", _table(_of_runs("", runs, tables.versions))
 
 
-def _domains(runs: Runs, ids: Iterator[int]) -> str:
+def _domains(runs: Runs) -> str:
     names = styles(domains(list(runs.values())))
     together = figures.gaps(runs, names) + figures.weights(runs, names)
     apart = figures.losses(runs, names)
@@ -115,16 +118,16 @@ def _domains(runs: Runs, ids: Iterator[int]) -> str:
     summaries = [tables.losses(label, run, list(names)) for label, run in runs.items()]
     return (
         _legend(names)
-        + _figures(together + figures.data(runs, names), ids, 340 * len(runs))
+        + draw(together + figures.data(runs, names), 340 * len(runs))
         + "".join(map(_table, summaries))
         + "<h3>Loss of each domain</h3>"
         "<p>Thick: validation. Thin and grey: training. Dotted: reference, which the target is to "
         "reach. The scale leaves out the highest 1% of training losses.</p>"
-        + _figures(apart, ids, 300 * len(runs))
+        + draw(apart, 300 * len(runs))
     )
 
 
-def _masks(runs: Runs, ids: Iterator[int]) -> str:
+def _masks(runs: Runs) -> str:
     curves = figures.masks(runs)
     maps = [
         panel for label, run in runs.items() for panel in figures.maps(label, run, len(runs) > 1)
@@ -135,12 +138,12 @@ def _masks(runs: Runs, ids: Iterator[int]) -> str:
         body += (
             "<h3>Sparsity and multipliers</h3><p>Blue: expected share of units removed. Dotted: "
             "its target, which is warmed up. λ1 multiplies the difference of the two, λ2 its "
-            "square.</p>" + _figures(curves, ids, 270)
+            "square.</p>" + draw(curves, 270)
         )
     if maps:
         body += (
-            "<h3>Units that are kept</h3><p>Blue: kept. Light: removed. Grey: in a layer that is "
-            "removed as a whole.</p>" + _figures(maps, ids, 480)
+            "<h3>Units that are kept</h3><p>Blue: kept. Faint: removed. Grey: in a layer that is "
+            "removed as a whole.</p>" + draw(maps, 480)
         )
     return body
 
@@ -165,18 +168,16 @@ def _told(runs: Runs) -> str:
     return f"{heading}<ul>{''.join(items)}</ul></div>" if items else ""
 
 
-def _figures(panels: Sequence[Panel], ids: Iterator[int], least: int = 0) -> str:
+def draw(panels: Sequence[Panel], least: int = 0) -> str:
     """Figures beside each other where each has `least` pixels, else below each other."""
     drawn = []
     for panel in panels:
-        number = next(ids)
         alone = "".join(map(_key, panel.keys.values())) if panel.title in panel.keys else ""
         plot = panel.figure.to_html(
             config={"displaylogo": False, "responsive": True},
             full_html=False,
             include_plotlyjs=False,
             default_height=f"{panel.figure.layout.height}px",
-            div_id=f"figure-{number}",
         )
         drawn.append(
             f"<figure><figcaption>{alone}{_text(panel.title)}</figcaption>"

@@ -1,92 +1,90 @@
-"""Plots as PNG files. Imports matplotlib where it draws, and neither torch nor Megatron."""
+"""Pages of what a command has measured besides runs: losses of models, and laws through them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from megashear.reference.scaling_law import Fit
+from megashear.report.drawing import BLUE, INK, TEMPLATE, VERMILION, Panel, name_bars
+from megashear.report.page import document, draw
 
-BLUE, RED, GREY = "#1f5fa8", "#b3261e", "#8a8a8a"
+
+def scaling_laws(laws: Mapping[str, Fit], target: float) -> str:
+    """A page with the panels of all laws."""
+    note = (
+        "<p>Loss (nats per token) by parameters. Dots: the models that were measured. Line: the "
+        "law through them; red where it is not to be trusted. Star: its loss at the target's size, "
+        "which is the reference.</p>"
+    )
+    return document("Scaling laws", note, draw(law_panels(laws, target), 300))
 
 
-def scaling_laws(file: Path, laws: Mapping[str, Fit], target: float) -> None:
-    """A panel for each domain: the models, the law through them, and its loss at the target.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure, panels = _panels(len(laws))
-    for axes, (name, law) in zip(panels, laws.items(), strict=True):
+def law_panels(laws: Mapping[str, Fit], target: float) -> list[Panel]:
+    """For each domain: the models, the law through them, and its loss at the target."""
+    panels = []
+    for name, law in laws.items():
         ends = min(target, *law.sizes) / 1.5, 1.5 * max(target, *law.sizes)
-        N = np.geomspace(*ends, 200)
-        reference = law.loss(target)
-        color = RED if law.flag else BLUE
-        axes.plot(N, [law.loss(n) for n in N], color=color, linewidth=1.2)
-        axes.plot(law.sizes, law.losses, "o", color=color, label="measured")
-        axes.axvline(target, color=GREY, linewidth=0.8, linestyle=":")
-        axes.plot([target], [reference], "*", color="black", markersize=11, label="target")
-        axes.annotate(f"{reference:.4f}", (target, reference), (8, 3), textcoords="offset points")
-        _label_sizes(axes, decades=np.log10(ends[1] / ends[0]))
-        note = law.flag.split(":")[0]
-        axes.set_title(f"{name} ({note})" if note else name, fontsize=10, color=color)
-        axes.grid(alpha=0.25)
-    figure.supxlabel("parameters")
-    figure.supylabel("loss (nats per token)")
-    panels[0].legend(fontsize=8)
-    _save(figure, file)
+        N = np.geomspace(*ends, 100)
+        color = VERMILION if law.flag else BLUE
+        figure = go.Figure(layout={"template": TEMPLATE, "height": 260})
+        figure.add_scatter(x=N, y=[law.loss(n) for n in N], mode="lines", line_color=color)
+        dots = {"color": color, "size": 8}
+        figure.add_scatter(x=law.sizes, y=law.losses, mode="markers", marker=dots)
+        star = {"color": INK, "size": 13, "symbol": "star"}
+        figure.add_scatter(x=[target], y=[law.loss(target)], mode="markers", marker=star)
+        ticks = sorted({*law.sizes, target})
+        figure.update_xaxes(
+            **{"type": "log", "range": np.log10(ends), "title_text": "parameters"},
+            **{"tickvals": ticks, "ticktext": [short(size) for size in ticks]},
+        )
+        figure.update_yaxes(title_text="nats per token")
+        figure.update_traces(hovertemplate="%{x:,.0f} parameters: %{y:.4f}<extra></extra>")
+        flag = f" ({law.flag.split(':')[0]})" if law.flag else ""
+        said = f"{law.loss(target):.4f} at {short(target)}"
+        panels.append(Panel(f"{name}{flag}: {said}", f"Reference {said} parameters", figure))
+    return panels
 
 
-def domain_losses(
-    file: Path, title: str, losses: Mapping[str, float], earlier: Mapping[str, float]
-) -> None:
-    """A bar for the loss of each domain, with the earlier reference where there is one.
+def short(size: float) -> str:
+    """A number of parameters as 1.35B."""
+    for unit, of in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if size >= of:
+            return f"{size / of:.3g}{unit}"
+    return f"{size:.0f}"
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure, (axes,) = _panels(1, height=1 + 0.3 * len(losses))
-    bars = axes.barh(list(losses), list(losses.values()), color=BLUE)
-    axes.bar_label(bars, fmt="%.4f", label_type="center", color="white")
+
+def domain_losses(title: str, losses: Mapping[str, float], earlier: Mapping[str, float]) -> str:
+    """A page with the losses of the domains of a model."""
+    note = "<p>Validation loss (nats per token)."
+    note += " Red marks: the references until now.</p>" if earlier else "</p>"
+    return document(title, note, draw([losses_panel(losses, earlier)]))
+
+
+def losses_panel(losses: Mapping[str, float], earlier: Mapping[str, float]) -> Panel:
+    """A bar for the loss of each domain, with the earlier reference where there is one."""
+    figure = go.Figure(layout={"template": TEMPLATE, "height": 70 + 26 * len(losses)})
+    rows = {name: row for row, name in enumerate(losses)}
+    figure.add_bar(
+        x=list(losses.values()),
+        y=list(rows.values()),
+        orientation="h",
+        marker_color=BLUE,
+        texttemplate="%{x:.4f}",
+        textposition="inside",
+        insidetextanchor="start",
+        textfont_color="white",
+        hovertemplate="%{x:.6f}<extra></extra>",
+    )
     if earlier:
-        axes.plot(list(earlier.values()), list(earlier), "D", color=RED, label="earlier reference")
-        figure.legend(loc="outside lower right", fontsize=8)
-    axes.invert_yaxis()  # the first domain on top
-    axes.set_xlabel("loss (nats per token)")
-    axes.set_title(title, fontsize=10)
-    _save(figure, file)
-
-
-def _label_sizes(axes: Any, decades: float) -> None:
-    """A logarithmic axis with labels like 7B: few, where it covers many decades."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    short = EngFormatter(sep="")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
-    axes.xaxis.set_major_formatter(lambda N, _: short(N).replace("G", "B").replace("k", "K"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _panels(count: int, height: float = 2.6) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and as many axes."""
-    from matplotlib.figure import Figure
-
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    width = 7.0 if columns == 1 else 3.2 * columns
-    figure = Figure(figsize=(width, height * rows), dpi=150, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, grid[:count]
-
-
-def _save(figure: Any, file: Path) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, file)
+        figure.add_scatter(
+            **{"x": list(earlier.values()), "y": [rows[name] for name in earlier]},
+            **{"mode": "markers", "marker": {"color": VERMILION, "size": 11, "symbol": "diamond"}},
+            hovertemplate="earlier reference %{x:.4f}<extra></extra>",
+        )
+    name_bars(figure, list(losses))
+    figure.update_xaxes(title_text="nats per token")
+    said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    return Panel("Loss of each domain", said, figure)
