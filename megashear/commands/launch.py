@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import Any
 
+from megashear.errors import RankError
+
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """That torchrun passes on to the processes; of the last one it would die."""
 
@@ -38,10 +40,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--shutdown-timeout",
         type=int,
-        default=150,
         metavar="S",
         help="seconds that the processes have after a signal, for a step and a save, before they "
-        "are killed (default: 150)",
+        "are killed (default: 150; in a Slurm job 600, if Slurm does not kill them before)",
     )
     parser.add_argument("script", metavar="SCRIPT", help="Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
@@ -53,24 +54,18 @@ def run(args: argparse.Namespace) -> int:
     from megashear.platform import slurm
 
     task = slurm.task()
-    if task is not None and task.tasks > task.nodes:
+    if task is None:
+        return _torchrun(args, ["--standalone"], 600 if slurm.job() else 150)
+    if task.tasks > task.nodes:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, args.script, *args.arguments])
-    return _torchrun(args, _where(task))
-
-
-def _where(task: Any) -> list[str]:
-    """Torchrun's options of where the nodes meet."""
-    from megashear.platform import slurm
-
-    if task is None:
-        return ["--standalone"]
     address, port = slurm.rendezvous()
     nodes = [f"--nnodes={task.nodes}", f"--node-rank={task.node}"]
-    return [*nodes, f"--master-addr={address}", f"--master-port={port}"]
+    return _torchrun(args, [*nodes, f"--master-addr={address}", f"--master-port={port}"], 600)
 
 
-def _torchrun(args: argparse.Namespace, where: list[str]) -> int:
+def _torchrun(args: argparse.Namespace, where: list[str], shutdown_timeout: int) -> int:
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -81,18 +76,27 @@ def _torchrun(args: argparse.Namespace, where: list[str]) -> int:
     options = [*where, f"--nproc-per-node={processes}", "--", args.script, *args.arguments]
     parsed = torchrun.parse_args(options)
     # As attributes: torchrun's options of older torch releases lack them.
-    parsed.signals_to_handle, parsed.shutdown_timeout = SIGNALS, args.shutdown_timeout
+    parsed.signals_to_handle = SIGNALS
+    parsed.shutdown_timeout = args.shutdown_timeout or shutdown_timeout
     # What was wrong is said by the processes themselves; what torchrun adds is said below.
     logging.disable(logging.CRITICAL)
     try:
         torchrun.run(parsed)
     except ChildFailedError as error:
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
-                name = failure.signal_name()
-                print(f"error: rank {rank} (pid {failure.pid}) died of {name}", file=sys.stderr)
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        return _status(error.failures)
     except SignalException as stop:
         return 128 + int(stop.sigval)
+    except DistError as error:
+        where_text = " ".join(where)
+        raise RankError(f"the nodes did not come together ({where_text}): {error}") from error
     return 0
+
+
+def _status(failures: dict[int, Any]) -> int:
+    """That of the process that failed first. Those that were killed are named: they cannot speak."""
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            name = failure.signal_name()
+            print(f"error: rank {rank} (pid {failure.pid}) died of {name}", file=sys.stderr)
+    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    return int(first.exitcode if first.exitcode >= 0 else 128 - first.exitcode)

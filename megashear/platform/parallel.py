@@ -265,9 +265,13 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     elif slurm.task():
         address, port = slurm.rendezvous()
-        store = f"tcp://{address}:{port}"
-        place = {"rank": launched_rank(), "world_size": world_size()}
-        dist.init_process_group(backend, init_method=store, timeout=timeout, **place)
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{address}:{port}",
+            timeout=timeout,
+            world_size=world_size(),
+            rank=launched_rank(),
+        )
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
