@@ -93,7 +93,7 @@ def _torchrun(args: argparse.Namespace, where: list[str], shutdown_timeout: int)
 
 
 def _status(failures: dict[int, Any]) -> int:
-    """That of the process that failed first. Those that were killed are named: they cannot speak."""
+    """That of the process that failed first. Those that were killed are named: they said nothing."""
     for rank, failure in sorted(failures.items()):
         if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
             name = failure.signal_name()
