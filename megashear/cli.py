@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megashear import console
 from megashear.commands import (
+    doctor,
     evaluate,
     launch,
     plan,
@@ -21,7 +22,7 @@ from megashear.commands import (
     watch,
 )
 
-COMMANDS = (plan, shear, tokenize, launch, watch, evaluate, reference_loss, report)
+COMMANDS = (doctor, plan, shear, tokenize, launch, watch, evaluate, reference_loss, report)
 
 
 def main() -> None:

@@ -1,0 +1,187 @@
+"""What is installed and whether it works, each tried in a process of its own; what a run would use.
+
+Imports neither torch nor Megatron: where they are broken, this still answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megashear.config.schema import PlatformConfig
+from megashear.platform.machine import OK, PROBLEM, WARNING, Finding, probe, run
+
+TORCH = """
+import json, torch
+from torch import cuda
+works = cuda.is_available()
+print(json.dumps({
+    "version": torch.__version__, "built": torch.version.cuda, "cuda": works,
+    "gpus": [cuda.get_device_name(i) for i in range(cuda.device_count())] if works else [],
+    "nccl": ".".join(map(str, cuda.nccl.version())) if works else None,
+}))
+"""
+CHOICE = """
+import json, sys
+from megashear.config.schema import PlatformConfig
+from megashear.errors import ShearError
+from megashear.platform import kernels, parallel
+config = PlatformConfig(**json.loads(sys.argv[1]))
+try:
+    device = parallel.choose_device(config)
+    layers = parallel.choose_layers(config, device)
+    print(json.dumps([device.type, layers, kernels.choose_kernels(config.kernels)]))
+except ShearError as error:
+    sys.exit(str(error))
+"""
+MEGATRON = (
+    "import megatron.core as m; from megatron.core.models.gpt import GPTModel; print(m.__version__)"
+)
+TRANSFORMER_ENGINE = (
+    "import transformer_engine as t; import transformer_engine.pytorch; print(t.__version__)"
+)
+DALI = "import nvidia.dali as d; import nvidia.dali.fn; print(d.__version__)"
+APEX = "import amp_C; from apex.optimizers import FusedAdam; print('fused kernels work')"
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def python() -> Finding:
+    """The interpreter."""
+    text = f"{sys.version.split()[0]}, {sys.executable}"
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        return Finding(PROBLEM, "python", text, "Megatron-Core here needs Python 3.10 to 3.12")
+    return Finding(OK, "python", text)
+
+
+def torch_and_gpus() -> Iterator[Finding]:
+    """torch, the driver, and whether they find the same GPUs."""
+    works, said = probe(TORCH)
+    if not works:
+        yield Finding(PROBLEM, "torch", said, "install torch anew, in a fresh environment")
+        return
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    build = f"CUDA {found['built']}" if found["built"] else "CPU"
+    yield Finding(OK, "torch", f"{found['version']}, built for {build}")
+    if found["nccl"]:
+        yield Finding(OK, "NCCL", found["nccl"])
+    yield _gpus(found)
+
+
+def _gpus(found: dict[str, Any]) -> Finding:
+    """What the driver says against what torch finds."""
+    status, said = run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if found["cuda"]:
+        driver = said.splitlines()[0].rpartition(",")[2].strip() if status == 0 else "unknown"
+        text = f"{len(found['gpus'])} x {found['gpus'][0]}, driver {driver}"
+        return Finding(OK, "GPUs", text)
+    if status == 127 and not devices:
+        return Finding(OK, "GPUs", "none: runs go on the CPU")
+    if status != 0:
+        what = f"/dev has {len(devices)} of them, but nvidia-smi fails: " if devices else ""
+        remedy = "the driver does not work: reboot, or ask who looks after the machine"
+        return Finding(PROBLEM, "GPUs", f"{what}{said.splitlines()[0]}", remedy)
+    count = len(said.splitlines())
+    if not found["built"]:
+        remedy = "install the build of torch for your CUDA: see pytorch.org, Get started"
+        return Finding(PROBLEM, "GPUs", f"{count}, but torch is a CPU build", remedy)
+    if hidden is not None:
+        text = f"{count}, none of them visible: CUDA_VISIBLE_DEVICES={hidden!r}"
+        return Finding(PROBLEM, "GPUs", text, "unset it, or ask Slurm for GPUs: --gpus-per-node")
+    driver = said.splitlines()[0].rpartition(",")[2].strip()
+    remedy = f"take a torch built for an older CUDA, or a driver for CUDA {found['built']}"
+    return Finding(PROBLEM, "GPUs", f"{count}, driver {driver}, torch can use none", remedy)
+
+
+def megatron() -> Finding:
+    """Megatron-Core, which nothing goes without."""
+    works, said = probe(MEGATRON)
+    if not works:
+        return Finding(PROBLEM, "megatron-core", said, "pip install 'megatron-core>=0.16.1,<0.20'")
+    number = said.splitlines()[-1]
+    if not (0, 16) <= tuple(map(int, number.split(".")[:2])) < (0, 20):
+        remedy = "pip install 'megatron-core>=0.16.1,<0.20'"
+        return Finding(PROBLEM, "megatron-core", f"{number} is not supported", remedy)
+    return Finding(OK, "megatron-core", number)
+
+
+def optional(has_gpu: bool) -> Iterator[Finding]:
+    """What a run uses where it is there."""
+    te = "pip install megashear[te]; it must be built for this torch"
+    yield _optional("Transformer Engine", "transformer_engine", TRANSFORMER_ENGINE, has_gpu, te)
+    apex = "build it from NVIDIA's sources (github.com/NVIDIA/apex)"
+    if find_spec("apex") and not find_spec("amp_C"):
+        text = "the package of that name is not NVIDIA's, or has no CUDA kernels"
+        yield Finding(WARNING, "Apex", text, f"pip uninstall apex; {apex} if you want it")
+    else:
+        yield _optional("Apex", "amp_C", APEX, False, apex)
+    nvidia = find_spec("nvidia") and find_spec("nvidia.dali")
+    yield _optional("DALI", "nvidia.dali" if nvidia else "", DALI, False, "megashear[dali]")
+    for name in ("tensorboard", "wandb"):
+        try:
+            yield Finding(OK, name, version(name))
+        except PackageNotFoundError:
+            yield Finding(OK, name, "not installed: its log is not written")
+
+
+def _optional(name: str, module: str, code: str, wanted: bool, remedy: str) -> Finding:
+    if not module or find_spec(module) is None:
+        text = "not installed"
+        return Finding(WARNING, name, text, remedy) if wanted else Finding(OK, name, text)
+    works, said = probe(code)
+    if works:
+        return Finding(OK, name, said.splitlines()[-1])
+    text = f"is installed and cannot be used: {said}"
+    return Finding(PROBLEM, name, text, f"uninstall it, or {remedy}")
+
+
+def used(config: PlatformConfig) -> Finding:
+    """What `platform` of a configuration comes to here."""
+    works, said = probe(CHOICE, json.dumps(asdict(config)))
+    if not works:
+        return Finding(PROBLEM, "will be used", said, "see above, or change `platform`")
+    device, layers, kernels = json.loads(said.splitlines()[-1])
+    why = "a GPU is there" if device == "cuda" else "there is no GPU torch can use"
+    if config.device != "auto":
+        why = f"platform.device = {config.device}"
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+    text = f"{device} ({why}), {'bf16' if bf16 else 'fp32'}, {layers} layers, {kernels} kernels"
+    return Finding(OK, "will be used", text)
+
+
+def launcher() -> Finding:
+    """Variables of a launcher that did not start this process."""
+    found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    if not found:
+        return Finding(OK, "launcher", "none: this is one process")
+    text = ", ".join(f"{name}={value}" for name, value in found.items())
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Finding(OK, "launcher", f"torchrun: {text}")
+    if "RANK" in found and "WORLD_SIZE" in found and found["WORLD_SIZE"] != "1":
+        remedy = f"a run would wait for the others. Outside of a launcher: unset {' '.join(found)}"
+        return Finding(PROBLEM, "launcher", f"set, and not by torchrun: {text}", remedy)
+    return Finding(WARNING, "launcher", f"set: {text}", f"unset {' '.join(found)}")
+
+
+def scheduler() -> Finding:
+    """Slurm, if it is here."""
+    if shutil.which("sinfo") is None:
+        return Finding(OK, "Slurm", "not here")
+    job = os.environ.get("SLURM_JOB_ID")
+    place = f"in job {job}, " if job else ""
+    status, said = run("sinfo", "-h", "-o", "%D %T", seconds=15)
+    lines = [line.strip() for line in said.splitlines()] or ["no nodes"]
+    if status != 0:
+        text = f"{place}installed, and does not answer: {lines[-1]}"
+        return Finding(WARNING, "Slurm", text, "no job can be sent from here: ask who runs it")
+    return Finding(OK, "Slurm", f"{place}nodes: {', '.join(lines)}")
