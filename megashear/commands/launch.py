@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import Any
 
+from megashear import console
 from megashear.errors import RankError
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -93,10 +94,10 @@ def _torchrun(args: argparse.Namespace, where: list[str], shutdown_timeout: int)
 
 
 def _status(failures: dict[int, Any]) -> int:
-    """That of the process that failed first. Those that were killed are named: they said nothing."""
+    """That of the process that failed first; of one that ended since another did, the other's."""
     for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:  # it could not say so
             name = failure.signal_name()
             print(f"error: rank {rank} (pid {failure.pid}) died of {name}", file=sys.stderr)
-    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    first = min(failures.values(), key=lambda it: (it.exitcode == console.LOST, it.timestamp))
     return int(first.exitcode if first.exitcode >= 0 else 128 - first.exitcode)
