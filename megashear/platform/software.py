@@ -51,6 +51,7 @@ TRANSFORMER_ENGINE = (
 DALI = "import nvidia.dali as d; import nvidia.dali.fn; print(d.__version__)"
 APEX = "import amp_C; from apex.optimizers import FusedAdam; print('fused kernels work')"
 
+MEGATRON_INSTALL = "pip install 'megatron-core>=0.16.1,<0.20'"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -107,11 +108,12 @@ def megatron() -> Finding:
     """Megatron-Core, which nothing goes without."""
     works, said = probe(MEGATRON)
     if not works:
-        return Finding(PROBLEM, "megatron-core", said, "pip install 'megatron-core>=0.16.1,<0.20'")
+        remedy = f"{MEGATRON_INSTALL}; or mend Transformer Engine or Apex, which it imports"
+        return Finding(PROBLEM, "megatron-core", said, remedy)
     number = said.splitlines()[-1]
     if not (0, 16) <= tuple(map(int, number.split(".")[:2])) < (0, 20):
-        remedy = "pip install 'megatron-core>=0.16.1,<0.20'"
-        return Finding(PROBLEM, "megatron-core", f"{number} is not supported", remedy)
+        text = f"{number} is not supported"
+        return Finding(PROBLEM, "megatron-core", text, MEGATRON_INSTALL)
     return Finding(OK, "megatron-core", number)
 
 
