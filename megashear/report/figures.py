@@ -49,24 +49,29 @@ def losses(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
     """For each domain: validation, training and reference loss over the steps."""
     panels = []
     for name, style in domains.items():
-        figure = grid(list(runs), ["nats per token"])
+        shown = {label: run for label, run in runs.items() if len(_losses(run, name)[0])}
+        if not shown:
+            continue
+        figure = grid(list(shown), ["nats per token"], titled=len(runs) > 1)
         said = []
-        for column, (label, run) in enumerate(runs.items(), 1):
+        for column, (label, run) in enumerate(shown.items(), 1):
             training = thin(series(run, "step", "domain_losses", name))
             add_line(figure, column, training, "training", {"color": PALE, "width": 0.8})
-            valid = series(run, "evaluation", "losses", name)
+            valid = steps, values = _losses(run, name)
             add_line(figure, column, valid, "validation", {**style, "width": 2.5})
             reference = series(run, "evaluation", "references", name)
             add_line(figure, column, reference, "reference", DOTTED)
-            if len(valid[1]):
-                said.append(f"{label} {valid[1][0]:.3f} to {valid[1][-1]:.3f}")
+            said.append(f"{label} {values[0]:.3f} to {values[-1]:.3f} at step {steps[-1]}")
             if len(reference[1]):
-                said[-1:] = [f"{' '.join(said[-1:])} (reference {reference[1][-1]:.3f})"]
+                said.append(f"reference {reference[1][-1]:.3f}")
         _fit_losses(figure, "training")
-        if said:
-            said_of_all = f"Validation loss: {'; '.join(said)}"
-            panels.append(Panel(name, said_of_all, figure, {name: style}))
+        said_of_all = f"Validation loss: {', '.join(said)}"
+        panels.append(Panel(name, said_of_all, figure, {name: style}))
     return panels
+
+
+def _losses(run: Run, domain: str) -> Series:
+    return series(run, "evaluation", "losses", domain)
 
 
 def _fit_losses(figure: go.Figure, noisy: str) -> None:
@@ -128,7 +133,7 @@ def data(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
             customdata=[plain(name) for name in domains],
             orientation="h",
             marker_color=[style["color"] for style in domains.values()],
-            text=[f"{amount / total:.1%}" for amount in amounts],
+            text=[f"{used[name] / total:.1%}" if name in used else "" for name in domains],
             textposition="outside",
             hovertemplate="%{customdata}: %{x:,.0f} tokens (%{text})<extra></extra>",
             **{"row": 1, "col": column},

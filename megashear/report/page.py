@@ -12,7 +12,7 @@ from megashear.records import METRICS
 from megashear.report import figures, tables
 from megashear.report.drawing import Panel, Runs, Style, styles
 from megashear.report.runs import Run
-from megashear.report.series import MOST_POINTS, domains, is_long, labels, missing_steps
+from megashear.report.series import MOST_POINTS, domains, is_long, labels, missing_steps, part
 from megashear.report.tables import Table
 
 STYLE = """
@@ -101,7 +101,7 @@ def _bodies(runs: Runs) -> Iterator[tuple[str, str]]:
         "Speed",
         draw(figures.lines(runs, figures.SPEED), wide)
         + draw(figures.time(runs))
-        + _table(_of_runs("Where the time went", runs, tables.times)),
+        + _table(_of_runs("", runs, tables.times)),
     )
     yield "Sizes", _table(tables.of_runs("", columns))
     yield "Starts", "".join(_table(tables.events(*item), words=True) for item in each)
@@ -160,9 +160,9 @@ def _told(runs: Runs) -> str:
     items = []
     for label, run in runs.items():
         lacking = [] if any(run.records.values()) else [f"{METRICS}: no records"]
-        verdicts = [tables.show(end.get("verdict") or "") for end in run.records["end"][-1:]]
+        verdict = part(run.records["end"][-1:], 0, "verdict")
         gaps = [missing_steps(run)]
-        for problem in filter(None, [*lacking, *run.problems, *gaps, *verdicts]):
+        for problem in filter(None, [*lacking, *run.problems, *gaps, verdict]):
             items.append(f"<li>{_text(f'{label}: {problem}')}</li>")
     heading = '<div class="told" role="note"><strong>To be known first</strong>'
     return f"{heading}<ul>{''.join(items)}</ul></div>" if items else ""

@@ -162,8 +162,8 @@ def missing_steps(run: Run) -> str:
     if not len(gaps):
         return ""
     lost = int(np.sum(np.diff(steps)[gaps] - 1))
-    first = f"{steps[gaps[0]] + 1:,} to {steps[gaps[0] + 1] - 1:,}"
-    return f"{METRICS}: no record of {lost:,} steps, the first of them steps {first}"
+    first, last_of_first = steps[gaps[0]] + 1, steps[gaps[0] + 1] - 1
+    return f"{METRICS}: no record of {lost:,} steps, the first from {first:,} to {last_of_first:,}"
 
 
 def seconds_since_1970(text: Any) -> float:

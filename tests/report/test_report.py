@@ -22,6 +22,7 @@ from megashear.reference.scaling_law import fit_domains
 from megashear.report.plots import scaling_laws
 from megashear.report.runs import Run
 from megashear.report.series import MOST_POINTS, data_used, labels, missing_steps, thin, time_spent
+from megashear.report.tables import overview
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.reference.published import LOSSES, PARAMETERS
@@ -228,18 +229,13 @@ def test_thinned_lines_keep_their_ends_and_peaks(values: list[float], most: int)
 
 
 def test_a_long_run_gives_a_page_of_a_few_megabytes(large: Path, tmp_path: Path) -> None:
-    """Lines are thinned, and the page says so; plotly.js is there once, most of all bytes."""
-    report(large, out=tmp_path / "large.html")
+    """Lines are thinned, and it says so; maps have as many kept units as the masks."""
+    page = report(large, out=tmp_path / "large.html")
     text = (tmp_path / "large.html").read_text()
     assert 4.5e6 < len(text) < 6e6
     assert text.count("plotly.js v") == 1
     assert f"more than {MOST_POINTS:,} points" in text
     assert "To be known first" not in text
-
-
-def test_maps_have_as_many_kept_units_as_the_masks(large: Path, tmp_path: Path) -> None:
-    page = report(large, out=tmp_path / "large.html")
-    text = (tmp_path / "large.html").read_text()
     for name, (rows, units, keep) in SIZES.items():
         assert f"{name}: {rows * keep:,} of {rows * units:,} kept" in text
         assert page.row(name)[0] == f"{keep:,} of {units:,}"
@@ -260,7 +256,7 @@ DAMAGES = {
     ),
     "lines lost": (
         lambda run: edit(run, 30, *[""] * 6),
-        "no record of 3 steps, the first of them steps 28 to 30",
+        "no record of 3 steps, the first from 28 to 30",
     ),
     "configuration": (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml: "),
     "masks": (
@@ -289,6 +285,30 @@ def test_a_damaged_run_has_its_page_and_the_page_says_so(damage: str, tmp_path: 
     assert "<b>low" not in text and "\x1b" not in text
     if "records" not in told:
         assert [page.row(name)[1] for name in "ab"] == [f"{losses[name]:.4f}" for name in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "state"),
+    [
+        (20, "at step 18 of 60; running, or ended without a record"),
+        (35, "stopped at step 30 of 60: SIGUSR1"),
+        (36, "at step 30 of 60; running, or ended without a record"),
+        (None, "complete: 60 steps"),
+    ],
+)
+def test_an_unfinished_run_says_where_it_is(lines: int | None, state: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "continue", 60, names=("a", "b"), every=20)
+    file = run / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
+    assert overview(Run.read(run))["state"] == state
+
+
+def test_masks_that_are_off_their_targets_are_told_first_and_whole(tmp_path: Path) -> None:
+    verdict = "\n".join(f"head of layer {layer}: 0.1 off its target" for layer in range(40))
+    end = {"kind": "end", "step": 3, "reason": "complete", "verdict": verdict}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(end) + "\n")
+    report(tmp_path, out=tmp_path / "page.html")
+    assert verdict in (tmp_path / "page.html").read_text()
 
 
 def test_an_empty_directory_has_a_page(tmp_path: Path) -> None:
@@ -347,6 +367,4 @@ def test_steps_without_a_record_are_told(tmp_path: Path) -> None:
     steps = [1, 2, 6, 7, 9]
     lines = [json.dumps({"kind": "step", "step": step}) + "\n" for step in steps]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert missing_steps(Run.read(tmp_path)).endswith(
-        "no record of 4 steps, the first of them steps 3 to 5"
-    )
+    assert missing_steps(Run.read(tmp_path)).endswith("no record of 4 steps, the first from 3 to 5")
