@@ -172,10 +172,15 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_records_of_another_shape_are_dropped_and_a_full_disk_is_named(tmp_path: Path) -> None:
-    good = ['{"kind": "step", "step": 1}', '{"kind": "step", "step": 2}']
-    bad = ["[1]", "1", '{"stfp": 1}', '{"step": "1"}', '{"step": 3}', '{"step": ']
+    """Starts and ends stay, also of steps that are done again."""
+    good = [
+        '{"kind": "step", "step": 1}',
+        '{"kind": "end", "step": 4}',
+        '{"kind": "start", "step": 4}',
+    ]
+    bad = ["[1]", "1", '{"stfp": 1}', '{"step": "1"}', '{"kind": "save", "step": 3}', '{"step": ']
     file = tmp_path / "metrics.jsonl"
-    file.write_text("\n".join([good[0], *bad[:3], good[1], *bad[3:]]))
+    file.write_text("\n".join([good[0], *bad[:3], *good[1:], *bad[3:]]))
     log = RunLog(run_config(tmp_path.parent, (), run_dir=str(tmp_path)), True, 2)
     assert file.read_text().splitlines() == good
     file.unlink()
