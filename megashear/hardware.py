@@ -14,7 +14,7 @@ class Gpu:
 
     Attributes:
         name: as `--gpu` takes it.
-        device: what its driver's name for it has in it, in lower case.
+        device: what its driver's name for it has in it, in lower case; GH200 is no H200.
         memory_gib: of the device.
         bf16_flops: peak of dense matrix products (FLOP/s).
         memory_bandwidth: of its own memory (bytes/s).
@@ -34,8 +34,8 @@ GPUS = (
     Gpu("a100-80gb", ("a100", "80gb"), 80, 312e12, 2.039e12, 300e9),
     Gpu("h100-80gb", ("h100", "hbm3"), 80, 989e12, 3.35e12, 450e9),
     Gpu("h100-pcie-80gb", ("h100", "pcie"), 80, 756e12, 2.0e12, 64e9),
-    Gpu("h200-141gb", ("h200",), 141, 989e12, 4.8e12, 450e9),
-    Gpu("b200-180gb", ("b200",), 180, 2250e12, 8.0e12, 900e9),
+    Gpu("h200-141gb", (" h200",), 141, 989e12, 4.8e12, 450e9),
+    Gpu("b200-180gb", (" b200",), 180, 2250e12, 8.0e12, 900e9),
     Gpu("l40s-48gb", ("l40s",), 48, 362e12, 0.864e12, 32e9),
     Gpu("v100-32gb", ("v100", "32gb"), 32, 125e12, 0.9e12, 150e9),
 )
