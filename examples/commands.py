@@ -15,7 +15,7 @@ def script(name: str, output: str, file: str, *arguments: str) -> Stage:
 
 def train(config: Path, processes: int) -> Stage:
     """The stage of a training run, whose directory is named like its YAML file."""
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
+    launch = ("-m", "megashear", "launch", "--nproc-per-node", str(processes))
     shear = (str(ROOT / "examples/pretrain_shear.py"), "--config", str(config))
     return Stage(config.stem, config.stem, python(*launch, *shear), (config,))
 
@@ -43,3 +43,9 @@ def export(name: str, checkpoint: str, out: str) -> Stage:
     """The stage that makes a Hugging Face directory of a checkpoint or run."""
     files = ("--checkpoint", checkpoint, "--out", out, "--overwrite")
     return script(name, out, "tools/checkpoint/megatron_to_hf.py", *files)
+
+
+def report(*runs: str) -> Stage:
+    """The stage that shows runs on one page."""
+    command = python("-m", "megashear", "report", *runs, "--out", "report.html")
+    return Stage("report", "report.html", command)

@@ -20,7 +20,7 @@ from megashear.stages import ROOT, Runner, Stage
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-from commands import export, extract, import_model, script, tokenize, train  # noqa: E402
+from commands import export, extract, import_model, report, script, tokenize, train  # noqa: E402
 
 PROCESSES = 2
 
@@ -41,6 +41,7 @@ def stages() -> list[Stage]:
         train(DEMO / "continue.yaml", PROCESSES),
         export("export", "continue", "sheared-hf"),
         train(DEMO / "scratch.yaml", PROCESSES),
+        report("source", "prune", "continue", "scratch"),
     ]  # fmt: skip
 
 

