@@ -53,7 +53,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.50"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "tensorboard": ["tensorboard>=2.14"],
-        "wandb": ["wandb>=0.18"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "codespell>=2.3",
             "ctranslate2>=4.5",  # another engine, to run what was exported
@@ -64,7 +64,7 @@ setup(
             "ruff>=0.6",
             "tensorboard>=2.14",
             "types-PyYAML",
-            "wandb>=0.18",
+            "wandb>=0.31",
         ],
     },
     entry_points={"console_scripts": ["megashear=megashear.cli:main"]},

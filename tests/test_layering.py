@@ -57,6 +57,8 @@ HOMES = {
     "apex": "megashear/platform/kernels.py",
     "amp_C": "megashear/platform/kernels.py",
     "nvidia.dali": "megashear/data/dali.py",
+    "wandb": "megashear/training/views.py",
+    "torch.utils.tensorboard": "megashear/training/views.py",
 }
 """What may be touched in one place only."""
 
