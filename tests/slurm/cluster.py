@@ -143,8 +143,8 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def wait(self, condition: Callable[[], Any], seconds: float) -> None:
-        """Wait until something is so."""
-        until = time.monotonic() + seconds
+        """Wait until something is so; thrice as long, since the machine may be busy."""
+        until = time.monotonic() + 3 * seconds
         while not condition():
             assert time.monotonic() < until, f"not so after {seconds:.0f} s"
             time.sleep(0.2)

@@ -57,7 +57,7 @@ def test_what_comes_after_a_stage_that_failed_does_not_start(
 def test_a_wrong_chain_is_refused_before_anything_is_submitted(
     cluster: Cluster, folder: Path, jobs: dict[str, str]
 ) -> None:
-    wrong = (folder / "chain.yaml").read_text().replace("models/source", "models/sorce")
+    wrong = (folder / "chain.yaml").read_text().replace("models/source", "models/missing")
     (folder / "wrong.yaml").write_text(wrong)
     done = subprocess.run(
         [SCRIPTS / "submit.sh", "wrong.yaml"],
@@ -68,5 +68,5 @@ def test_a_wrong_chain_is_refused_before_anything_is_submitted(
         timeout=60,
     )
     assert done.returncode == 2
-    assert "sorce" in done.stderr
+    assert "missing" in done.stderr
     assert done.stdout == ""

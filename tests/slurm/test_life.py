@@ -146,7 +146,7 @@ def test_a_node_that_dies_is_no_end(cluster: Cluster, life: Life) -> None:
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
     life.wait_requeued(before + 1)
     cluster.start_node("n2")
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.wait(lambda: "down" not in cluster.run("sinfo", "-hNplow", "-nn2", "-o%T"), 60)
     life.train()
 
 
