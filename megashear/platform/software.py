@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.config.schema import PlatformConfig
+from megashear.platform import slurm
 from megashear.platform.machine import OK, PROBLEM, WARNING, Finding, probe, run
 
 TORCH = """
@@ -179,7 +180,7 @@ def scheduler() -> Finding:
     """Slurm, if it is here."""
     if shutil.which("sinfo") is None:
         return Finding(OK, "Slurm", "not here")
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm.job()
     place = f"in job {job}, " if job else ""
     status, said = run("sinfo", "-h", "-o", "%D %T", seconds=15)
     lines = [line.strip() for line in said.splitlines()] or ["no nodes"]
