@@ -1,10 +1,10 @@
 """The memory model of `megashear plan` against what ranks of real runs allocate, on the CPU.
 
 Each case runs the trainer for two steps and counts every live storage in the second. In MB, of one
-rank of each pipeline stage; a pair is measured/expected. The last
-three cases were chosen when the model was made.
+rank of each pipeline stage; a pair is measured/expected. The last three cases were chosen after
+the model was made.
 
-Example (three minutes on two cores):
+Example (four minutes on two idle cores):
   OMP_NUM_THREADS=1 python benchmarks/memory_model.py > benchmarks/results/memory_model.txt
 """
 

@@ -31,6 +31,8 @@ def stage_text(file: Path, plan: StagePlan) -> str:
     share = f"{stage.evaluation_share():.1%}" if stage.domains else "domains unknown, not counted"
     lines.append(f"  evaluations add {share} to the computation")
     lines.append(f"  disk    {_disk(stage)}")
+    if stage.config.platform.device == "cpu":
+        lines.append("  platform.device = cpu: memory and times are those of GPUs")
     lines += [f"  cannot run as configured: {path} {text}" for path, text in plan.problems]
     if own is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
