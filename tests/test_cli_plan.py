@@ -62,6 +62,17 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str], config_json: Pat
     assert own["hours"] == pytest.approx(3200 * seconds / 3600 * 1.047, rel=1e-3)
 
 
+def test_a_chains_file_is_its_two_runs(
+    capsys: pytest.CaptureFixture[str], config_json: Path, tmp_path: Path
+) -> None:
+    chain = {"work_dir": "w", "source": str(tmp_path), "export": "e"}
+    chain |= {"prune_config": str(CHAIN[0]), "continue_config": str(CHAIN[1])}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain))
+    arguments = ("--gpus", "8,16", "--gpu", "a100-80gb")
+    runs = planned(capsys, *CHAIN, *arguments, "--source-shape", config_json)
+    assert planned(capsys, tmp_path / "chain.yaml", *arguments) == runs
+
+
 def test_overrides_and_what_does_not_fit(
     capsys: pytest.CaptureFixture[str], config_json: Path
 ) -> None:

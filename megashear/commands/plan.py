@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megashear.config.loader import load_config, load_shape
+from megashear.config.chain import Chain
+from megashear.config.loader import load_config, load_options, load_shape
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.config.shapes import allowed_layouts
 from megashear.config.validate import problems
@@ -28,6 +29,7 @@ EPILOG = """\
 examples:
 
   megashear plan prune.yaml continue.yaml --gpus 8,16 --gpu a100-80gb
+  megashear plan chain.yaml --gpus 8      # of `megashear shear`
   megashear plan prune.yaml parallel.tensor=4 --gpus 32
   megashear plan --source models/llama2-7b --size 1.3B --tensor 8
   megashear plan --source models/llama2-7b --memory 2GiB --precision int4
@@ -47,7 +49,12 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_option = parser.add_argument
-    add_option("runs", nargs="*", metavar="CONFIG", help="YAML files, and key.sub=value for all")
+    add_option(
+        "runs",
+        nargs="*",
+        metavar="CONFIG",
+        help="YAML files of runs or of a chain, then key.sub=value for all",
+    )
     names = ", ".join(gpu.name for gpu in GPUS)
     add_option("--gpus", default="8", help="of the run, or of each: 8,16 (default: 8)")
     add_option("--gpu", default="h100-80gb", help=f"{names} (default: h100-80gb)")
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if args.source:
         propose(args)
         return
-    files = [Path(word) for word in args.runs if "=" not in word]
+    files, source = _files([Path(word) for word in args.runs if "=" not in word])
     overrides = [word for word in args.runs if "=" in word]
     if not files:
         _wrong("CONFIG", "is missing: name a run's YAML file, or --source and a size")
@@ -85,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
     from megashear.planning.stage import plan
 
     cluster = _cluster(args)
-    stages = _stages(files, overrides, _gpus(args.gpus, len(files)), args.source_shape)
+    source = args.source_shape or source
+    stages = _stages(files, overrides, _gpus(args.gpus, len(files)), source)
     plans = [plan(stage, cluster, args.reserve) for stage in stages]
     if args.json:
         print(json.dumps([each.plain() for each in plans], indent=1))
@@ -95,6 +103,15 @@ def run(args: argparse.Namespace) -> None:
     if len(plans) > 1:
         print(text.totals_text(files, plans), end="\n\n")
     print(text.assumptions_text(cluster, args.reserve))
+
+
+def _files(files: list[Path]) -> tuple[list[Path], Path | None]:
+    """The files of runs; of a chain, those of its two runs, and its source."""
+    text = files[0].read_text(errors="replace") if files and files[0].is_file() else ""
+    if len(files) != 1 or not re.search(r"^prune_config:", text, re.MULTILINE):
+        return files, None
+    chain = load_options(Chain, files[0])
+    return [Path(chain.prune_config), Path(chain.continue_config)], Path(chain.source)
 
 
 def _wrong(path: str, text: str) -> NoReturn:
@@ -134,7 +151,7 @@ def _stages(
         config = _load(file, overrides)
         shape = config.model or shape_after(stages, config.init_from or "")
         if shape is None:
-            shape = read_source(source or Path(config.init_from or ""))
+            shape = read_source(source or Path(config.init_from or "."))
         found = problems(config, shape, check_files=False)
         if found := [problem for problem in found if problem[0] not in _FREE]:
             raise ConfigError(str(file), found)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.config.chain import EXTRACTED
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.config.values import Problem
 from megashear.planning.layouts import Layout, layout_of, layout_problems, ranked, usable_bytes
@@ -16,9 +17,6 @@ from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE
 from megashear.planning.throughput import Cluster
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
-
-EXTRACTED = "extracted"
-"""Where extraction writes, in a run directory."""
 
 
 @dataclass(frozen=True)
