@@ -227,15 +227,11 @@ def _goal(args: argparse.Namespace) -> Goal:
 
 def _number(path: str, text: str) -> float:
     """`1.3B` -> 1.3e9, `4GiB` -> 2**32, `700MB` -> 7e8."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)", text)
-    units = {"": 1.0, "B": 1e9 if path == "--size" else 1.0, "T": 1e12}
-    for power, letter in enumerate("KMG", start=1):
-        units |= {letter: 1e3**power, f"{letter}B": 1e3**power, f"{letter}iB": 1024.0**power}
-    try:
-        assert found
-        value = float(found[1]) * units[found[2]]
-    except (AssertionError, KeyError, ValueError):
-        value = 0.0
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)", text.lower())
+    units = {"": 1.0, "b": 1e9 if path == "--size" else 1.0}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1e3**power, f"{letter}b": 1e3**power, f"{letter}ib": 1024.0**power}
+    value = float(found[1]) * units.get(found[2], 0) if found else 0
     if not 0 < value < math.inf:
         _wrong(path, f"= {text}: expected a number such as 1.3B or 370M, of bytes 4GiB or 700MB")
     return value
