@@ -67,7 +67,7 @@ class Stage:
     def fingerprint(self, before: str) -> str:
         """Changes with the command, what decides its result, and everything done before."""
         digest = hashlib.sha256(before.encode())
-        digest.update(json.dumps([_short(word) for word in self.command]).encode())
+        digest.update(json.dumps([_short(word, "..") for word in self.command]).encode())
         digest.update(self.settings.encode())
         for file in self.reads:
             digest.update(file.read_bytes())
@@ -176,7 +176,8 @@ class Runner:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.threads)
-        print("    $ " + " ".join(_short(part) for part in stage.command), flush=True)
+        clone = os.path.relpath(ROOT, self.directory)
+        print("    $ " + " ".join(_short(part, clone) for part in stage.command), flush=True)
         process = subprocess.Popen(
             stage.command, cwd=self.directory, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -203,8 +204,6 @@ class Runner:
             )
 
 
-def _short(part: str) -> str:
-    """A path as one would type it."""
-    if part == sys.executable:
-        return "python"
-    return part.replace(str(ROOT), "..")
+def _short(part: str, clone: str) -> str:
+    """A word of a command without where this machine has Python and the clone."""
+    return "python" if part == sys.executable else part.replace(str(ROOT), clone)
