@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megashear.console import signals_interrupt
 from tests.chains import write_chain
 from tests.slurm.cluster import MISSING, Cluster
 
@@ -34,11 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
+    with signals_interrupt():  # of a time-out: the daemons are stopped all the same
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
 
 
 @pytest.fixture(scope="session")
