@@ -59,7 +59,7 @@ def test_a_source_that_is_read_as_it_is_needs_no_conversion(
 
 
 def test_all_that_is_wrong_is_said_before_anything_runs(chain: Path) -> None:
-    change(chain / "chain.yaml", "models/source", "models/sorce")
+    change(chain / "chain.yaml", "models/source", "models/absent")
     change(chain / "chain.yaml", "text/*.jsonl", "texts/*.jsonl")
     change(chain / "chain.yaml", "valid_fraction: 0.2", "valid_fraction: 20")
     change(chain / "chain.yaml", "export: models/sheared", "export: runs/prune")
