@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, TypeVar
 
 from megashear.errors import RankError, ShearError
@@ -89,6 +90,14 @@ def _takes(stream: TextIO) -> bool:
 def _discard(stream: TextIO) -> None:
     """Python flushes a stream once more while it exits: give it somewhere to go."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave_terminal() -> None:
+    """What is printed to a terminal goes nowhere from now on; a file or a pipe still gets it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # isatty denies a lost one
+                _discard(stream)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def leave_signals_to_parent(worker: int) -> None:
 
     A worker that died of it would end the parent first, with an error and nothing saved.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_parent_says, daemon=True).start()

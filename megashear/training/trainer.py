@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megashear import console
 from megashear.checkpoint import manager
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.load import load_model
@@ -32,12 +33,12 @@ from megashear.model.build import build_model
 from megashear.platform import cuda
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import flops_per_token, parameter_count
-from megashear.records import MASKS, EvaluationRecord, pack
+from megashear.records import MASKS, EvaluationRecord, pack, utc
 from megashear.training.evaluation import Evaluator, cost_of_evaluations
 from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_lock import RunLock
-from megashear.training.run_log import RunLog, peak_flops, start_record, utc
+from megashear.training.run_log import RunLog, peak_flops, start_record
 from megashear.training.step import DomainLosses, run_microbatches
 
 
@@ -381,14 +382,21 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) end the run after the step."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        """Ctrl-C, SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a lost terminal) end the run.
+
+        After the step, and with a save. Under nohup SIGHUP stays ignored.
+        """
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
         before = {number: signal.getsignal(number) for number in numbers}
+        if before[signal.SIGHUP] == signal.SIG_IGN:
+            del before[signal.SIGHUP]
 
         def stop(number: int, frame: Any) -> None:
             self._signal = number
+            if number == signal.SIGHUP:
+                console.leave_terminal()  # it takes no messages any more
 
-        for number in numbers:
+        for number in before:
             signal.signal(number, stop)
         try:
             yield

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import sys
+import termios
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,14 +169,19 @@ def test_run_of_another_configuration_is_refused_with_the_differences(tmp_path: 
 
 
 def stop_by_signal(config: RunConfig, number: int) -> dict[str, Any]:
-    """Start a run that gets a signal in its second step, on rank 0 alone."""
+    """A run that gets a signal in its second step, on rank 0 alone."""
+    return stop_by(config, lambda: os.kill(os.getpid(), number))
+
+
+def stop_by(config: RunConfig, happens: Callable[[], None]) -> dict[str, Any]:
+    """Start a run to whose rank 0 something happens in its second step."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     step = trainer.train_step
 
     def step_with_signal() -> None:
         if trainer.step == 1 and platform.rank == 0:
-            os.kill(os.getpid(), number)
+            happens()
         step()
 
     trainer.train_step = step_with_signal  # type: ignore[method-assign]
@@ -185,7 +195,7 @@ def stop_by_signal(config: RunConfig, number: int) -> dict[str, Any]:
     return {"status": status, "step": trainer.step}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_to_one_rank_saves_on_all_and_the_run_goes_on(tmp_path: Path, number: int) -> None:
     run_distributed(write_source, 1, tmp_path, GQA)
     config = prune_run(tmp_path)
@@ -197,6 +207,28 @@ def test_signal_to_one_rank_saves_on_all_and_the_run_goes_on(tmp_path: Path, num
     assert run_distributed(train, 2, config, None)[0]["began"] == 2
     ends = [(record["step"], record["reason"]) for record in records(config.run_dir, "end")]
     assert ends == [(2, signal.Signals(number).name), (6, "complete")]
+
+
+def lose_terminal(config: RunConfig, ignored: bool) -> dict[str, Any]:
+    """A run on a terminal that is gone in its second step, as of an ssh that breaks."""
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    terminal, mine = pty.openpty()
+    os.setsid()
+    fcntl.ioctl(mine, termios.TIOCSCTTY, 0)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if ignored else mine, stream.fileno())
+    os.close(mine)
+    return stop_by(config, lambda: os.close(terminal))
+
+
+def test_a_lost_terminal_ends_the_run_with_a_save_unless_under_nohup(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path, parallel=ParallelConfig())
+    assert run_distributed(lose_terminal, 1, config, False) == [{"status": 129, "step": 2}]
+    assert run_distributed(train, 1, config, None)[0]["began"] == 2
+    config = replace(config, run_dir=str(tmp_path / "nohup"))
+    assert run_distributed(lose_terminal, 1, config, True) == [{"status": None, "step": 6}]
 
 
 def poisoned(config: RunConfig) -> str:
