@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,49 @@ def test_ctrl_c_ends_it_and_the_stage_goes_on_next_time(tmp_path: Path) -> None:
     assert counts(tmp_path) == {"a": 1, "b": 2}
     assert json.loads(marker.read_text())["seconds"] > state["seconds"] > 0
     assert lines(tmp_path / "b" / "made") == 2
+
+
+def keeping(folder: Path, *todo: stages.Stage, adopts: bool = False) -> None:
+    stages.Runner(folder / "work", folder, keeps=True).run_all(todo, adopts=adopts)
+
+
+def test_what_is_to_be_kept_is_not_made_again_but_told_and_can_be_adopted(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(2 * stages.SMALL))
+    keeping(tmp_path, stage("a", reads=(tmp_path / "weights",)), stage("b"))
+    file.write_bytes(b"x" + bytes(2 * stages.SMALL - 1))  # of the same size
+    changed = (replace(stage("a", reads=(file,)), settings={"lr": 2}), stage("b"))
+    with pytest.raises(ShearError) as error:
+        keeping(tmp_path, *changed)
+    told = str(error.value)
+    assert "a (stage a): command was sh -c" in told
+    assert "lr was None, is 2" in told and f"{file} has changed" in told
+    assert "b (stage b): what it was made of has changed" in told
+    keeping(tmp_path, *changed, adopts=True)
+    keeping(tmp_path, *changed)
+    assert counts(tmp_path) == {"a": 1, "b": 1}
+
+
+def test_what_was_made_by_hand_is_told_and_can_be_adopted(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "run").mkdir()
+    todo = (stage("a"), replace(stage("run"), resumes=True))
+    with pytest.raises(ShearError, match=r"a \(stage a\): not made by this command"):
+        keeping(tmp_path, *todo)
+    keeping(tmp_path, *todo, adopts=True)
+    assert counts(tmp_path) == {"run": 1}  # which may have been unfinished
+
+
+def test_one_process_at_a_time_runs_the_stages(tmp_path: Path) -> None:
+    again = f"{sys.executable} -c 'from tests.test_stages import *; go(Path(sys.argv[1]))'"
+    environment = f"PYTHONPATH={REPOSITORY}"
+    with pytest.raises(ShearError, match="stage a failed"):
+        go(tmp_path, stage("a", f"{environment} {again} {tmp_path}"))
+    log = (tmp_path / "logs" / "a.log").read_text()
+    assert f"ShearError: {tmp_path}: in use by another process" in log
+
+
+def test_a_command_that_knows_what_is_done_always_runs(tmp_path: Path) -> None:
+    for _ in range(2):
+        keeping(tmp_path, replace(stage("a"), repeats=True), stage("b"))
+    assert counts(tmp_path) == {"a": 2, "b": 1}

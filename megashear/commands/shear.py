@@ -44,6 +44,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--print", action="store_true", dest="prints", help="print the commands, a line each"
     )
+    parser.add_argument(
+        "--adopt", action="store_true", help="take outputs that are there as those of the stages"
+    )
     parser.set_defaults(run=run)
 
 
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
                 print(shlex.join(stage.command))
         return
     runner = Runner(Path(chain.work_dir), Path.cwd(), threads=None, keeps=True)
-    runner.run_all(stages, args.stage)
+    runner.run_all(stages, args.stage, adopts=args.adopt)
     print(f"done: {chain.export}. Its way is told in {_report(go_on)}")
 
 
@@ -107,12 +110,12 @@ def chain_stages(chain: Chain, prune: RunConfig, go_on: RunConfig) -> list[Stage
         words += ("--tokenizer", chain.tokenizer or chain.source)
         words += ("--valid-fraction", str(chain.valid_fraction))
         tokens = command("tokenize", str(Path(chain.tokens).parent), *words)
-        stages.append(replace(tokens, goes_on="all"))
+        stages.append(replace(tokens, repeats=True))
     assert prune.init_from is not None
     if Path(prune.init_from) != Path(chain.source):  # else the run reads it as it is
         words = ("--hf", chain.source, "--out", prune.init_from)
         convert = tool("convert", prune.init_from, "hf_to_megatron.py", *words)
-        stages.append(replace(convert, reads=(Path(chain.source, "config.json"),)))
+        stages.append(replace(convert, reads=(Path(chain.source),)))
     models = (extracted, chain.export, "--domains", go_on.run_dir)
     return [
         *stages,
@@ -139,8 +142,8 @@ def _train(file: str, run: RunConfig, processes: int | None) -> Stage:
         run.stage,
         str(Path(run.run_dir, "checkpoints")),
         python("-m", "megashear", "launch", *count, *shear),
-        settings=repr(decides),
-        goes_on="unknown",
+        settings=decides,
+        resumes=True,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -145,14 +145,19 @@ def load_shape(path: Path) -> ModelShape:
     return shape
 
 
-def load_options(cls: type[T], path: Path) -> T:
-    """A dataclass of options out of a YAML file; only what each says for itself is checked.
+def load_options(
+    cls: type[T], path: Path, check: Callable[[T], Iterable[Problem]] | None = None
+) -> T:
+    """A dataclass of options out of a YAML file; `check` finds what else is wrong with them.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     found: list[Problem] = []
     value: T = _read(cls, _read_yaml(path, "", found), "", found)
+    faulty = isinstance(value, Faulty) or any(isinstance(v, Faulty) for v in vars(value).values())
+    if check is not None and not faulty:
+        found += check(value)
     if found:
         raise ConfigError(str(path), found)
     return value
