@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from megashear.cli import execute
+
 # Two processes; of the second one the argument says how it ends.
 SCRIPT = """
 import os, signal, sys, time
@@ -23,12 +25,12 @@ def save(number, frame):
     time.sleep(1)
     print("saved", flush=True)
     sys.exit(128 + number)
-for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, save)
 print("ready", flush=True)
-time.sleep(0 if sys.argv[1] == "--go" else 60)
+time.sleep({"--go": 0, "--nohup": 3}.get(sys.argv[1], 60))
 """
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +38,22 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[i
     """Status, output and messages, by how it was ended; all started at once."""
     script = tmp_path_factory.mktemp("launch") / "a script.py"
     script.write_text(SCRIPT)
-    ways = ("--go", "--status 2", "--kill", *(f"--wait {stop.name}" for stop in SIGNALS))
+    ways = ("--go", "--status 2", "--kill", "--nohup SIGHUP")
+    ways += tuple(f"--wait {stop.name}" for stop in SIGNALS)
     launch = [sys.executable, "-m", "megashear", "launch", "--nproc-per-node", "2", str(script)]
     started = {
         way: subprocess.Popen(
-            [*launch, *way.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*(["nohup"] if "nohup" in way else []), *launch, *way.split()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for way in ways
     }
     found = {}
     for way, process in started.items():
         lines = ""
-        if way.startswith("--wait"):
+        if way.startswith(("--wait", "--nohup")):
             while lines.count("ready") < 2:
                 lines += process.stdout.readline()  # type: ignore[union-attr]
             process.send_signal(signal.Signals[way.split()[1]])
@@ -87,3 +93,17 @@ def test_a_signal_reaches_the_processes_which_save(
     status, out, err = ends[f"--wait {stop.name}"]
     assert (status, err) == (128 + stop, "")
     assert out.count("saved") == 2
+
+
+def test_under_nohup_a_lost_terminal_is_no_end(ends: dict[str, tuple[int, str, str]]) -> None:
+    status, out, _ = ends["--nohup SIGHUP"]
+    assert (status, out.count("ready"), out.count("saved")) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "two"])
+def test_a_wrong_number_is_refused_by_its_option(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        execute(["launch", "--nproc-per-node", number, "script.py"])
+    assert "--nproc-per-node: invalid" in capsys.readouterr().err

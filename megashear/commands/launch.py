@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 from megashear import console
+from megashear.commands.evaluate import positive
 from megashear.errors import RankError
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """That torchrun passes on to the processes; of the last one it would die."""
 
 
@@ -25,8 +26,8 @@ def add(commands: Any) -> None:
         "needs no options: on one machine it takes any free port; where srun started\n"
         "one task for each node, nodes, address and port are what Slurm says. Where srun\n"
         "started several tasks on a node, each is one process of the script.\n\n"
-        "Ctrl-C, SIGTERM and SIGUSR1 reach the processes, which save. The exit status is\n"
-        "that of the process that ended first, or 128 + the signal.",
+        "Ctrl-C, SIGTERM, SIGUSR1 and, but under nohup, SIGHUP reach the processes, which\n"
+        "save. The exit status is that of the process that ended first, or 128 + the signal.",
         epilog="examples:\n"
         "  megashear launch examples/pretrain_shear.py --config prune.yaml\n"
         "  srun --nodes=2 --ntasks-per-node=1 megashear launch SCRIPT ARGUMENTS",
@@ -34,13 +35,13 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=positive,
         metavar="N",
         help="processes on each machine (default: as many as GPUs; 1 without any)",
     )
     parser.add_argument(
         "--shutdown-timeout",
-        type=int,
+        type=positive,
         metavar="S",
         help="seconds that the processes have after a signal, for a step and a save, before they "
         "are killed (default: 150; in a Slurm job 600, if Slurm does not kill them before)",
@@ -77,7 +78,8 @@ def _torchrun(args: argparse.Namespace, where: list[str], shutdown_timeout: int)
     options = [*where, f"--nproc-per-node={processes}", "--", args.script, *args.arguments]
     parsed = torchrun.parse_args(options)
     # As attributes: torchrun's options of older torch releases lack them.
-    parsed.signals_to_handle = SIGNALS
+    taken = [stop.name for stop in SIGNALS if signal.getsignal(stop) != signal.SIG_IGN]
+    parsed.signals_to_handle = ",".join(taken)
     parsed.shutdown_timeout = args.shutdown_timeout or shutdown_timeout
     # What was wrong is said by the processes themselves; what torchrun adds is said below.
     logging.disable(logging.CRITICAL)

@@ -12,6 +12,8 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
+from megashear.errors import PlatformError
+
 FIRST_PORT, PORTS = 20000, 10000
 """Ports of the rendezvous: below those that Linux gives away (32768), one for each job number."""
 
@@ -66,10 +68,20 @@ def rendezvous() -> tuple[str, int]:
     """Address and port where the processes of a step meet: its first node, by the job's number.
 
     MASTER_ADDR and MASTER_PORT, where they are set, come first.
+
+    Raises:
+        PlatformError: the port is none, or nothing names the first node.
     """
-    port = FIRST_PORT + _number("SLURM_JOB_ID") % PORTS
-    address = os.environ.get("MASTER_ADDR") or _address(_first(os.environ["SLURM_STEP_NODELIST"]))
-    return address, int(os.environ.get("MASTER_PORT", port))
+    port = os.environ.get("MASTER_PORT") or str(FIRST_PORT + _number("SLURM_JOB_ID") % PORTS)
+    if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise PlatformError(f"MASTER_PORT is {port!r}: a port is a number from 1 to 65535")
+    address, nodes = os.environ.get("MASTER_ADDR"), os.environ.get("SLURM_STEP_NODELIST")
+    if not address and not nodes:
+        raise PlatformError(
+            "SLURM_STEP_NODELIST is not set in this step of several tasks: set MASTER_ADDR to its "
+            "first node, or start it by srun, with all its SLURM_ variables"
+        )
+    return address or _address(_first(nodes or "")), int(port)
 
 
 def _number(name: str) -> int:

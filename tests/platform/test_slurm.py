@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megashear.errors import PlatformError
 from megashear.platform import parallel, slurm
 
 BATCH = {"SLURM_JOB_ID": "123456", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -78,6 +79,22 @@ def test_jobs_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(ports) < 30000  # Linux gives away those from 32768 on
     set_all(monkeypatch, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"})
     assert slurm.rendezvous() == ("10.0.0.7", 1234)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is not set"),
+    ],
+)
+def test_a_meeting_place_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    set_all(monkeypatch, {**STEP, **variables})
+    with pytest.raises(PlatformError, match=message):
+        slurm.rendezvous()
 
 
 @pytest.mark.parametrize(
