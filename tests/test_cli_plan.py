@@ -78,11 +78,14 @@ def test_overrides_and_what_does_not_fit(
 ) -> None:
     arguments = ("--gpu", "a100-40gb", "--source-shape", config_json)
     text = planned(capsys, CHAIN[0], "trainer.micro_batch_size=8", *arguments)
-    assert "DOES NOT FIT in 36.0 GiB" in text
+    assert "DOES NOT FIT in 36.0 GiB" in text and " configured\n" not in text
     text = planned(capsys, CHAIN[0], *arguments, "--gpus", "6")
     assert "cannot run as configured" in text and "32 is not divisible" in text
-    text = planned(capsys, CHAIN[0], *arguments, "--gpus", "1")
-    assert "none: take more GPUs" in text
+    for gpus, why in (("1", "Take more GPUs, or larger"), ("100000", "size = 32 cannot be shared")):
+        assert cli.execute(["plan", *map(str, (*CHAIN, *arguments, "--gpus", f"{gpus},16"))]) == 1
+        text = capsys.readouterr().out
+        assert f"none: {'the least takes' if gpus == '1' else 'trainer.'}" in text and why in text
+        assert "nan" not in text and "fits nowhere" in text
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,10 @@ def test_overrides_and_what_does_not_fit(
         ([CHAIN[0], "--gpus", "8,16"], ConfigError, "one for each of 1 runs"),
         ([CHAIN[0], "trainer.stepz=3"], ConfigError, "Did you mean 'steps'?"),
         ([CHAIN[0], "--mfu", "40"], ConfigError, "between 0 and 1"),
+        ([CHAIN[0], "--network", "nan"], ConfigError, "must be numbers above 0"),
+        ([CHAIN[0], "--size", "1B"], ConfigError, "--size  asks for target shapes"),
+        (["--size", "1B"], ConfigError, "need --source, one of"),
+        (["--source", "x", "--kv-cache", "-1KiB"], ConfigError, "= -1KiB: expected a number"),
         (["--source", "nowhere", "--size", "1B"], CheckpointError, "nowhere is not here"),
     ],
 )

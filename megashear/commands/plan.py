@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megashear import console
 from megashear.config.chain import Chain
 from megashear.config.loader import load_config, load_options, load_shape
 from megashear.config.schema import ModelShape, RunConfig
-from megashear.config.shapes import allowed_layouts
 from megashear.config.validate import problems
-from megashear.config.values import either
 from megashear.errors import CheckpointError, ConfigError
 from megashear.hardware import GPUS
 
@@ -33,6 +32,8 @@ examples:
   megashear plan prune.yaml parallel.tensor=4 --gpus 32
   megashear plan --source models/llama2-7b --size 1.3B --tensor 8
   megashear plan --source models/llama2-7b --memory 2GiB --precision int4
+
+Ends with status 1 where a run fits in no layout.
 """
 _FREE = {"platform.layers": "auto", "platform.kernels": "auto", "platform.loader": "torch"}
 """What need not be installed where a plan is made."""
@@ -61,8 +62,8 @@ def add(commands: Any) -> None:
     add_option("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add_option("--network", type=float, default=200, metavar="GBIT", help="Gbit/s from a GPU to "
                "other nodes (default: 200)")  # fmt: skip
-    add_option("--mfu", type=float, default=0.4, help="share of a GPU's peak that arithmetic "
-               "reaches (default: 0.4); a run's log says what it was")  # fmt: skip
+    add_option("--mfu", type=float, default=0.3, help="share of a GPU's peak that arithmetic "
+               "reaches (default: 0.3, as published); a run's log says what it was")  # fmt: skip
     add_option("--reserve", type=float, default=0.1, help="share of a GPU's memory to leave free, "
                "for what is not modelled (default: 0.1)")  # fmt: skip
     add_option("--source-shape", type=Path, metavar="FILE", help="sizes (YAML) or config.json of "
@@ -73,17 +74,24 @@ def add(commands: Any) -> None:
     sizes.add_argument("--memory", metavar="BYTES", help="of the weights: 4GiB, 700MB")
     sizes.add_argument("--precision", choices=("bf16", "int4"), default="bf16", help="of --memory")
     sizes.add_argument("--kv-cache", metavar="BYTES", help="a token, at bf16: 64KiB")
-    sizes.add_argument("--tensor", type=int, default=8, metavar="N", help="tensor-parallel ranks "
-                       "that the target should divide by (default: 8)")  # fmt: skip
+    sizes.add_argument("--tensor", type=int, metavar="N", help="tensor-parallel ranks that "
+                       "the target must divide by (default: those of 8 come first)")  # fmt: skip
     add_option("--json", action="store_true", help="print JSON")
+    # A number with a unit is no option either: argparse takes -1 for a value, and not -1KiB.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Plan runs, or propose targets."""
-    if args.source:
+def run(args: argparse.Namespace) -> int:
+    """Plan runs, or propose targets; the exit status."""
+    wishes = {"--source": args.source, "--size": args.size, "--memory": args.memory}
+    wishes |= {"--kv-cache": args.kv_cache, "--tensor": args.tensor}
+    wishes = {name: wish for name, wish in wishes.items() if wish is not None}
+    if args.runs and wishes:
+        _wrong(", ".join(wishes), "asks for target shapes; plan runs (CONFIG) by themselves")
+    if wishes:
         propose(args)
-        return
+        return 0
     files, source = _files([Path(word) for word in args.runs if "=" not in word])
     overrides = [word for word in args.runs if "=" in word]
     if not files:
@@ -97,12 +105,13 @@ def run(args: argparse.Namespace) -> None:
     plans = [plan(stage, cluster, args.reserve) for stage in stages]
     if args.json:
         print(json.dumps([each.plain() for each in plans], indent=1))
-        return
-    for file, each in zip(files, plans, strict=True):
-        print(text.stage_text(file, each), end="\n\n")
-    if len(plans) > 1:
-        print(text.totals_text(files, plans), end="\n\n")
-    print(text.assumptions_text(cluster, args.reserve))
+    else:
+        for file, each in zip(files, plans, strict=True):
+            print(text.stage_text(file, each), end="\n\n")
+        if len(plans) > 1:
+            print(text.totals_text(files, plans), end="\n\n")
+        print(text.assumptions_text(cluster, args.reserve))
+    return 0 if all(each.chosen for each in plans) else console.FAILED
 
 
 def _files(files: list[Path]) -> tuple[list[Path], Path | None]:
@@ -126,8 +135,8 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         _wrong("--gpu", f"= {args.gpu} is none of {', '.join(gpu.name for gpu in GPUS)}")
     if not 0 < args.mfu <= 1 or not 0 <= args.reserve < 1:
         _wrong("--mfu, --reserve", "are shares: between 0 and 1")
-    if args.gpus_per_node < 1 or args.network <= 0:
-        _wrong("--gpus-per-node, --network", "must be above 0")
+    if args.gpus_per_node < 1 or not 0 < args.network < math.inf:
+        _wrong("--gpus-per-node, --network", "must be numbers above 0")
     return Cluster(found[0], args.gpus_per_node, args.network * 1e9 / 8, args.mfu)
 
 
@@ -193,21 +202,17 @@ def read_source(path: Path) -> ModelShape:
 
 def propose(args: argparse.Namespace) -> None:
     """Print target shapes of a wanted size."""
-    from megashear.planning import text
-    from megashear.planning.targets import propose as proposals_of
+    from megashear.planning import targets, text
 
-    goal, source = _goal(args), read_source(Path(args.source))
-    found = proposals_of(source, goal, args.tensor)
+    goal, tensor = _goal(args), args.tensor or 1
+    source = read_source(Path(args.source))
+    found = targets.propose(source, goal, tensor)
     if not found:
-        split = allowed_layouts(source)["tensor"]
-        _wrong(
-            f"--{goal.kind}",
-            f"= {getattr(args, goal.kind.replace('-', '_'))}: no shape near a known one that the "
-            f"source can be pruned to divides by --tensor {args.tensor}. Try another size, or "
-            f"another --tensor; the source divides by {either(split)}",
-        )
+        option, why = targets.why_none(source, goal, tensor)
+        _wrong(f"--{option}", f"= {getattr(args, option.replace('-', '_'))} {why}")
     if args.json:
-        values = [{**asdict(each), "kv_bytes": each.kv_bytes} for each in found]
+        more = [{"kv_bytes": targets.kv_bytes(each.shape), "tensor": each.tensor} for each in found]
+        values = [asdict(each) | other for each, other in zip(found, more, strict=True)]
         print(json.dumps(values, indent=1))
         return
     print(text.proposals_text(source, found))
@@ -217,11 +222,14 @@ def _goal(args: argparse.Namespace) -> Goal:
     from megashear.planning.targets import Goal
 
     asked = {"size": args.size, "memory": args.memory, "kv-cache": args.kv_cache}
-    figures = {kind: _number(f"--{kind}", given) for kind, given in asked.items() if given}
+    figures = {
+        kind: _number(f"--{kind}", given) for kind, given in asked.items() if given is not None
+    }
     limit = {"kv_bytes": figures["kv-cache"]} if "kv-cache" in figures else {}
     sizes = [kind for kind in figures if kind != "kv-cache"] or list(figures)
-    if len(sizes) != 1 or args.tensor < 1:
-        _wrong("--source", "needs one of --size and --memory, or --kv-cache; and --tensor >= 1")
+    if args.source is None or len(sizes) != 1 or (args.tensor or 1) < 1:
+        _wrong("target shapes", "need --source, one of --size and --memory, or --kv-cache; and of "
+               "--tensor at least 1")  # fmt: skip
     return Goal(sizes[0], figures[sizes[0]], args.precision, **limit)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -59,26 +59,27 @@ def layout_of(
     return Layout(setup, peak_memory(setup), step_time(setup, cluster))
 
 
-def ranked(
-    config: RunConfig,
-    shape: ModelShape,
-    gpus: int,
-    cluster: Cluster,
-    backend: str,
-    reserve: float = RESERVE,
-) -> list[Layout]:
-    """The fastest layout that fits for each way to split the model; fastest first.
+def allowed(
+    config: RunConfig, shape: ModelShape, gpus: int, cluster: Cluster, backend: str
+) -> Iterator[Layout]:
+    """Every layout that the rules of a run allow, whether it fits or not."""
+    for candidate in _candidates(config, shape, gpus, cluster.gpus_per_node):
+        yield layout_of(candidate, shape, gpus, cluster, backend)
+
+
+def ranked(layouts: Iterable[Layout], usable: float) -> list[Layout]:
+    """Of each way to split the model, the fastest layout that fits in so many bytes; fastest first.
 
     Ways differ by tensor, pipeline and context; of each, the micro-batch, recomputation and
     interleaving are the best that fit.
     """
     best: dict[tuple[int, int, int], Layout] = {}
-    most = usable_bytes(cluster, reserve)
-    for candidate in _candidates(config, shape, gpus, cluster.gpus_per_node):
-        layout = layout_of(candidate, shape, gpus, cluster, backend)
-        parallel = candidate.parallel
+    for layout in layouts:
+        parallel = layout.setup.parallel
         way = (parallel.tensor, parallel.pipeline, parallel.context)
-        if layout.memory.total <= most and (way not in best or _order(layout) < _order(best[way])):
+        if layout.memory.total <= usable and (
+            way not in best or _order(layout) < _order(best[way])
+        ):
             best[way] = layout
     return sorted(best.values(), key=_order)
 

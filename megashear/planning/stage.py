@@ -11,7 +11,14 @@ from typing import Any
 from megashear.config.chain import EXTRACTED
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.config.values import Problem
-from megashear.planning.layouts import Layout, layout_of, layout_problems, ranked, usable_bytes
+from megashear.planning.layouts import (
+    Layout,
+    allowed,
+    layout_of,
+    layout_problems,
+    ranked,
+    usable_bytes,
+)
 from megashear.planning.memory import ERROR_TEXT, RESERVE
 from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE
 from megashear.planning.throughput import Cluster
@@ -96,6 +103,7 @@ class StagePlan:
         problems: why its own layout cannot be; then there is no `configured`.
         configured: its own layout.
         layouts: others that fit, fastest first.
+        least: of all that the rules allow, the one that takes least memory; None where none does.
         reserve: share of a GPU's memory that is left free.
     """
 
@@ -104,6 +112,7 @@ class StagePlan:
     problems: list[Problem]
     configured: Layout | None
     layouts: list[Layout]
+    least: Layout | None
     reserve: float
 
     @property
@@ -158,8 +167,10 @@ def plan(stage: Stage, cluster: Cluster, reserve: float = RESERVE) -> StagePlan:
     arguments = (stage.config, stage.shape, stage.gpus)
     problems = layout_problems(*arguments)
     own = None if problems else layout_of(*arguments, cluster, stage.backend)
-    layouts = ranked(*arguments, cluster, stage.backend, reserve)
-    return StagePlan(stage, cluster, problems, own, layouts, reserve)
+    every = list(allowed(*arguments, cluster, stage.backend))
+    least = min(every, key=lambda layout: layout.memory.total, default=None)
+    layouts = ranked(every, usable_bytes(cluster, reserve))
+    return StagePlan(stage, cluster, problems, own, layouts, least, reserve)
 
 
 def shape_after(stages: Sequence[Stage], path: str) -> ModelShape | None:

@@ -15,18 +15,22 @@ from megashear.config.schema import (
     RunConfig,
     TargetShape,
 )
-from megashear.config.shapes import CHECKS
-from megashear.config.values import Run
+from megashear.config.shapes import CHECKS, allowed_layouts
+from megashear.config.values import Run, either
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 
-TOLERANCE = {"size": (0.97, 1.03), "memory": (0.94, 1.0), "kv-cache": (0.75, 1.0)}
+TOLERANCE = {"size": (0.96, 1.04), "memory": (0.94, 1.0), "kv-cache": (0.75, 1.0)}
 """A proposal's figure over the wanted one; what is a limit is never exceeded."""
+USUAL_FFN = (2, 6)
+"""Feed-forward over hidden size: of the known shapes 2.6 to 5.9."""
 INT4_BYTES = 0.5 + 2 / 128
 """Of a weight of the layers: four bits, and a 16-bit scale for 128 of them. Embedding and head stay
 in bf16, as common 4-bit formats leave them."""
-ALIKE = 2
-"""Proposals that have the same nearest known model; more would differ by a layer."""
+APART = 1.1
+"""Ratio by which proposals differ at least, in depth or in width."""
+TENSOR = 8
+"""Tensor-parallel ranks that a target should divide by; what divides by fewer comes later."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,10 @@ class Proposal:
     nearest: Known
     distance: float
 
-    def weight_bytes(self, precision: str) -> float:
-        """Memory of the weights."""
-        outer = parameter_count(replace(self.shape, num_layers=0))
-        rate = 2 if precision == "bf16" else INT4_BYTES
-        return 2 * outer + rate * (self.parameters - outer)
-
     @property
-    def kv_bytes(self) -> int:
-        """Keys and values of a token, at bf16."""
-        return kv_bytes(self.shape)
+    def tensor(self) -> list[int]:
+        """Tensor-parallel ranks, up to TENSOR, that the target divides by."""
+        return [n for n in allowed_layouts(self.shape)["tensor"] if n <= TENSOR]
 
 
 def kv_bytes(shape: ModelShape) -> int:
@@ -112,24 +110,62 @@ def kv_bytes(shape: ModelShape) -> int:
     return 2 * 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
 
 
-def propose(source: ModelShape, goal: Goal, tensor: int, most: int = 6) -> list[Proposal]:
-    """The targets nearest to known shapes; of each depth and width, and of each known, a few.
+def weight_bytes(shape: ModelShape, precision: str) -> float:
+    """Memory of the weights, bf16 or int4."""
+    outer = parameter_count(replace(shape, num_layers=0))
+    rate = 2 if precision == "bf16" else INT4_BYTES
+    return 2 * outer + rate * (parameter_count(shape) - outer)
+
+
+def figure(shape: ModelShape, goal: Goal) -> float:
+    """Of a shape, what the goal is about."""
+    if goal.kind == "kv-cache":
+        return kv_bytes(shape)
+    return parameter_count(shape) if goal.kind == "size" else weight_bytes(shape, goal.precision)
+
+
+def propose(source: ModelShape, goal: Goal, tensor: int = 1, most: int = 6) -> list[Proposal]:
+    """The targets nearest to known shapes, each APART from the others.
 
     Every one is no larger than the source in any size, keeps its size of a head and its ratio of
     heads to query groups (or, by query heads, its groups), divides by the tensor-parallel ranks,
-    and has the wanted figure within TOLERANCE.
+    has an even number of layers or the source's, and the wanted figure within TOLERANCE.
     """
-    found: dict[tuple[int, int], Proposal] = {}
-    for candidate in _candidates(source, goal, tensor):
-        key = (candidate.shape.num_layers, candidate.shape.hidden_size)
-        if key not in found or candidate.distance < found[key].distance:
-            found[key] = candidate
     chosen: list[Proposal] = []
-    for each in sorted(found.values(), key=lambda each: (each.distance, each.parameters)):
-        alike = sum(other.nearest == each.nearest for other in chosen)
-        if alike < ALIKE and len(chosen) < most and _passes(each, source, tensor):
-            chosen.append(each)
+    found = sorted(_candidates(source, goal, tensor), key=lambda each: each.distance)
+    for each in found:
+        if len(chosen) < most and all(_are_apart(each.shape, other.shape) for other in chosen):
+            chosen += [each] if _passes(each, source, tensor) else []
     return chosen
+
+
+def _are_apart(one: ModelShape, other: ModelShape) -> bool:
+    pairs = (one.num_layers, other.num_layers), (one.hidden_size, other.hidden_size)
+    return any(max(pair) >= APART * min(pair) for pair in pairs)
+
+
+def why_none(source: ModelShape, goal: Goal, tensor: int) -> tuple[str, str]:
+    """(option, text): which of the wishes leaves nothing to propose."""
+    most = figure(source, goal)
+    if goal.wanted > most:
+        return goal.kind, f"is more than the source has, {most:,.0f}"
+    if free := propose(source, replace(goal, kv_bytes=math.inf), tensor):
+        least = min(kv_bytes(each.shape) for each in free) / 1024
+        return "kv-cache", f"is too little for that {goal.kind}: usual shapes take {least:g} KiB"
+    split = allowed_layouts(source)["tensor"]
+    if tensor not in split:
+        return "tensor", f"does not split the source, which divides by {either(split)}"
+    sizes = [
+        figure(replace(shape, num_layers=layers, ffn_hidden_size=ffn), goal)
+        for _, shape in _widths(source, tensor)
+        for layers in _depths(source)
+        for ffn in (USUAL_FFN[0] * shape.hidden_size, source.ffn_hidden_size)
+    ]
+    text = f"shapes from {min(sizes):,.0f} to {max(sizes):,.0f} are tried: a quarter of the layers"
+    text += ", and whole heads, at least. Try another"
+    if tensor > 1 and propose(source, goal):
+        return "tensor", f"leaves none of that {goal.kind}: {text}"
+    return goal.kind, f"is that of no usual shape: {text}"
 
 
 def _passes(proposal: Proposal, source: ModelShape, tensor: int) -> bool:
@@ -148,14 +184,27 @@ def _passes(proposal: Proposal, source: ModelShape, tensor: int) -> bool:
 
 
 def _candidates(source: ModelShape, goal: Goal, tensor: int) -> Iterator[Proposal]:
+    for head_unit, width in _widths(source, tensor):
+        for layers in _depths(source):
+            shape = replace(width, num_layers=layers)
+            if kv_bytes(shape) <= goal.kv_bytes:
+                for ffn in _ffn_hidden_sizes(source, shape, goal, tensor):
+                    yield _proposal(replace(shape, ffn_hidden_size=ffn), head_unit, goal)
+
+
+def _depths(source: ModelShape) -> Iterator[int]:
+    """Even numbers, which pipeline stages divide, and the source's own."""
+    for layers in range(max(1, source.num_layers // 4), source.num_layers + 1):
+        if layers % 2 == 0 or layers == source.num_layers:
+            yield layers
+
+
+def _widths(source: ModelShape, tensor: int) -> Iterator[tuple[str, ModelShape]]:
+    """(head unit, the source with fewer heads and a smaller hidden size)."""
     for head_unit, heads in _heads(source, tensor):
         for hidden in _hidden_sizes(source, heads):
-            sizes = TargetShape(1, hidden, heads, source.ffn_hidden_size)
-            shape = resolve_target(source, sizes, head_unit)
-            for layers in range(max(1, source.num_layers // 4), source.num_layers + 1):
-                ffn = _ffn_hidden_size(replace(shape, num_layers=layers), goal, tensor)
-                if ffn is not None:
-                    yield _proposal(source, TargetShape(layers, hidden, heads, ffn), head_unit)
+            sizes = TargetShape(source.num_layers, hidden, heads, source.ffn_hidden_size)
+            yield head_unit, resolve_target(source, sizes, head_unit)
 
 
 def _heads(source: ModelShape, tensor: int) -> Iterator[tuple[str, int]]:
@@ -180,43 +229,43 @@ def _hidden_sizes(source: ModelShape, heads: int) -> Iterator[int]:
             yield hidden
 
 
-def _ffn_hidden_size(shape: ModelShape, goal: Goal, tensor: int) -> int | None:
-    """The size that brings a shape nearest to the goal; None where none does, or none is usual."""
-    unit = math.lcm(tensor, 128 if shape.ffn_hidden_size % 128 == 0 else 64)
-    low, high = TOLERANCE[goal.kind]
-    if goal.kind == "kv-cache":
-        if not low <= kv_bytes(shape) / goal.wanted <= high:
-            return None
-        size = round(8 / 3 * shape.hidden_size / unit) * unit
-        return size if 0 < size <= shape.ffn_hidden_size else None
-    if kv_bytes(shape) > goal.kv_bytes:
-        return None
-    at_one, at_two = (_figure(replace(shape, ffn_hidden_size=n * unit), goal) for n in (1, 2))
-    steps = 1 + (goal.wanted - at_one) / (at_two - at_one)
-    count = math.floor(steps) if high <= 1 else round(steps)
-    size = count * unit
-    figure = at_one + (count - 1) * (at_two - at_one)
-    usual = 2 <= size / shape.hidden_size <= 6  # of the known shapes, 2.6 to 5.9
-    fits = 0 < size <= shape.ffn_hidden_size and low <= figure / goal.wanted <= high
-    return size if usual and fits else None
+def _ffn_hidden_sizes(
+    source: ModelShape, shape: ModelShape, goal: Goal, tensor: int
+) -> Iterator[int]:
+    """The usual size that brings a shape nearest to the goal; and the source's share, rounded up.
+
+    The paper's own, and LLaMA's, are of the second kind.
+    """
+    unit = math.lcm(tensor, 128 if source.ffn_hidden_size % 128 == 0 else 64)
+    share = source.ffn_hidden_size * shape.hidden_size / source.hidden_size
+    sizes = {math.ceil(share / unit) * unit}
+    if goal.kind != "kv-cache":
+        at_one, at_two = (figure(replace(shape, ffn_hidden_size=n * unit), goal) for n in (1, 2))
+        steps = 1 + (goal.wanted - at_one) / (at_two - at_one)
+        sizes.add(unit * (round(steps) if TOLERANCE[goal.kind][1] > 1 else math.floor(steps)))
+    for size in sorted(sizes):
+        least, most = (n * shape.hidden_size for n in USUAL_FFN)
+        if max(1, least) <= size <= min(most, source.ffn_hidden_size):
+            share = figure(replace(shape, ffn_hidden_size=size), goal) / goal.wanted
+            low, high = TOLERANCE[goal.kind]
+            if low <= share <= high:
+                yield size
 
 
-def _figure(shape: ModelShape, goal: Goal) -> float:
-    """Parameters of a shape, or bytes of its weights."""
-    count = parameter_count(shape)
-    if goal.kind == "size":
-        return count
-    outer = parameter_count(replace(shape, num_layers=0))
-    return 2 * outer + (2 if goal.precision == "bf16" else INT4_BYTES) * (count - outer)
-
-
-def _proposal(source: ModelShape, target: TargetShape, head_unit: str) -> Proposal:
-    shape = resolve_target(source, target, head_unit)
+def _proposal(shape: ModelShape, head_unit: str, goal: Goal) -> Proposal:
+    target = TargetShape(
+        shape.num_layers, shape.hidden_size, shape.num_attention_heads, shape.ffn_hidden_size
+    )
     parameters = parameter_count(shape)
     distance, nearest = min(
         ((_distance(shape, parameters, known), known) for known in KNOWN), key=lambda pair: pair[0]
     )
-    return Proposal(target, head_unit, shape, parameters, nearest, distance)
+    proposal = Proposal(target, head_unit, shape, parameters, nearest, distance)
+    # What splits badly over ranks or stages, or is less than it may be, comes later.
+    ranks = max(n for n in proposal.tensor if TENSOR % n == 0)
+    later = 0.05 * math.log2(TENSOR / ranks) + (0.1 if shape.num_layers % 4 else 0)
+    later += 0.25 * _apart(figure(shape, goal), goal.wanted)
+    return replace(proposal, distance=distance + later)
 
 
 def _distance(shape: ModelShape, parameters: int, known: Known) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from megashear.config.schema import QUERY_HEAD, ModelShape
 from megashear.planning.layouts import usable_bytes
 from megashear.planning.memory import ERROR_TEXT
 from megashear.planning.stage import Stage, StagePlan
-from megashear.planning.targets import Proposal
-from megashear.planning.throughput import LINK_SHARE, Cluster
+from megashear.planning.targets import Proposal, kv_bytes, weight_bytes
+from megashear.planning.throughput import LINK_SHARE, MFU, MFU_SOURCE, Cluster
 from megashear.pruning.counting import parameter_count
 
 GIB, MOST = 2**30, 6
@@ -41,7 +42,7 @@ def stage_text(file: Path, plan: StagePlan) -> str:
         parts.append(("total", f"{own.memory.total / GIB:.2f} GiB"))
         lines.append(_indented(parts))
     lines.append(f"\nlayouts that fit in {usable:.1f} GiB, fastest first")
-    lines.append(_layouts(plan) if plan.layouts else "  none: take more GPUs, or larger ones")
+    lines.append(_layouts(plan) if plan.layouts else f"  none: {_why_none(plan)}")
     if plan.layouts:
         lines.append(f"  the first as options: {plan.layouts[0].options}")
     return "\n".join(lines)
@@ -60,10 +61,21 @@ def _disk(stage: Stage) -> str:
     return ", ".join(sizes)
 
 
+def _why_none(plan: StagePlan) -> str:
+    stage, least = plan.stage, plan.least
+    if least is None:
+        batch = f"trainer.global_batch_size = {stage.config.trainer.global_batch_size}"
+        text = f"{batch} cannot be shared evenly by {stage.gpus:,} GPUs, however the model is split"
+        return f"{text}. Take fewer GPUs, or another batch"
+    part, size = max(vars(least.memory).items(), key=lambda item: item[1])
+    text = f"the least takes {least.memory.total / GIB:.1f} GiB, {size / GIB:.1f} of it {part}"
+    return f"{text} ({least.options}). Take more GPUs, or larger ones"
+
+
 def _layouts(plan: StagePlan) -> str:
     header = ("tensor", "pipeline", "virtual", "context", "data", "micro-batch", "recompute")
     rows = []
-    own = [("configured", plan.configured)] if plan.configured else []
+    own = [("configured", plan.configured)] if plan.configured and plan.fits else []
     for name, layout in [*own, *(("", each) for each in plan.layouts[:MOST])]:
         setup, parallel = layout.setup, layout.setup.parallel
         hours = plan.stage.hours(layout)
@@ -90,22 +102,27 @@ def totals_text(files: Sequence[Path], plans: Sequence[StagePlan]) -> str:
     rows, sums = [], [0.0, 0.0, 0.0, 0.0]
     for file, plan in zip(files, plans, strict=True):
         chosen = plan.chosen
-        hours = plan.stage.hours(chosen) if chosen else float("nan")
+        hours = plan.stage.hours(chosen) if chosen else math.nan
         disk = sum(plan.stage.disk_bytes().values())
         values = (plan.stage.tokens / 1e9, hours, hours * plan.stage.gpus, disk / 1e9)
         sums = [total + value for total, value in zip(sums, values, strict=True)]
-        rows.append((str(file), plan.stage.gpus, *(f"{value:,.1f}" for value in values)))
-    rows.append(("total", "", *(f"{value:,.1f}" for value in sums)))
+        rows.append((str(file), plan.stage.gpus, *map(_figure, values)))
+    rows.append(("total", "", *map(_figure, sums)))
     header = ("stage", "GPUs", "tokens (B)", "hours", "GPU-hours", "disk (GB)")
     return "the chain, as configured or, where that does not fit, in the fastest layout\n" + (
         _indented(rows, header)
     )
 
 
+def _figure(value: float) -> str:
+    return "fits nowhere" if math.isnan(value) else f"{value:,.1f}"
+
+
 def assumptions_text(cluster: Cluster, reserve: float) -> str:
     """What the figures stand on."""
+    source = MFU_SOURCE if cluster.mfu == MFU else "--mfu"
     return (
-        f"assumed: arithmetic at {cluster.mfu:.0%} of the peak (--mfu), links and network at "
+        f"assumed: arithmetic at {cluster.mfu:.0%} of the peak ({source}), links and network at "
         f"{LINK_SHARE:.0%}, {cluster.network * 8e-9:g} Gbit/s a GPU (--network), "
         f"{cluster.gpus_per_node} GPUs a node; {reserve:.0%} of the memory left free (--reserve)\n"
         f"memory model: {ERROR_TEXT}; times are a model's, to rank layouts by"
@@ -115,19 +132,22 @@ def assumptions_text(cluster: Cluster, reserve: float) -> str:
 def proposals_text(source: ModelShape, proposals: Sequence[Proposal]) -> str:
     """Target shapes as a table, and as lines for a run's file."""
     sizes = ("parameters", "layers", "hidden", "heads", "groups", "intermediate")
-    header = (*sizes, "bf16 GiB", "int4 GiB", "KV KiB/token", "near")
+    header = (*sizes, "tensor", "bf16 GiB", "int4 GiB", "KV KiB/token", "near")
     rows = []
     for each in proposals:
-        shape, memory = each.shape, (f"{each.weight_bytes(p) / GIB:.2f}" for p in ("bf16", "int4"))
+        shape = each.shape
+        memory = (f"{weight_bytes(shape, kind) / GIB:.2f}" for kind in ("bf16", "int4"))
         rows.append(
             (
                 *(f"{each.parameters:,}", shape.num_layers, shape.hidden_size),
                 *(shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size),
-                *(*memory, f"{each.kv_bytes / 1024:g}", each.nearest.name),
+                *(",".join(map(str, each.tensor)), *memory),
+                *(f"{kv_bytes(shape) / 1024:g}", each.nearest.name),
             )
         )
     lines = [f"source: {parameter_count(source):,} parameters ({_sizes(source)})", ""]
-    lines += [console.table(rows, header), "", "for a run's file:"]
+    lines += [console.table(rows, header), "tensor: parallel ranks it divides by", ""]
+    lines.append("for a run's file:")
     return "\n".join([*lines, *(f"  {_target_line(each)}" for each in proposals)])
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from megashear.config.loader import load_config
-from megashear.config.schema import ModelShape, TargetShape
+from megashear.config.schema import ModelShape, RunConfig, TargetShape
 from megashear.config.validate import problems
 from megashear.hardware import GPUS
-from megashear.planning.layouts import Layout, layout_of, ranked, usable_bytes
+from megashear.planning.layouts import Layout, allowed, layout_of, ranked, usable_bytes
 from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE, setup_of
 from megashear.planning.throughput import Cluster, step_time
 from tests.config.rules import GQA, MHA, PRUNE
@@ -23,6 +23,10 @@ CONFIGS = REPOSITORY / "examples" / "configs"
 LLAMA_3_70B = ModelShape(
     80, 8192, 64, 28672, 128256, num_query_groups=8, max_position_embeddings=8192
 )
+
+
+def fitting(config: RunConfig, shape: ModelShape, gpus: int, cluster: Cluster) -> list[Layout]:
+    return ranked(allowed(config, shape, gpus, cluster, TRANSFORMER_ENGINE), usable_bytes(cluster))
 
 
 def applied(layout: Layout) -> list[tuple[str, str]]:
@@ -42,7 +46,7 @@ def applied(layout: Layout) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("gpus", [1, 6, 8, 24])
 @pytest.mark.parametrize("shape", [MHA, GQA], ids=["MHA", "GQA"])
 def test_every_layout_may_run_and_fits(shape: ModelShape, gpus: int) -> None:
-    layouts = ranked(PRUNE, shape, gpus, A100, TRANSFORMER_ENGINE)
+    layouts = fitting(PRUNE, shape, gpus, A100)
     times = [layout.time.total for layout in layouts]
     assert times == sorted(times)
     for layout in layouts:
@@ -53,8 +57,8 @@ def test_every_layout_may_run_and_fits(shape: ModelShape, gpus: int) -> None:
 
 def test_no_layout_fits_where_states_alone_do_not() -> None:
     """6.7 B parameters of 18 bytes on one GPU."""
-    assert ranked(PRUNE, MHA, 1, A100, TRANSFORMER_ENGINE) == []
-    assert ranked(PRUNE, MHA, 2, Cluster(BY_NAME["h200-141gb"]), TRANSFORMER_ENGINE) != []
+    assert fitting(PRUNE, MHA, 1, A100) == []
+    assert fitting(PRUNE, MHA, 2, Cluster(BY_NAME["h200-141gb"])) != []
 
 
 def test_512_gpus_take_seconds_and_always_give_the_same() -> None:
@@ -66,9 +70,9 @@ def test_512_gpus_take_seconds_and_always_give_the_same() -> None:
     )
     cluster = Cluster(BY_NAME["h100-80gb"])
     began = time.process_time()
-    layouts = ranked(config, LLAMA_3_70B, 512, cluster, TRANSFORMER_ENGINE)
+    layouts = fitting(config, LLAMA_3_70B, 512, cluster)
     assert time.process_time() - began < 3
-    assert layouts == ranked(config, LLAMA_3_70B, 512, cluster, TRANSFORMER_ENGINE)
+    assert layouts == fitting(config, LLAMA_3_70B, 512, cluster)
     assert layouts[0].setup.parallel.tensor in (4, 8)  # states of 70 B need model parallelism
 
 
@@ -80,10 +84,8 @@ def test_512_gpus_take_seconds_and_always_give_the_same() -> None:
         ("2.7b", "continue", 16, 79_306),
     ],
 )
-def test_published_throughputs_are_below_and_near(
-    recipe: str, stage: str, gpus: int, published: int
-) -> None:
-    """On the paper's GPUs: it reached 28 to 32% of the peak where 40% are assumed."""
+def test_published_throughputs_are_near(recipe: str, stage: str, gpus: int, published: int) -> None:
+    """On the paper's GPUs: it reached 28 to 32% of the peak where 30% are assumed."""
     config = load_config(CONFIGS / f"llama2-7b-to-{recipe}" / f"{stage}.yaml", check_files=False)
     targets = {
         "1.3b": ModelShape(24, 2048, 16, 5504, 32000),
@@ -92,8 +94,8 @@ def test_published_throughputs_are_below_and_near(
     shape = MHA if stage == "prune" else targets[recipe]
     layout = layout_of(config, shape, gpus, A100, TRANSFORMER_ENGINE)
     assert layout.memory.total < usable_bytes(A100)
-    assert 0.65 * layout.tokens_per_second < published < layout.tokens_per_second
-    best = ranked(config, shape, gpus, A100, TRANSFORMER_ENGINE)[0]
+    assert layout.tokens_per_second == pytest.approx(published, rel=0.08)
+    best = fitting(config, shape, gpus, A100)[0]
     assert layout.tokens_per_second > 0.98 * best.tokens_per_second  # the examples choose well
 
 
@@ -110,11 +112,11 @@ def test_the_bubble_is_what_the_schedules_leave() -> None:
 
 
 def test_arithmetic_is_that_of_the_tokens() -> None:
-    """6 N tokens, and attention, on all GPUs at 40% of the peak."""
+    """6 N tokens, and attention, on all GPUs at 30% of the peak."""
     time_of = step_time(setup_of(PRUNE, MHA, 8, TRANSFORMER_ENGINE), A100)
     parameters = 6_738_415_616 - 32000 * 4096
     flops = (6 * parameters + 12 * 32 * 4096 * 4096) * 32 * 4096
-    assert time_of.arithmetic == pytest.approx(flops / (8 * 312e12 * 0.4))
+    assert time_of.arithmetic == pytest.approx(flops / (8 * 312e12 * 0.3))
 
 
 def test_nodes_joined_by_a_network_share_what_their_gpus_have_of_it() -> None:
