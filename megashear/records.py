@@ -9,12 +9,17 @@ This module imports nothing of megashear.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 METRICS, MASKS = "metrics.jsonl", "masks.json"
 SCHEMA = 2
 """Changes when a field's meaning does or one goes; a reader passes over fields it does not know."""
+
+
+_MOST_UNITS = 2**24
+"""Of a mask, of all its rows: LLaMA-2-70B has 2.3 million of the feed-forward networks."""
 
 
 class StartRecord(TypedDict):
@@ -104,6 +109,11 @@ class EndRecord(TypedDict):
     verdict: str  # masks that are off their targets, as the run says it; empty where all is well
 
 
+def utc() -> str:
+    """The time of now as records have it: 2026-11-23T05:40:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def pack(rows: list[list[int]]) -> dict[str, Any]:
     """Rows of 0 and 1 as masks.json has them: {"units": n, "rows": [hexadecimal, ...]}."""
     digits = [f"{int(''.join(map(str, row)) or '0', 2):x}" for row in rows]
@@ -116,8 +126,10 @@ def unpack(mask: Mapping[str, Any]) -> list[list[int]]:
     Raises:
         ValueError, TypeError, KeyError: it is none of `pack`.
     """
-    units = int(mask["units"])
-    rows = [f"{int(row, 16):0{units}b}" for row in mask["rows"]]
+    units, digits = mask["units"], mask["rows"]
+    if not isinstance(units, int) or not 0 <= units * len(digits) <= _MOST_UNITS:
+        raise ValueError(f"{len(digits)} rows of {units} units are no mask")
+    rows = [f"{int(row, 16):0{units}b}" for row in digits]
     if any(len(row) != units for row in rows):
         raise ValueError(f"a row has more than {units} units")
     return [[int(digit) for digit in row] for row in rows]

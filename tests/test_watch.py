@@ -102,6 +102,10 @@ def test_a_frame_tells_how_far_and_how_well(tmp_path: Path) -> None:
     assert "domain training at step 4 reference gap weight moved" in shown
     assert "cc 2.6100 2.1000 1.9643 +0.1357 0.7000 +0.0000" in shown
     assert "github - 0.8000 - - 0.3000 +0.0000" in shown
+    absent = {**step(6), "domain_losses": {"github": 0.95}}  # of a domain that it drew nothing of
+    shown = words(text(write(tmp_path / "run", [*FIVE, absent])))
+    assert "cc 2.6100 2.1000 1.9643 +0.1357 0.7000 +0.0000" in shown
+    assert "github 0.9500 0.8000 - - 0.3000 +0.0000" in shown
     assert any(re.fullmatch(r"head \S+ 0.1810 0.2500 -0.0690 14 to 16", line) for line in shown)
 
 
@@ -109,7 +113,7 @@ STATES: dict[str, tuple[list[Any], float, str]] = {
     "running": (FIVE, 100, "running"),
     "silent": (FIVE, 50 + 185, "running, silent for 0:03:05 h"),
     "dead": (FIVE, 50 + 720, "silent for 0:12:00 h: perhaps dead"),
-    "stopped": ([*FIVE, {**END, "reason": "SIGUSR1"}], 9e5, "stopped by SIGUSR1 at step 5"),
+    "stopped": ([*FIVE, {**END, "reason": "SIGUSR1"}], 9e5, "stopped by SIGUSR1"),
     "complete": ([*FIVE, {**END, "reason": "complete"}], 9e5, "complete"),
     "started again": ([*FIVE, {**END, "reason": "SIGUSR1"}, start(5)], 60, "running"),
     "begins": ([start(0)], 5, "running"),
@@ -167,6 +171,37 @@ def test_a_run_is_followed_through_a_resume(tmp_path: Path) -> None:
     assert run.step == 15  # the last line is not whole yet
 
 
+Steps = list[int | str]
+"""Of step records; "4" is a start that goes on from step 4."""
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "problem"),
+    [
+        ([1, 2, 3, "1", 2, 3, 4], [1, 2, 3, 4], None),  # what a resume has not dropped
+        ([1, 2, 3, 3, 4], [1, 2, 3, 4], None),
+        (
+            [1, 2, 3, 4, 2, 5],
+            [1, 2, 3, 4, 5],
+            "line 6: step 2 after 4, no start between; that of 2",
+        ),
+        ([1, 2, 90, 4], [1, 2, 4], "line 5: step 4 after 90, no start between; that of 90"),
+        ([1, 2, 3, 4, "3", 1, 5], [1, 2, 3, 4, 5], "line 7: step 1 after 4"),
+        ([90, 2, 3], [2, 3], "line 3: step 2 after 90"),
+    ],
+)
+def test_steps_go_back_to_a_start_only(
+    written: Steps, kept: list[int], problem: str | None, tmp_path: Path
+) -> None:
+    """A number that is damaged costs its own record, and it is told."""
+    lines = [start(0), *(start(int(n)) if isinstance(n, str) else step(n) for n in written)]
+    run = Run.read(write(tmp_path / "run", lines))
+    assert [record["step"] for record in run.records["step"]] == kept
+    assert len(run.problems) == (problem is not None)
+    assert not problem or run.problems[0].startswith(f"metrics.jsonl, {problem}")
+    assert run.step == kept[-1]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_nothing_is_cut_off_on_a_narrow_terminal(width: int, tmp_path: Path) -> None:
     long = "a-domain-of-a-name"
@@ -199,6 +234,9 @@ def test_once_prints_a_frame_without_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     with pytest.raises(DataError, match=r"no directory of a run: .*absent"):
         cli.execute(["watch", "--once", str(run), str(tmp_path / "absent")])
+    for options in ([], ["--once"]):
+        with pytest.raises(DataError, match=f"{tmp_path} is no directory of a run: it has none of"):
+            cli.execute(["watch", *options, str(tmp_path)])
 
 
 class Watched:

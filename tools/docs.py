@@ -46,12 +46,14 @@ has one, else as many as the masks keep by now. `records.unpack` reads a mask.
 ## TensorBoard and W&B
 
 With `log.tensorboard: true` event files are in `tensorboard` of the run directory, with
-`log.wandb: offline` (or `online`) W&B's in `wandb`; a resumed run goes on in both, in W&B by the
-id in `wandb-id`. They show the numbers of the records of steps, evaluations and saves. A number of
-a record itself is named by its kind (`step/loss`, `evaluation/seconds`), one of a domain, mask or
-constraint by its field (`losses/cc`, `sparsity/head`, `multipliers/head/lambda1`). Domain weights
-are those of evaluations; rows of a mask are shown by their mean. A view that fails, as where a
-server is not reached, says so once, and the run goes on without it.
+`log.wandb: offline` (or `online`) W&B's in `wandb`. A resumed run goes on
+in TensorBoard's; W&B gets the id in `wandb-id` again, and offline each start makes a directory of
+its own with that id (whether a server makes one run of them has not been tried). They show the
+numbers of the records of steps, evaluations and saves. A number of a record itself is named by its
+kind (`step/loss`, `evaluation/seconds`), one of a domain, mask or constraint by its field
+(`losses/cc`, `sparsity/head`, `multipliers/head/lambda1`). Domain weights are those of evaluations;
+rows of a mask are shown by their mean. A view that fails, as where a server is not reached, says so
+once, and the run goes on without it.
 """
 CONFIGURATION = """\
 # Configuration

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,21 @@ def run(args: argparse.Namespace) -> None:
     """Read the runs, and write their page.
 
     Raises:
-        DataError: a run is no directory, or the page cannot be written.
+        DataError: a run is no directory, or none of a run, or the page cannot be written.
     """
     from megashear import __version__
     from megashear.files import write_whole
+    from megashear.records import utc
     from megashear.report.page import render
-    from megashear.report.runs import Run
+    from megashear.report.runs import Run, refuse_strangers
 
     directories = list({path.resolve(): path for path in args.runs}.values())
     if lacking := [str(path) for path in directories if not path.is_dir()]:
         raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
+    refuse_strangers(directories)
     out = args.out or Path(directories[0] if len(directories) == 1 else ".", "report.html")
     runs = [Run.read(directory) for directory in directories]
-    page = render(runs, __version__, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+    page = render(runs, __version__, utc())
     try:
         write_whole(out, page)
     except OSError as error:

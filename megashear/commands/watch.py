@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> None:
     """Show the runs until all are complete.
 
     Raises:
-        DataError: nothing is to be followed, and there is no such directory.
+        DataError: a directory is not of a run; or nothing is to be followed, and there is none.
     """
     from rich.console import Console
     from rich.live import Live
 
     from megashear.report.frame import frame, is_over
-    from megashear.report.runs import Run
+    from megashear.report.runs import Run, refuse_strangers
 
     console = Console()
     runs = [Run(directory) for directory in args.runs]
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     absent = [str(directory) for directory in args.runs if not directory.is_dir()]
     if absent and not follow:  # else they may come: a job may wait in its queue
         raise DataError(f"no directory of a run: {', '.join(absent)}")
+
+    refuse_strangers(args.runs)
 
     def look() -> Any:
         for each in runs:

@@ -24,7 +24,8 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = (
 )
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", "#B8AC1F")
 DASHES = ("solid", "dash", "dot", "dashdot")
-INK, PALE, PALE_BLUE, REMOVED, GONE = "#444444", "#9A9A9A", "#A9CDE3", "#EDEDED", "#B5B5B5"
+INK, PALE, PALER, PALE_BLUE = "#444444", "#8A8A8A", "#CFCFCF", "#A9CDE3"
+REMOVED, GONE = "#EDEDED", "#B5B5B5"
 DOTTED: Style = {"color": INK, "dash": "dot", "width": 2}
 
 TEMPLATE = go.layout.Template(

@@ -16,6 +16,7 @@ from megashear.report.drawing import (
     INK,
     PALE,
     PALE_BLUE,
+    PALER,
     REMOVED,
     TEMPLATE,
     VERMILION,
@@ -55,8 +56,8 @@ def losses(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
         figure = grid(list(shown), ["nats per token"], titled=len(runs) > 1)
         said = []
         for column, (label, run) in enumerate(shown.items(), 1):
-            training = thin(series(run, "step", "domain_losses", name))
-            add_line(figure, column, training, "training", {"color": PALE, "width": 0.8})
+            training = series(run, "step", "domain_losses", name)
+            _add_noisy(figure, column, training, "training", (PALER, PALE), 0.6)
             valid = steps, values = _losses(run, name)
             add_line(figure, column, valid, "validation", {**style, "width": 2.5})
             reference = series(run, "evaluation", "references", name)
@@ -72,6 +73,16 @@ def losses(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
 
 def _losses(run: Run, domain: str) -> Series:
     return series(run, "evaluation", "losses", domain)
+
+
+def _add_noisy(
+    figure: go.Figure, column: int, line: Series, name: str, colors: tuple[str, str], width: float
+) -> None:
+    """A line of every step; a long one pale and thin, and over it its mean in the second colour."""
+    is_long = len(line[0]) > 2 * STRETCHES
+    add_line(figure, column, thin(line), name, {"color": colors[not is_long], "width": width})
+    if is_long:
+        add_line(figure, column, means(line), "mean", {"color": colors[1], "width": 2})
 
 
 def _fit_losses(figure: go.Figure, noisy: str) -> None:
@@ -138,22 +149,22 @@ def data(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
             hovertemplate="%{customdata}: %{x:,.0f} tokens (%{text})<extra></extra>",
             **{"row": 1, "col": column},
         )
-        figure.update_xaxes(range=[0, 1.5 * max(amounts)], col=column)  # the text has room
+        figure.update_xaxes(
+            range=[0, (1.3 + 0.4 * len(runs)) * max(amounts)], col=column
+        )  # the text has room
         said.append(f"{label} {total:,.0f} tokens")
     name_bars(figure, list(domains))
-    figure.update_xaxes(nticks=4)
+    figure.update_traces(cliponaxis=False)
+    figure.update_xaxes(nticks=3, tickangle=0)
     return [Panel("Data used per domain", "; ".join(said), figure)] if said else []
 
 
 def masks(runs: Runs) -> list[Panel]:
     """Of each constraint: expected and target sparsity, and its multipliers."""
-    pruned = {label: run for label, run in runs.items() if mapping(_newest(run), "sparsity")}
-    names = {name: None for run in pruned.values() for name in mapping(_newest(run), "sparsity")}
+    found = {label: mapping(run.last("step"), "sparsity") for label, run in runs.items()}
+    pruned = {label: run for label, run in runs.items() if found[label]}
+    names = {name: None for sparsity in found.values() for name in sparsity}
     return [_mask(pruned, name) for name in names]
-
-
-def _newest(run: Run) -> object:
-    return run.records["step"][-1] if run.records["step"] else {}
 
 
 def _mask(runs: Runs, name: str) -> Panel:
@@ -270,11 +281,7 @@ def lines(runs: Runs, fields: Mapping[str, tuple[str, str]]) -> list[Panel]:
             continue
         figure = grid(list(shown), [unit], titled=len(runs) > 1)
         for column, line in enumerate(shown.values(), 1):
-            is_noisy = len(line[0]) > 2 * STRETCHES
-            color = PALE_BLUE if is_noisy else BLUE
-            add_line(figure, column, thin(line), title, {"color": color, "width": 1.2})
-            if is_noisy:
-                add_line(figure, column, means(line), "mean", {"color": BLUE, "width": 2})
+            _add_noisy(figure, column, line, title, (PALE_BLUE, BLUE), 1.2)
         if field_ == "loss":
             _fit_losses(figure, title)
         if field_ == "lr":

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megashear.report.runs import Run
-from megashear.report.series import labels, mapping, number, part, seconds_since_1970
-from megashear.report.tables import duration, show
+from megashear.report.series import labels, last, mapping, number, part, seconds_since_1970
+from megashear.report.tables import duration, how_it_ended, show
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 """Of `platform.timeout_minutes`, before the run has written its configuration."""
@@ -44,10 +44,8 @@ def state(run: Run, now: float) -> tuple[str, str]:
     newest = run.newest
     if not newest:
         return "not begun", "yellow"
-    if newest["kind"] == "end":
-        if newest.get("reason") == "complete":
-            return "complete", "green"
-        return f"stopped by {show(newest.get('reason'))} at step {newest['step']:,}", "yellow"
+    if ended := how_it_ended(run):
+        return ended, "green" if is_over(run) else "yellow"
     silent = now - seconds_since_1970(newest.get("time"))
     if math.isnan(silent):
         return "no sign of when", "yellow"
@@ -76,12 +74,12 @@ def seconds_left(run: Run) -> float:
     newest = [r for r in run.records["step"][-_STEPS:] if not r["step"] <= began]
     if math.isnan(steps) or not newest or is_over(run):
         return math.nan
-    first, last = newest[0], newest[-1]
     if len(newest) == 1:
-        pace = number(last.get("seconds"))
+        pace = number(newest[0].get("seconds"))
     else:
-        times = [seconds_since_1970(record.get("time")) for record in (first, last)]
-        pace = (times[1] - times[0]) / (last["step"] - first["step"])
+        ends = newest[0], newest[-1]
+        times = [seconds_since_1970(record.get("time")) for record in ends]
+        pace = (times[1] - times[0]) / (ends[1]["step"] - ends[0]["step"])
     return (steps - run.step) * pace
 
 
@@ -117,7 +115,7 @@ def _progress(run: Run) -> RenderableType:
 
 
 def _facts(run: Run) -> list[Text]:
-    start, newest = run.start, _newest(run, "step")
+    start, newest = run.start, run.last("step")
     layout = mapping(start, "layout")
     parts = [f"{name} {show(size)}" for name, size in layout.items() if size != 1]
     target = start.get("target_parameters")
@@ -150,15 +148,15 @@ def _facts(run: Run) -> list[Text]:
 
 
 def _saved(run: Run) -> str:
-    save = _newest(run, "save")
+    save = run.last("save")
     if not save:
         return "nothing saved"
     return f"saved at step {save['step']:,}, in {show(save.get('seconds'), ',.1f')} s"
 
 
 def _domains(run: Run, width: int) -> Table | None:
-    """Losses of the newest evaluation, and how the weights moved there."""
-    newest, training = _newest(run, "evaluation"), mapping(_newest(run, "step"), "domain_losses")
+    """Newest losses of each domain, and how the weights moved at the newest evaluation."""
+    newest = run.last("evaluation")
     before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
     weights = mapping(newest, "weights") or mapping(run.start, "weights")
     rows = []
@@ -168,7 +166,7 @@ def _domains(run: Run, width: int) -> Table | None:
         rows.append(
             (
                 name,
-                show(training.get(name), ".4f"),
+                show(last(run, "step", "domain_losses", name), ".4f"),
                 show(part(newest, "losses", name), ".4f"),
                 show(part(newest, "references", name), ".4f"),
                 Text(show(gap, "+.4f"), "red" if gap > 0 else "green"),
@@ -183,7 +181,7 @@ def _domains(run: Run, width: int) -> Table | None:
 
 def _masks(run: Run, width: int) -> Table | None:
     """Expected sparsity against its target of now, and the units that the masks keep."""
-    newest, kept = _newest(run, "step"), mapping(_newest(run, "evaluation"), "kept")
+    newest, kept = run.last("step"), mapping(run.last("evaluation"), "kept")
     sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
     rows = []
     for name, value in sparsity.items():
@@ -206,8 +204,8 @@ def _masks(run: Run, width: int) -> Table | None:
 def _line(run: Run, now: float) -> tuple[Any, ...]:
     word, style = state(run, now)
     steps, left = number(run.steps), seconds_left(run)
-    newest = _newest(run, "step")
-    gaps = [number(gap) for gap in mapping(_newest(run, "evaluation"), "gaps").values()]
+    newest = run.last("step")
+    gaps = [number(gap) for gap in mapping(run.last("evaluation"), "gaps").values()]
     return (
         show(run.start.get("stage", run.config.get("stage"))),
         f"{run.step:,}" + ("" if math.isnan(steps) else f"/{steps:,.0f}"),
@@ -248,7 +246,3 @@ def _table(
 
 def _width(cell: str | Text | ProgressBar) -> int:
     return cell.width or 0 if isinstance(cell, ProgressBar) else cell_len(str(cell))
-
-
-def _newest(run: Run, kind: str) -> dict[str, Any]:
-    return run.records[kind][-1] if run.records[kind] else {}

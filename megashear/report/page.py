@@ -42,7 +42,7 @@ th, td { padding: .2rem 1.2rem .2rem 0; text-align: right; white-space: nowrap;
 th:first-child, .words * { text-align: left }
 .told { background: var(--told); border-left: 4px solid #D55E00; padding: .5rem 1rem }
 .told ul { margin: 0; padding-left: 1.1rem }
-.told li { white-space: pre-wrap }
+.told pre { border: 0; padding: 0; margin: 0 }
 .keys { list-style: none; display: flex; flex-wrap: wrap; gap: 0 1.1rem; margin: 0;
   padding: .35rem 0; font-size: .9rem }
 section > .keys { position: sticky; top: 0; z-index: 5; background: var(--paper) }
@@ -121,8 +121,8 @@ def _domains(runs: Runs) -> str:
         + draw(together + figures.data(runs, names), 340 * len(runs))
         + "".join(map(_table, summaries))
         + "<h3>Loss of each domain</h3>"
-        "<p>Thick: validation. Thin and grey: training. Dotted: reference, which the target is to "
-        "reach. The scale leaves out the highest 1% of training losses.</p>"
+        "<p>Thick: validation. Grey: training, of a long run with its mean. Dotted: reference, "
+        "which the target is to reach. The scale leaves out the highest 1% of training losses.</p>"
         + draw(apart, 300 * len(runs))
     )
 
@@ -162,8 +162,10 @@ def _told(runs: Runs) -> str:
         lacking = [] if any(run.records.values()) else [f"{METRICS}: no records"]
         verdict = part(run.records["end"][-1:], 0, "verdict")
         gaps = [missing_steps(run)]
-        for problem in filter(None, [*lacking, *run.problems, *gaps, verdict]):
+        for problem in filter(None, [*lacking, *run.problems, *gaps]):
             items.append(f"<li>{_text(f'{label}: {problem}')}</li>")
+        if verdict:  # a table of the masks
+            items.append(f"<li>{_text(label)}: <pre>{_text(str(verdict))}</pre></li>")
     heading = '<div class="told" role="note"><strong>To be known first</strong>'
     return f"{heading}<ul>{''.join(items)}</ul></div>" if items else ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megashear.files import read_small
 from megashear.records import MASKS, METRICS, unpack
 
 CONFIG = "config.yaml"
+_OF_A_RUN = {METRICS, CONFIG, "checkpoints", "lock", "report.html"}
+"""One of them is in a directory that a run, or a report of it, has begun to fill."""
 KINDS = ("start", "step", "evaluation", "save", "end")
 
 
@@ -27,7 +30,7 @@ class Run:
 
     Attributes:
         records: of each kind (`megashear.records`), in the order of the file; a step that was done
-            again is there once, as the last that was written.
+            again after a start is there once, as the last that was written.
         config: the run's options, as its YAML file; empty before its first checkpoint.
         masks: kept units by mask and row, as `[rows][units]` of 0 and 1; empty but in stage prune.
         problems: what could not be read, one line each.
@@ -45,6 +48,7 @@ class Run:
     _file: int = 0  # number of the inode of METRICS
     _position: int = 0  # bytes of it that are read
     _line: int = 0
+    _redone: set[str] = field(default_factory=set)  # kinds that may go back since a start
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -103,13 +107,36 @@ class Run:
             return
         if known is None:  # of a later schema
             return
-        if record["kind"] in ("step", "evaluation"):
-            while known and known[-1]["step"] >= step:
-                known.pop()
+        if record["kind"] == "start":
+            self._redone = {"step", "evaluation"}
+        elif record["kind"] in ("step", "evaluation") and not self._make_room(known, record):
+            return
         known.append(record)
         self.newest = record
         if record["kind"] != "save":  # which may have been written while training went on
             self.step = step
+
+    def _make_room(self, known: list[dict[str, Any]], record: dict[str, Any]) -> bool:
+        """Whether a record's step can be true; drops what it does again.
+
+        Steps go back only to a start that came in between. Else a number is damaged: that before,
+        where it alone is too high, or this one.
+        """
+        kind, step = record["kind"], record["step"]
+        if kind in self._redone and step >= self.start["step"]:
+            self._redone.discard(kind)
+            while known and known[-1]["step"] >= step:
+                known.pop()
+        last = known[-1]["step"] if known else -1
+        if last < step:
+            return True
+        is_true = len(known) < 2 or known[-2]["step"] < step
+        if is_true:
+            known.pop()
+        if not is_true or last > step:
+            told = f"{METRICS}, line {self._line}: {kind} {step} after {last}, no start between"
+            self._problem(f"{told}; that of {last if is_true else step} is passed over")
+        return is_true
 
     def _read_config(self) -> None:
         try:
@@ -133,10 +160,14 @@ class Run:
         if text not in self.problems:
             self.problems.append(text)
 
+    def last(self, kind: str) -> dict[str, Any]:
+        """The newest record of a kind; empty where there is none."""
+        return self.records[kind][-1] if self.records[kind] else {}
+
     @property
     def start(self) -> dict[str, Any]:
         """The newest start record; empty where there is none."""
-        return self.records["start"][-1] if self.records["start"] else {}
+        return self.last("start")
 
     @property
     def steps(self) -> int | None:
@@ -144,3 +175,25 @@ class Run:
         trainer = self.config.get("trainer")
         configured = trainer.get("steps") if isinstance(trainer, dict) else None
         return self.start.get("steps", configured)
+
+
+def refuse_strangers(directories: Sequence[Path]) -> None:
+    """Tell of directories that hold something else; what is empty or not there may become a run.
+
+    Raises:
+        DataError: with a line for each.
+    """
+    lines = []
+    for directory in directories:
+        try:
+            names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        except OSError as error:
+            lines.append(f"{directory} cannot be read: {error.strerror}")
+            continue
+        if names and not names & _OF_A_RUN:
+            lines.append(
+                f"{directory} is no directory of a run: it has none of {METRICS}, {CONFIG} and "
+                "checkpoints"
+            )
+    if lines:
+        raise DataError("\n".join(lines))

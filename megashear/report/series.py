@@ -73,8 +73,8 @@ def tell(run: Run, problem: str) -> None:
 
 def last(run: Run, kind: str, *path: str | int) -> float:
     """The newest number of a field; NaN where there is none."""
-    values = series(run, kind, *path)[1]
-    return float(values[-1]) if len(values) else math.nan
+    values = (number(part(record, *path)) for record in reversed(run.records[kind]))
+    return next((value for value in values if not math.isnan(value)), math.nan)
 
 
 def thin(line: Series, most: int = MOST_POINTS) -> Series:

@@ -74,7 +74,7 @@ def overview(run: Run) -> dict[str, str]:
         "parameters": show(start.get("parameters")),
         "target parameters": show(start.get("target_parameters")),
         "devices": f"{processes} x {show(start.get('device'))}" if layout else NONE,
-        "hosts": show(start.get("hosts")),
+        "hosts": _hosts(start),
         "layout": show(layout) if layout else NONE,
         "precision": show(start.get("precision")),
         "layers, kernels": f"{show(start['layers'])}, {show(start.get('kernels'))}"
@@ -90,26 +90,34 @@ def overview(run: Run) -> dict[str, str]:
         facts[name] = format(float(np.median(values)), form) if len(values) else NONE
     facts["peak memory of a process (GiB)"] = show(last(run, "step", "memory_gib"), ".2f")
     for name, field in (("last validation loss", "losses"), ("last gap", "gaps")):
-        of_domains = mapping(_newest(run, "evaluation"), field).values()
+        of_domains = mapping(run.last("evaluation"), field).values()
         finite = [value for value in map(number, of_domains) if not math.isnan(value)]
         facts[f"{name}, mean of domains"] = f"{np.mean(finite):.4f}" if finite else NONE
     return {fact: value for fact, value in facts.items() if value != NONE}
+
+
+def _hosts(start: Mapping[str, Any]) -> str:
+    """The first ones; all are in the table of starts."""
+    hosts = start.get("hosts")
+    if not isinstance(hosts, list) or len(hosts) <= 4:
+        return show(hosts)
+    return f"{len(hosts)} hosts: {show(hosts[:2])}, ..."
 
 
 def state(run: Run) -> str:
     """How far it is, and how it ended."""
     steps = number(run.steps)
     at = f"{run.step:,}" if math.isnan(steps) else f"{run.step:,} of {steps:,.0f}"
+    unsaid = "all steps done" if run.step >= steps else "running, or ended without a record"
+    return f"{how_it_ended(run) or unsaid}: step {at}"
+
+
+def how_it_ended(run: Run) -> str:
+    """As its last record says; empty where that is of no end."""
     if run.newest.get("kind") != "end":
-        ended = "complete: all steps" if run.step >= steps else "running, or ended without a record"
-        return f"at step {at}; {ended}"
-    if run.newest.get("reason") == "complete":
-        return f"complete: {run.step:,} steps"
-    return f"stopped at step {at}: {show(run.newest.get('reason'))}"
-
-
-def _newest(run: Run, kind: str) -> dict[str, Any]:
-    return run.records[kind][-1] if run.records[kind] else {}
+        return ""
+    reason = run.newest.get("reason")
+    return "complete" if reason == "complete" else f"stopped by {show(reason)}"
 
 
 def losses(label: str, run: Run, domains: Sequence[str]) -> Table:
@@ -147,8 +155,8 @@ def _ends(values: Sequence[float] | np.ndarray) -> tuple[str, str]:
 
 def masks(label: str, run: Run) -> Table:
     """Of each constraint: units kept, sparsities and multipliers."""
-    newest = _newest(run, "step")
-    kept = mapping(_newest(run, "evaluation"), "kept")
+    newest = run.last("step")
+    kept = mapping(run.last("evaluation"), "kept")
     counts = {name: [sum(row) for row in rows] for name, rows in run.masks.items()} or kept
     sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
     rows = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from megashear.records import (
     SaveRecord,
     StartRecord,
     StepRecord,
+    utc,
 )
 from megashear.training.terminal import Terminal
 from megashear.training.views import View, views
@@ -200,8 +200,3 @@ def _optional_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def utc() -> str:
-    """The time of now as records have it: 2026-11-23T05:40:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

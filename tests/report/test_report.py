@@ -177,7 +177,7 @@ def test_the_tables_say_what_the_records_say(directory: Path) -> None:
     for mask, target in (("layer", 1 / 3), ("hidden", 1 / 4), ("head", 1 / 2)):
         now = step["sparsity"][mask]
         assert page.row(mask)[1:4] == [f"{now:.4f}", f"{target:.4f}", f"{now - target:+.4f}"]
-    assert page.row("state") == ["complete: 6 steps"] * 2
+    assert page.row("state") == ["complete: step 6 of 6"] * 2
     assert page.row("tokens") == [f"{6 * 4 * 16:,}"] * 2
     assert page.row("num_layers") == ["3", "2", "2"]
     assert page.row("hidden_size") == ["32", "24", "24"]
@@ -259,6 +259,12 @@ DAMAGES = {
         "no record of 3 steps, the first from 28 to 30",
     ),
     "configuration": (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml: "),
+    "masks of any size": (
+        lambda run: (run / "masks.json").write_text(
+            '{"masks": {"head": {"units": 1000000000000, "rows": ["1"]}}}'
+        ),
+        "masks.json: ValueError: 1 rows of 1000000000000 units",
+    ),
     "masks": (
         lambda run: (run / "masks.json").write_text('{"masks": {"head": {"units": 1, "rows": 7}}}'),
         "masks.json: ",
@@ -290,10 +296,10 @@ def test_a_damaged_run_has_its_page_and_the_page_says_so(damage: str, tmp_path: 
 @pytest.mark.parametrize(
     ("lines", "state"),
     [
-        (20, "at step 18 of 60; running, or ended without a record"),
-        (35, "stopped at step 30 of 60: SIGUSR1"),
-        (36, "at step 30 of 60; running, or ended without a record"),
-        (None, "complete: 60 steps"),
+        (20, "running, or ended without a record: step 18 of 60"),
+        (35, "stopped by SIGUSR1: step 30 of 60"),
+        (36, "running, or ended without a record: step 30 of 60"),
+        (None, "complete: step 60 of 60"),
     ],
 )
 def test_an_unfinished_run_says_where_it_is(lines: int | None, state: str, tmp_path: Path) -> None:
@@ -354,6 +360,10 @@ def test_what_is_no_run_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         report(tmp_path / "none", tmp_path, tmp_path / "file", out=tmp_path / "page.html")
     assert len(str(refused.value).splitlines()) == 2
+    with pytest.raises(DataError, match=r"has none of metrics\.jsonl, config\.yaml and ch"):
+        cli.execute(["report", str(tmp_path)])
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(DataError, match="cannot be written: No such file"):
         report(tmp_path, out=tmp_path / "nowhere" / "page.html")
 
