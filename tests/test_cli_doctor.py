@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,6 +102,47 @@ def test_processes_that_never_meet_end_in_a_remedy() -> None:
     found = pair.collective(gpus=0, seconds=1)
     assert found.mark == PROBLEM and "GLOO_SOCKET_IFNAME" in found.remedy
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("script", "mark", "words"),
+    [
+        ("exit 9", PROBLEM, "ends with status 9 and says nothing"),
+        ("exit 0", OK, "none: runs go on the CPU"),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", PROBLEM, "NVIDIA-SMI has failed"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver works")
+def test_a_driver_that_says_nothing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, mark: str, words: str
+) -> None:
+    program(tmp_path / "bin", "nvidia-smi", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    *_, gpus = software.torch_and_gpus()
+    assert gpus.item == "GPUs" and gpus.mark == mark and words in gpus.text
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "100"}, 100),
+        ("0::/\n", {"memory.max": "8192", "job/memory.max": "1"}, 8192),
+        ("4:memory:/job\n1:cpu:/x\n", {"memory/job/memory.limit_in_bytes": "64"}, 64),
+        # In a container: the host's name of the group, and only the group itself is there.
+        ("4:memory:/docker/5f\n0::/\n", {"memory/memory.limit_in_bytes": "77"}, 77),
+        ("2:cpu,memory:/\n", {}, math.inf),
+    ],
+)
+def test_the_memory_limit_is_that_of_the_process(
+    tmp_path: Path, groups: str, limits: dict[str, str], expected: float
+) -> None:
+    (tmp_path / "groups").write_text(groups)
+    for name, text in limits.items():
+        file = tmp_path / "mounted" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    assert machine.memory_limit(tmp_path / "groups", tmp_path / "mounted") == expected
 
 
 @pytest.mark.parametrize(

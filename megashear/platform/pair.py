@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from megashear.platform.machine import OK, PROBLEM, Finding
+from megashear.platform.machine import OK, PROBLEM, Finding, run
 
 SECONDS = 90
 GLOO = (
@@ -27,36 +27,19 @@ def collective(gpus: int, seconds: float = SECONDS) -> Finding:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "megashear.platform.pair"]
+
+    def process(rank: int) -> tuple[int, str]:
+        command = (sys.executable, "-m", "megashear.platform.pair", str(rank), port, backend)
+        return run(*command, seconds=seconds)
+
     began = time.monotonic()
-    pair = [
-        subprocess.Popen(
-            [*command, rank, port, backend],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    said = ""
-    try:
-        for process in pair:
-            _, errors = process.communicate(timeout=max(1, began + seconds - time.monotonic()))
-            lines = errors.strip().splitlines()
-            if process.returncode and not said:
-                said = lines[-1][:300] if lines else f"ended with status {process.returncode}"
-    except subprocess.TimeoutExpired:
-        said = f"two processes did not come to their sum within {seconds:.0f} s"
-    finally:
-        for process in pair:
-            process.kill()
-            process.wait()
-    if said:
-        return Finding(PROBLEM, "collective", f"{backend}: {said}", NCCL if gpus > 1 else GLOO)
-    took = time.monotonic() - began
-    return Finding(
-        OK, "collective", f"{backend}: two processes agree, in {took:.0f} s with imports"
-    )
+    with ThreadPoolExecutor() as pool:
+        failed = [said for status, said in pool.map(process, (0, 1)) if status != 0]
+    if failed:
+        text = f"{backend}: {failed[0].splitlines()[-1][:300]}"
+        return Finding(PROBLEM, "collective", text, NCCL if gpus > 1 else GLOO)
+    text = f"{backend}: two processes agree, in {time.monotonic() - began:.0f} s with imports"
+    return Finding(OK, "collective", text)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megashear.config.schema import PlatformConfig
 from megashear.platform import slurm
-from megashear.platform.machine import OK, PROBLEM, WARNING, Finding, probe, run
+from megashear.platform.machine import OK, PROBLEM, WARNING, Finding, judged, probe, run
 
 TORCH = """
 import json, torch
@@ -58,10 +58,9 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 def python() -> Finding:
     """The interpreter."""
+    other = not (3, 10) <= sys.version_info[:2] <= (3, 12)
     text = f"{sys.version.split()[0]}, {sys.executable}"
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        return Finding(PROBLEM, "python", text, "Megatron-Core here needs Python 3.10 to 3.12")
-    return Finding(OK, "python", text)
+    return judged("python", text, (other, PROBLEM, "Megatron-Core here needs Python 3.10 to 3.12"))
 
 
 def torch_and_gpus() -> Iterator[Finding]:
@@ -81,28 +80,28 @@ def torch_and_gpus() -> Iterator[Finding]:
 def _gpus(found: dict[str, Any]) -> Finding:
     """What the driver says against what torch finds."""
     status, said = run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    devices = list(Path("/dev").glob("nvidia[0-9]*"))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    lines = said.splitlines() if status == 0 else []
+    driver = f"driver {lines[0].rpartition(',')[2].strip() if lines else 'unknown'}"
     if found["cuda"]:
-        driver = said.splitlines()[0].rpartition(",")[2].strip() if status == 0 else "unknown"
-        text = f"{len(found['gpus'])} x {found['gpus'][0]}, driver {driver}"
-        return Finding(OK, "GPUs", text)
-    if status == 127 and not devices:
+        return Finding(OK, "GPUs", f"{len(found['gpus'])} x {found['gpus'][0]}, {driver}")
+    if not lines and not devices and status in (0, 127):
         return Finding(OK, "GPUs", "none: runs go on the CPU")
-    if status != 0:
+    if not lines:
         what = f"/dev has {len(devices)} of them, but nvidia-smi fails: " if devices else ""
+        why = said.splitlines()[0] if said else "it names none"
         remedy = "the driver does not work: reboot, or ask who looks after the machine"
-        return Finding(PROBLEM, "GPUs", f"{what}{said.splitlines()[0]}", remedy)
-    count = len(said.splitlines())
+        return Finding(PROBLEM, "GPUs", f"{what}{why}", remedy)
+    text, remedy = f"{driver}, torch can use none", "take a torch built for an older CUDA, or a "
+    remedy += f"driver for CUDA {found['built']}"
     if not found["built"]:
+        text = "but torch is a CPU build"
         remedy = "install the build of torch for your CUDA: see pytorch.org, Get started"
-        return Finding(PROBLEM, "GPUs", f"{count}, but torch is a CPU build", remedy)
-    if hidden is not None:
-        text = f"{count}, none of them visible: CUDA_VISIBLE_DEVICES={hidden!r}"
-        return Finding(PROBLEM, "GPUs", text, "unset it, or ask Slurm for GPUs: --gpus-per-node")
-    driver = said.splitlines()[0].rpartition(",")[2].strip()
-    remedy = f"take a torch built for an older CUDA, or a driver for CUDA {found['built']}"
-    return Finding(PROBLEM, "GPUs", f"{count}, driver {driver}, torch can use none", remedy)
+    elif hidden is not None:
+        text = f"none of them visible: CUDA_VISIBLE_DEVICES={hidden!r}"
+        remedy = "unset it, or ask Slurm for GPUs: --gpus-per-node"
+    return Finding(PROBLEM, "GPUs", f"{len(lines)}, {text}", remedy)
 
 
 def megatron() -> Finding:
@@ -112,10 +111,8 @@ def megatron() -> Finding:
         remedy = f"{MEGATRON_INSTALL}; or mend Transformer Engine or Apex, which it imports"
         return Finding(PROBLEM, "megatron-core", said, remedy)
     number = said.splitlines()[-1]
-    if not (0, 16) <= tuple(map(int, number.split(".")[:2])) < (0, 20):
-        text = f"{number} is not supported"
-        return Finding(PROBLEM, "megatron-core", text, MEGATRON_INSTALL)
-    return Finding(OK, "megatron-core", number)
+    other = not (0, 16) <= tuple(map(int, number.split(".")[:2])) < (0, 20)
+    return judged("megatron-core", number, (other, PROBLEM, MEGATRON_INSTALL))
 
 
 def optional(has_gpu: bool) -> Iterator[Finding]:
@@ -139,8 +136,7 @@ def optional(has_gpu: bool) -> Iterator[Finding]:
 
 def _optional(name: str, module: str, code: str, wanted: bool, remedy: str) -> Finding:
     if not module or find_spec(module) is None:
-        text = "not installed"
-        return Finding(WARNING, name, text, remedy) if wanted else Finding(OK, name, text)
+        return judged(name, "not installed", (wanted, WARNING, remedy))
     works, said = probe(code)
     if works:
         return Finding(OK, name, said.splitlines()[-1])
@@ -170,18 +166,17 @@ def launcher() -> Finding:
     text = ", ".join(f"{name}={value}" for name, value in found.items())
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return Finding(OK, "launcher", f"torchrun: {text}")
-    if "RANK" in found and "WORLD_SIZE" in found and found["WORLD_SIZE"] != "1":
-        remedy = f"a run would wait for the others. Outside of a launcher: unset {' '.join(found)}"
-        return Finding(PROBLEM, "launcher", f"set, and not by torchrun: {text}", remedy)
-    return Finding(WARNING, "launcher", f"set: {text}", f"unset {' '.join(found)}")
+    waits = "RANK" in found and found.get("WORLD_SIZE", "1") != "1"
+    remedy = f"outside of a launcher: unset {' '.join(found)}"
+    waiting = (waits, PROBLEM, f"a run would wait for the others; {remedy}")
+    return judged("launcher", f"set, and not by torchrun: {text}", waiting, (True, WARNING, remedy))
 
 
 def scheduler() -> Finding:
     """Slurm, if it is here."""
     if shutil.which("sinfo") is None:
         return Finding(OK, "Slurm", "not here")
-    job = slurm.job()
-    place = f"in job {job}, " if job else ""
+    place = f"in job {job}, " if (job := slurm.job()) else ""
     status, said = run("sinfo", "-h", "-o", "%D %T", seconds=15)
     lines = [line.strip() for line in said.splitlines()] or ["no nodes"]
     if status != 0:
