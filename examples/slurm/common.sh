@@ -1,25 +1,40 @@
-# What the job scripts share: they source it. Site settings are in cluster.env, not here.
+# What the scripts here share: they source it. Site settings are in cluster.env, not here.
 # shellcheck shell=bash
 set -euo pipefail
-
-# Of a step that the job was perhaps submitted from: this script is none.
-unset "${!SLURM_STEP_@}"
-export PYTHONUNBUFFERED=1
-# srun does not take it over from sbatch.
-[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 SRUN=(srun --wait=180)  # seconds that tasks have once one has ended
 INSIDE=()               # what a command is put behind, to run in a container
 PRINT=()                # the same, where srun starts the container
 LOST_AT_MOST=3          # times in a row that a job is requeued because a node or process was lost
-MEGASHEAR_CLUSTER=${MEGASHEAR_CLUSTER:-${SLURM_SUBMIT_DIR:-.}/cluster.env}
-# shellcheck source=/dev/null
-[[ ! -f $MEGASHEAR_CLUSTER ]] || source "$MEGASHEAR_CLUSTER"
+
+refuse() {  # WHY
+  echo "error: $1" >&2
+  exit 2
+}
+
+# Reads the site's settings as a login shell would: a line may fail, or name what is not set.
+read_cluster() {  # FILE
+  bash -n "$1" || refuse "$1 cannot be read"
+  trap 'refuse "$cluster ends the script that reads it"' EXIT
+  set +eu +o pipefail
+  # shellcheck source=/dev/null
+  source "$1"
+  set -euo pipefail
+  trap - EXIT
+}
+cluster=${MEGASHEAR_CLUSTER:-${SLURM_SUBMIT_DIR:-.}/cluster.env}
+[[ -z ${MEGASHEAR_CLUSTER:-} && ! -f $cluster ]] || read_cluster "$cluster"
 
 # Runs stages of CHAIN.yaml, each as one job step; ends the job where one fails.
 run_stages() {  # CHAIN.yaml STAGE...
   local chain=$1 stage command status
   shift
+  [[ -f $chain ]] || refuse "'$chain' is no file. Usage: sbatch [OPTIONS] $1.sbatch CHAIN.yaml"
+  # Of a step that the job was perhaps submitted from: this script is none.
+  unset "${!SLURM_STEP_@}"
+  export PYTHONUNBUFFERED=1
+  # srun does not take it over from sbatch.
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   trap : TERM  # outlive the step, and see what it ended with
   for stage in "$@"; do
     command=$("${PRINT[@]}" "${INSIDE[@]}" megashear shear "$chain" --stage "$stage" --print)

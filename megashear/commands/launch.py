@@ -78,8 +78,8 @@ def _torchrun(args: argparse.Namespace, where: list[str], shutdown_timeout: int)
     options = [*where, f"--nproc-per-node={processes}", "--", args.script, *args.arguments]
     parsed = torchrun.parse_args(options)
     # As attributes: torchrun's options of older torch releases lack them.
-    taken = [stop.name for stop in SIGNALS if signal.getsignal(stop) != signal.SIG_IGN]
-    parsed.signals_to_handle = ",".join(taken)
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    parsed.signals_to_handle = ",".join(stop.name for stop in SIGNALS if stop not in nohup)
     parsed.shutdown_timeout = args.shutdown_timeout or shutdown_timeout
     # What was wrong is said by the processes themselves; what torchrun adds is said below.
     logging.disable(logging.CRITICAL)

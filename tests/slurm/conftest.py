@@ -15,6 +15,7 @@ from tests.slurm.cluster import MISSING, Cluster
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
 SITE = """\
+[[ -d $NO_SUCH_SITE ]] && source "$NO_SUCH_SITE/settings"
 PATH={bin}:$PATH
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 TRAIN=(--nodes=2 --ntasks-per-node=1)

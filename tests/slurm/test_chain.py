@@ -22,8 +22,12 @@ def test_the_chain_makes_a_small_model(
 ) -> None:
     assert list(jobs) == STAGES
     logs = {name: (folder / "logs" / f"{name}-{job}.log").read_text() for name, job in jobs.items()}
-    states = {name: cluster.job(job)["JobState"] for name, job in jobs.items()}
-    assert states == dict.fromkeys(STAGES, "COMPLETED"), logs
+    ended = {name: cluster.job(job) for name, job in jobs.items()}
+    assert {name: job["JobState"] for name, job in ended.items()} == dict.fromkeys(
+        STAGES, "COMPLETED"
+    ), logs
+    nodes = {name: job["NumNodes"] for name, job in ended.items()}
+    assert nodes == {**dict.fromkeys(STAGES, "1"), "prune": "2", "continue": "2"}
     small = AutoModelForCausalLM.from_pretrained(folder / "models" / "sheared")
     assert (small.config.num_hidden_layers, small.config.hidden_size) == (2, 24)
     for run in ("prune", "continue"):
@@ -44,7 +48,7 @@ def test_what_comes_after_a_stage_that_failed_does_not_start(
     (folder / "after_missing.yaml").write_text(after)
     chain = (folder / "chain.yaml").read_text().replace("prune.yaml", "missing.yaml")
     (folder / "missing_chain.yaml").write_text(chain.replace("continue.y", "after_missing.y"))
-    command = (SCRIPTS / "submit.sh", "missing_chain.yaml", "cluster.env", "extract", "continue")
+    command = (SCRIPTS / "submit.sh", "missing_chain.yaml", "continue", "extract")
     said = cluster.run(*command, cwd=folder)
     extract, go_on = (line.split()[1] for line in said.splitlines())
     cluster.wait(lambda: not cluster.run("squeue", "-h"), 60)
