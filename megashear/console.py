@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         _discard(sys.stdout)
         why = "it is closed" if is_closed else error.strerror
-        _say(f"error: stdout: {why}: what was to be printed is lost")
+        say(f"error: stdout: {why}: what was to be printed is lost")
         status = USAGE
     sys.exit(status)
 
@@ -64,17 +64,18 @@ def _status(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except ShearError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return LOST if isinstance(error, RankError) else USAGE
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
-        _say(SIGNALS[number])
+        say(SIGNALS[number])
         return 128 + int(number)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a message on stderr; on a terminal over a bar, which another rank may have left."""
     try:
-        print(text, file=sys.stderr)
+        print("\r\x1b[K" * sys.stderr.isatty() + text, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
 

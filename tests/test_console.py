@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_status_and_message(body: str, status: int, message: str) -> None:
     process = command(body)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (status, message)
+
+
+def test_a_message_takes_the_place_of_a_bar_on_a_terminal() -> None:
+    """Of whichever process: one that is killed takes no bar away."""
+    leader, follower = pty.openpty()
+    body = "print('step 3 |###  |', end='', flush=True); raise CheckpointError('lost')"
+    done = subprocess.run([sys.executable, "-c", source(body)], stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = os.read(leader, 1000).decode()
+    os.close(leader)
+    assert (done.returncode, shown) == (2, "step 3 |###  |\r\x1b[Kerror: lost\r\n")
 
 
 def test_a_bug_keeps_its_traceback() -> None:

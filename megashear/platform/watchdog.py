@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megashear.console import LOST
+from megashear.console import LOST, say
 from megashear.errors import RankError
 
 GRACE_MINUTES = 1.0
@@ -148,7 +148,7 @@ class _Watchdog:
                 message = self.judge(f"no progress for {idle:.0f} s ({limit})")
                 if not self._closed.is_set():
                     self.close()
-                    print(f"error: {message}", file=sys.stderr, flush=True)
+                    say(f"error: {message}")
                     os._exit(LOST)
 
     def _exchange(self) -> None:
