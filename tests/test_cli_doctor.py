@@ -118,7 +118,7 @@ def test_a_driver_that_says_nothing_is_told(
 ) -> None:
     program(tmp_path / "bin", "nvidia-smi", script)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    *_, gpus = software.torch_and_gpus()
+    (_, gpus), _ = software.torch_and_gpus()
     assert gpus.item == "GPUs" and gpus.mark == mark and words in gpus.text
 
 

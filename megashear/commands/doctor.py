@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -46,22 +46,28 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, print, and say whether something is wrong."""
-    return show(list(_findings(args)), as_json=args.json)
+    return show(_findings(args), as_json=args.json)
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> int:
-    """Print what was found; the exit status."""
-    from megashear.platform import machine
+    """Print what was found, each remedy below it, and a count; the exit status."""
+    from megashear.platform.machine import PROBLEM, WARNING, host
 
+    count = {mark: sum(each.mark == mark for each in findings) for mark in (PROBLEM, WARNING)}
     if as_json:
-        found = {"host": machine.host(), "findings": [asdict(each) for each in findings]}
-        print(json.dumps(found, indent=1))
+        print(json.dumps({"host": host(), "findings": list(map(asdict, findings))}, indent=1))
     else:
-        print(f"{machine.host()}\n{_text(findings)}", flush=True)
-    return console.FAILED if any(each.mark == machine.PROBLEM for each in findings) else 0
+        print(host())
+        for each in findings:
+            print(f"  {each.mark:<8} {each.item:<18} {each.text}")
+            if each.remedy:
+                print(f"{'':<30}-> {each.remedy}")
+        said = (f"{n} {mark.lower()}{'s' if n != 1 else ''}" for mark, n in count.items())
+        print(", ".join(said), flush=True)
+    return console.FAILED if count[PROBLEM] else 0
 
 
-def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings(args: argparse.Namespace) -> list[Finding]:
     """All checks; those that import something run beside each other."""
     from megashear.platform import machine, pair, software
 
@@ -70,61 +76,30 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     with ThreadPoolExecutor() as pool:
         megatron = pool.submit(software.megatron)
         used = pool.submit(software.used, config.platform if config else PlatformConfig())
-        basis = list(software.torch_and_gpus())
-        gpus = next((_count(each.text) for each in basis if each.item == "GPUs"), 0)
+        basis, gpus = software.torch_and_gpus()
         both = pool.submit(pair.collective, gpus)
-        yield software.python()
-        yield from basis
-        yield megatron.result()
-        yield from software.optional(gpus > 0)
-        yield software.launcher()
-        yield software.scheduler()
-        yield from machine.directory(where)
-        yield machine.shared_memory()
-        yield machine.cores()
-        yield machine.memory()
-        yield machine.limits()
-        yield both.result()
-        yield used.result()
-    yield from of_config
+        return [
+            *(software.python(), *basis, megatron.result(), *software.optional(gpus > 0)),
+            *(software.launcher(), software.scheduler(), *machine.directory(where)),
+            *(machine.shared_memory(), machine.cores(), machine.memory(), machine.limits()),
+            *(both.result(), used.result(), *of_config),
+        ]
 
 
-def _count(text: str) -> int:
-    first = text.split()[0]
-    return int(first) if first.isdecimal() else 0
-
-
-def _config(file: Path | None) -> tuple[RunConfig | None, Sequence[Finding]]:
+def _config(file: Path | None) -> tuple[RunConfig | None, list[Finding]]:
     """A run's configuration, where it can be read, and what is wrong with it."""
+    from megashear.config.loader import load_config
     from megashear.platform.machine import OK, PROBLEM, Finding
 
     if file is None:
-        return None, ()
-    from megashear.config.loader import load_config
-
+        return None, []
     try:
-        config = load_config(file)
-        return config, (Finding(OK, "configuration", f"{file}: no problem"),)
+        return load_config(file), [Finding(OK, "configuration", f"{file}: no problem")]
     except ConfigError as error:
-        found = [
-            Finding(PROBLEM, "configuration", f"{file}: {path} {text}", "change it, or the machine")
-            for path, text in error.problems
-        ]
+        problems = [f"{file}: {path} {text}" for path, text in error.problems]
+    remedy = "change it, or the machine"
+    found = [Finding(PROBLEM, "configuration", text, remedy) for text in problems]
     try:
         return load_config(file, check_files=False), found
     except ConfigError:
         return None, found
-
-
-def _text(findings: Sequence[Finding]) -> str:
-    """One line for each, its remedy below it, and a count."""
-    from megashear.platform.machine import PROBLEM, WARNING
-
-    lines = []
-    for each in findings:
-        lines.append(f"  {each.mark:<8} {each.item:<18} {each.text}")
-        if each.remedy:
-            lines.append(f"  {'':<8} {'':<18} -> {each.remedy}")
-    counts = {mark: sum(each.mark == mark for each in findings) for mark in (PROBLEM, WARNING)}
-    said = (f"{n} {m.lower()}{'s' if n != 1 else ''}" for m, n in counts.items())
-    return "\n".join([*lines, ", ".join(said)])

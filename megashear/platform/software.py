@@ -27,7 +27,7 @@ works = cuda.is_available()
 print(json.dumps({
     "version": torch.__version__, "built": torch.version.cuda, "cuda": works,
     "gpus": [cuda.get_device_name(i) for i in range(cuda.device_count())] if works else [],
-    "nccl": ".".join(map(str, cuda.nccl.version())) if works else None,
+    "nccl": ".".join(map(str, cuda.nccl.version())) if works else "not asked",
 }))
 """
 CHOICE = """
@@ -63,18 +63,15 @@ def python() -> Finding:
     return judged("python", text, (other, PROBLEM, "Megatron-Core here needs Python 3.10 to 3.12"))
 
 
-def torch_and_gpus() -> Iterator[Finding]:
-    """torch, the driver, and whether they find the same GPUs."""
+def torch_and_gpus() -> tuple[list[Finding], int]:
+    """torch, the driver, and whether they find the same GPUs; how many a run can use."""
     works, said = probe(TORCH)
     if not works:
-        yield Finding(PROBLEM, "torch", said, "install torch anew, in a fresh environment")
-        return
+        return [Finding(PROBLEM, "torch", said, "install torch anew, in a fresh environment")], 0
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    build = f"CUDA {found['built']}" if found["built"] else "CPU"
-    yield Finding(OK, "torch", f"{found['version']}, built for {build}")
-    if found["nccl"]:
-        yield Finding(OK, "NCCL", found["nccl"])
-    yield _gpus(found)
+    build = f"CUDA {found['built']}, NCCL {found['nccl']}" if found["built"] else "CPU"
+    torch = Finding(OK, "torch", f"{found['version']}, built for {build}")
+    return [torch, _gpus(found)], len(found["gpus"])
 
 
 def _gpus(found: dict[str, Any]) -> Finding:
@@ -150,11 +147,12 @@ def used(config: PlatformConfig) -> Finding:
     if not works:
         return Finding(PROBLEM, "will be used", said, "see above, or change `platform`")
     device, layers, kernels = json.loads(said.splitlines()[-1])
-    why = "a GPU is there" if device == "cuda" else "there is no GPU torch can use"
-    if config.device != "auto":
-        why = f"platform.device = {config.device}"
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
-    text = f"{device} ({why}), {'bf16' if bf16 else 'fp32'}, {layers} layers, {kernels} kernels"
+    there = "a GPU is there" if device == "cuda" else "there is no GPU torch can use"
+    why = there if config.device == "auto" else f"platform.device = {config.device}"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    text = f"{device} ({why}), {precision}, {layers} layers, {kernels} kernels"
     return Finding(OK, "will be used", text)
 
 
