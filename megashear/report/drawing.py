@@ -122,7 +122,7 @@ def add_line(
     )
 
 
-def name_bars(figure: go.Figure, names: Sequence[str]) -> None:
+def name_bars(figure: go.Figure, names: Sequence[str], columns: int = 1) -> None:
     """Names beside horizontal bars that stand at 0, 1, 2 and so on, from above."""
-    texts = [plain(name) for name in names]
+    texts = [plain(name, max(28 // columns, 8)) for name in names]
     figure.update_yaxes(autorange="reversed", tickvals=list(range(len(texts))), ticktext=texts)

@@ -153,7 +153,7 @@ def data(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
             range=[0, (1.3 + 0.4 * len(runs)) * max(amounts)], col=column
         )  # the text has room
         said.append(f"{label} {total:,.0f} tokens")
-    name_bars(figure, list(domains))
+    name_bars(figure, list(domains), len(runs))
     figure.update_traces(cliponaxis=False)
     figure.update_xaxes(nticks=3, tickangle=0)
     return [Panel("Data used per domain", "; ".join(said), figure)] if said else []

@@ -19,9 +19,20 @@ from megashear.errors import DataError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
 from megashear.reference.scaling_law import fit_domains
+from megashear.report.drawing import BLUE
+from megashear.report.figures import losses
 from megashear.report.plots import scaling_laws
 from megashear.report.runs import Run
-from megashear.report.series import MOST_POINTS, data_used, labels, missing_steps, thin, time_spent
+from megashear.report.series import (
+    MOST_POINTS,
+    STRETCHES,
+    data_used,
+    labels,
+    missing_steps,
+    series,
+    thin,
+    time_spent,
+)
 from megashear.report.tables import overview
 from megashear.training.trainer import Trainer
 from tests.distributed import run_distributed
@@ -50,6 +61,11 @@ MEASURE = """(view, page) => {
     columns: new Set(plots.map(plot => Math.round(plot.getBoundingClientRect().left))).size,
     too_wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     cut: plots.filter(plot => right(plot.querySelector("svg")) > right(page.body)).length,
+    bars_cut: plots.flatMap(plot => [...plot.querySelectorAll(".barlayer text")].filter(
+      text => right(text) > right(plot.querySelector("svg")))).length,
+    slanted: plots.filter(plot => plot.querySelector(".barlayer .point")).flatMap(
+      plot => [...plot.querySelectorAll(".xtick text")]).filter(
+      text => /rotate[(]-?[1-9]/.test(text.getAttribute("transform"))).length,
     trapping: plots.filter(prevents).length,
     fetched: view.performance.getEntriesByType("resource").length,
     titles: [...page.querySelectorAll("figcaption")].map(caption => caption.textContent),
@@ -148,20 +164,22 @@ def test_a_browser_draws_every_figure_at_every_width(directory: Path) -> None:
     laws = directory / "laws.html"
     sizes = [PARAMETERS[name][1] for name in ("7B", "13B", "70B")]
     laws.write_text(scaling_laws(fit_domains(sizes, LOSSES), PARAMETERS["1.3B"][1]))
-    visits = [(both, 1280), (both, 390), (hostile, 390), (wrong, 390), (laws, 390)]
+    two = directory / "two.html"
+    report(many, make_run(directory / "more", "prune", 60), out=two)
+    visits = [(both, 1280), (both, 390), (two, 390), (hostile, 390), (wrong, 390), (laws, 390)]
     found, console = visit(visits, MEASURE)
     for measured, (page, width) in zip(found, visits, strict=True):
         assert measured["figures"] == len(measured["titles"]) >= 7, page
         assert (measured["columns"] == 1) == (width == 390), page
         assert measured["language"] == "en"
-        nothing = ("fetched", "attacked", "unnamed", "cut", "undrawn")
+        nothing = ("fetched", "attacked", "unnamed", "cut", "undrawn", "bars_cut", "slanted")
         assert not any(measured[what] for what in nothing), (page, measured)
         is_wrong = page == wrong
         assert (measured["too_wide"] > 0, measured["trapping"] > 0) == (is_wrong, is_wrong), page
     assert {line.rpartition("/")[2].split(" ")[0] for line in console} == {"wrong.html"}
     assert len(found[0]["titles"]) > 20
     assert {"first", "second", "layer", "hidden", "head", "intermediate"} < {*found[0]["titles"]}
-    assert HOSTILE in found[2]["titles"]
+    assert HOSTILE in found[3]["titles"]
 
 
 def test_the_tables_say_what_the_records_say(directory: Path) -> None:
@@ -314,7 +332,27 @@ def test_masks_that_are_off_their_targets_are_told_first_and_whole(tmp_path: Pat
     end = {"kind": "end", "step": 3, "reason": "complete", "verdict": verdict}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(end) + "\n")
     report(tmp_path, out=tmp_path / "page.html")
-    assert verdict in (tmp_path / "page.html").read_text()
+    assert f"<pre>{verdict}</pre>" in (tmp_path / "page.html").read_text()
+
+
+def test_many_hosts_are_counted_and_all_of_them_stand_with_the_starts(tmp_path: Path) -> None:
+    hosts = [f"gpu{number:02}" for number in range(16)]
+    start = {"kind": "start", "step": 0, "hosts": hosts, "layout": {"data": 128}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    page = report(tmp_path, out=tmp_path / "page.html")
+    assert page.row("hosts") == ["16 hosts: gpu00, gpu01, ..."]
+    assert ", ".join(hosts) in page.row("start")[-1]
+
+
+def test_a_long_noisy_line_has_its_mean(large: Path) -> None:
+    run = Run.read(large)
+    panel = losses({"large": run}, {"cc": {"color": BLUE}})[0]
+    lines = {trace.name: trace for trace in panel.figure.data}
+    training = series(run, "step", "domain_losses", "cc")[1]
+    mean = lines["mean"]
+    assert len(mean.x) == STRETCHES
+    assert np.mean(mean.y) == pytest.approx(training.mean(), rel=1e-3)
+    assert mean.line.width > lines["training"].line.width
 
 
 def test_an_empty_directory_has_a_page(tmp_path: Path) -> None:
