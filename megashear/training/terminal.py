@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megashear.config.schema import TrainerConfig
-from megashear.console import table
+from megashear.console import leave_terminal, table
 
 
 class Terminal:
@@ -52,7 +53,12 @@ class Terminal:
         """Print above the bar; on stdout unless told otherwise."""
         file = file or sys.stdout
         with tqdm.external_write_mode(file) if self._bar is not None else nullcontext():
-            print(text, file=file, flush=True)
+            try:
+                print(text, file=file, flush=True)
+            except OSError as error:
+                if error.errno != errno.EIO:  # of a terminal that is gone; tqdm knows it too
+                    raise
+                leave_terminal()
 
     def close(self) -> None:
         """Take the bar away."""

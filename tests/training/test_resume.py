@@ -217,12 +217,14 @@ def lose_terminal(config: RunConfig, ignored: bool) -> dict[str, Any]:
     os.setsid()
     fcntl.ioctl(mine, termios.TIOCSCTTY, 0)
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY) if ignored else mine, stream.fileno())
+        os.dup2(mine, stream.fileno())
     os.close(mine)
     return stop_by(config, lambda: os.close(terminal))
 
 
-def test_a_lost_terminal_ends_the_run_with_a_save_unless_under_nohup(tmp_path: Path) -> None:
+def test_a_lost_terminal_ends_the_run_with_a_save_unless_its_signal_is_ignored(
+    tmp_path: Path,
+) -> None:
     run_distributed(write_source, 1, tmp_path, GQA)
     config = prune_run(tmp_path, parallel=ParallelConfig())
     assert run_distributed(lose_terminal, 1, config, False) == [{"status": 129, "step": 2}]
