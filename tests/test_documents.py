@@ -121,9 +121,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (world / name).symlink_to(ROOT / name)
     (world / "text").mkdir()
     for index, name in enumerate(("cc", "wiki")):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in real_texts()[index::2])
+        texts = [f"{copy}: {text}" for text in real_texts()[index::2] for copy in range(5)]
         with gzip.open(world / "text" / f"{name}.jsonl.gz", "wt") as stream:
-            stream.write(lines * 5)
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     save_llama(world / "models" / "llama2-7b", vocab_size=500)
     make_tokenizer(world / "models" / "llama2-7b")
     sizes = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}

@@ -32,8 +32,8 @@ from tests.data.test_loader import (
 )
 from tests.distributed import run_distributed
 from tests.make_data import write_tokens
-from tests.runs import GQA, write_source
-from tests.training.test_resume import prune_run, records, train
+from tests.runs import GQA, records, write_source
+from tests.training.test_resume import prune_run, train
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (megashear[dali])")
 
@@ -184,5 +184,5 @@ def test_a_run_is_that_of_torchs_loader_bit_for_bit_also_resumed(tmp_path: Path)
     assert (expected.pop("began"), found.pop("began")) == (0, 3)
     for name, weight in expected.pop("weights").items():
         assert torch.equal(found["weights"][name], weight), name
-    assert records(resumed) == records(whole)
-    assert len(records(whole)) == 9  # 6 steps, 3 evaluations
+    assert records(resumed.run_dir) == records(whole.run_dir)
+    assert len(records(whole.run_dir)) == 9  # 6 steps, 3 evaluations

