@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     stages = _stages(files, overrides, _gpus(args.gpus, len(files)), source)
     plans = [plan(stage, cluster, args.reserve) for stage in stages]
     if args.json:
-        print(json.dumps([each.plain() for each in plans], indent=1))
+        print(json.dumps([each.facts() for each in plans], indent=1))
     else:
         for file, each in zip(files, plans, strict=True):
             print(text.stage_text(file, each), end="\n\n")

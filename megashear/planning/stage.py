@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE
 from megashear.planning.throughput import Cluster
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,22 @@ class StagePlan:
         """The layout that totals are of: its own if it fits, else the fastest that does."""
         return self.configured if self.fits else next(iter(self.layouts), None)
 
-    def plain(self) -> dict[str, Any]:
-        """The same as plain values, for --json."""
+    @property
+    def why_none(self) -> str | None:
+        """What leaves no layout that fits; None where one does."""
+        batch, least = self.stage.config.trainer.global_batch_size, self.least
+        if self.layouts:
+            return None
+        if least is None:
+            text = f"trainer.global_batch_size = {batch} cannot be shared evenly by"
+            text += f" {self.stage.gpus:,} GPUs, however the model is split"
+            return f"{text}. Take fewer GPUs, or another batch"
+        total, part = least.memory.total / GIB, max(asdict(least.memory).items(), key=itemgetter(1))
+        text = f"the least takes {total:.1f} GiB, {part[1] / GIB:.1f} of it {part[0]}"
+        return f"{text} ({least.options}). Take more GPUs, or larger ones"
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known, as plain values: what --json prints, and the text is made of."""
         stage = self.stage
         return {
             "stage": stage.config.stage,
@@ -144,16 +161,24 @@ class StagePlan:
             "memory_model": ERROR_TEXT,
             "problems": self.problems,
             "fits": self.fits,
-            "configured": self._plain(self.configured) if self.configured else None,
-            "layouts": [self._plain(layout) for layout in self.layouts],
+            "configured": self._facts(self.configured) if self.configured else None,
+            "layouts": [self._facts(layout) for layout in self.layouts],
+            "why_none": self.why_none,
+            "mfu": self.cluster.mfu,
             "disk_bytes": stage.disk_bytes(),
         }
 
-    def _plain(self, layout: Layout) -> dict[str, Any]:
-        hours = self.stage.hours(layout)
+    def _facts(self, layout: Layout) -> dict[str, Any]:
+        hours, parallel = self.stage.hours(layout), layout.setup.parallel
         return {
             "options": layout.options,
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual": parallel.virtual_pipeline,
+            "context": parallel.context,
             "data": layout.setup.data_size,
+            "micro-batch": layout.setup.micro_batch_size,
+            "recompute": parallel.recompute,
             "bytes": {**asdict(layout.memory), "total": layout.memory.total},
             "seconds_per_step": {**asdict(layout.time), "total": layout.time.total},
             "tokens_per_second": layout.tokens_per_second,

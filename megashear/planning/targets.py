@@ -160,7 +160,7 @@ def why_none(source: ModelShape, goal: Goal, tensor: int) -> tuple[str, str]:
         for _, shape in _widths(source, tensor)
         for layers in _depths(source)
         for ffn in (USUAL_FFN[0] * shape.hidden_size, source.ffn_hidden_size)
-    ]
+    ] or [most]
     text = f"shapes from {min(sizes):,.0f} to {max(sizes):,.0f} are tried: a quarter of the layers"
     text += ", and whole heads, at least. Try another"
     if tensor > 1 and propose(source, goal):

@@ -5,47 +5,54 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megashear import console
 from megashear.config.schema import QUERY_HEAD, ModelShape
-from megashear.planning.layouts import usable_bytes
 from megashear.planning.memory import ERROR_TEXT
-from megashear.planning.stage import Stage, StagePlan
+from megashear.planning.stage import StagePlan
 from megashear.planning.targets import Proposal, kv_bytes, weight_bytes
 from megashear.planning.throughput import LINK_SHARE, MFU, MFU_SOURCE, Cluster
 from megashear.pruning.counting import parameter_count
 
 GIB, MOST = 2**30, 6
+COLUMNS = ("tensor", "pipeline", "virtual", "context", "data", "micro-batch", "recompute")
 
 
 def stage_text(file: Path, plan: StagePlan) -> str:
     """A stage's part of the page."""
-    stage, gpu = plan.stage, plan.cluster.gpu
-    usable = usable_bytes(plan.cluster, plan.reserve) / GIB
-    own = plan.configured
-    lines = [f"{file}: {stage.config.stage} on {stage.gpus} x {gpu.name}"]
+    stage, facts = plan.stage, plan.facts()
+    usable, own = f"{facts['usable_bytes'] / GIB:.1f} GiB", facts["configured"]
+    lines = [f"{file}: {facts['stage']} on {stage.gpus} x {facts['gpu']}"]
     lines.append(f"  model   {parameter_count(stage.shape):,} parameters ({_sizes(stage.shape)})")
-    if stage.target_parameters is not None:
+    if (target := facts["target_parameters"]) is not None:
         sizes = f" ({_sizes(stage.target)})" if stage.target else ""
-        lines.append(f"  target  {stage.target_parameters:,} parameters{sizes}")
-    lines.append(f"  tokens  {stage.tokens / 1e9:.3g} B in {stage.config.trainer.steps:,} steps")
+        lines.append(f"  target  {target:,} parameters{sizes}")
+    lines.append(f"  tokens  {stage.tokens / 1e9:.3g} B in {facts['steps']:,} steps")
     share = f"{stage.evaluation_share():.1%}" if stage.domains else "domains unknown, not counted"
     lines.append(f"  evaluations add {share} to the computation")
-    lines.append(f"  disk    {_disk(stage)}")
+    sizes_on_disk = (f"{what} {size / 1e9:.3g} GB" for what, size in facts["disk_bytes"].items())
+    lines.append(f"  disk    {', '.join(sizes_on_disk)}")
     if stage.config.platform.device == "cpu":
         lines.append("  platform.device = cpu: memory and times are those of GPUs")
     lines += [f"  cannot run as configured: {path} {text}" for path, text in plan.problems]
     if own is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(f"\nmemory of a GPU as configured: {verdict} in {usable:.1f} GiB")
-        parts = [(n, f"{size / GIB:.2f} GiB") for n, size in vars(own.memory).items()]
-        parts.append(("total", f"{own.memory.total / GIB:.2f} GiB"))
-        lines.append(_indented(parts))
-    lines.append(f"\nlayouts that fit in {usable:.1f} GiB, fastest first")
-    lines.append(_layouts(plan) if plan.layouts else f"  none: {_why_none(plan)}")
-    if plan.layouts:
-        lines.append(f"  the first as options: {plan.layouts[0].options}")
-    return "\n".join(lines)
+        lines.append(f"\nmemory of a GPU as configured: {verdict} in {usable}")
+        lines.append(_indented([(n, f"{size / GIB:.2f} GiB") for n, size in own["bytes"].items()]))
+    lines.append(f"\nlayouts that fit in {usable}, fastest first")
+    if not facts["layouts"]:
+        return "\n".join([*lines, f"  none: {facts['why_none']}"])
+    rows = [(*_row(own), "configured")] if plan.fits else []
+    rows += [(*_row(layout), "") for layout in facts["layouts"][:MOST]]
+    lines.append(_indented(rows, (*COLUMNS, "GiB", "tok/s", "hours", "GPU-hours", "")))
+    return "\n".join([*lines, f"  the first as options: {facts['layouts'][0]['options']}"])
+
+
+def _row(layout: dict[str, Any]) -> tuple[object, ...]:
+    figures = (f"{layout['tokens_per_second']:,.0f}", f"{layout['hours']:,.1f}")
+    sizes = (layout[name] for name in COLUMNS)
+    return *sizes, f"{layout['bytes']['total'] / GIB:.1f}", *figures, f"{layout['gpu_hours']:,.0f}"
 
 
 def _sizes(shape: ModelShape) -> str:
@@ -54,43 +61,6 @@ def _sizes(shape: ModelShape) -> str:
         heads += f" in {shape.num_query_groups} groups"
     sizes = f"{shape.num_layers} layers, hidden {shape.hidden_size}, {heads}"
     return f"{sizes}, intermediate {shape.ffn_hidden_size}"
-
-
-def _disk(stage: Stage) -> str:
-    sizes = [f"{what} {size / 1e9:.3g} GB" for what, size in stage.disk_bytes().items()]
-    return ", ".join(sizes)
-
-
-def _why_none(plan: StagePlan) -> str:
-    stage, least = plan.stage, plan.least
-    if least is None:
-        batch = f"trainer.global_batch_size = {stage.config.trainer.global_batch_size}"
-        text = f"{batch} cannot be shared evenly by {stage.gpus:,} GPUs, however the model is split"
-        return f"{text}. Take fewer GPUs, or another batch"
-    part, size = max(vars(least.memory).items(), key=lambda item: item[1])
-    text = f"the least takes {least.memory.total / GIB:.1f} GiB, {size / GIB:.1f} of it {part}"
-    return f"{text} ({least.options}). Take more GPUs, or larger ones"
-
-
-def _layouts(plan: StagePlan) -> str:
-    header = ("tensor", "pipeline", "virtual", "context", "data", "micro-batch", "recompute")
-    rows = []
-    own = [("configured", plan.configured)] if plan.configured and plan.fits else []
-    for name, layout in [*own, *(("", each) for each in plan.layouts[:MOST])]:
-        setup, parallel = layout.setup, layout.setup.parallel
-        hours = plan.stage.hours(layout)
-        rows.append(
-            (
-                *(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context),
-                *(setup.data_size, setup.micro_batch_size, parallel.recompute),
-                f"{layout.memory.total / GIB:.1f}",
-                f"{layout.tokens_per_second:,.0f}",
-                f"{hours:,.1f}",
-                f"{hours * plan.stage.gpus:,.0f}",
-                name,
-            )
-        )
-    return _indented(rows, (*header, "GiB", "tok/s", "hours", "GPU-hours", ""))
 
 
 def _indented(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:

@@ -81,6 +81,12 @@ def test_what_leaves_nothing_is_named(goal: Goal, tensor: int, option: str, word
     assert found[0] == option and words in found[1]
 
 
+def test_of_a_toy_nothing_is_proposed_and_nothing_fails() -> None:
+    toy = ModelShape(3, 32, 4, 96, 256)
+    assert propose(toy, goal := Goal("size", parameter_count(toy) / 2)) == []
+    assert why_none(toy, goal, 1)[0] == "size"
+
+
 @settings(deadline=None, max_examples=10)
 @given(
     source=st.sampled_from((LLAMA_2_7B, LLAMA_3_8B, SMOLLM2, QWEN_3_8B)),
