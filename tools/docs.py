@@ -63,7 +63,7 @@ Made by `python tools/docs.py` of `megashear/config/schema.py`.
 One YAML file is a whole run. Behind it on the command line `key.sub=value` overrides an option,
 such as `trainer.steps=100`, `data.domains.0.weight=0.5` or `target=null`. Every problem of a file
 is told at once, before anything is loaded. An option without a default has to be given. What a run
-may change when it goes on is in docs/design.md, section 6.
+may change when it goes on is in docs/design.md, section 5.
 """
 
 
@@ -134,7 +134,19 @@ def metrics_page() -> str:
 def configuration_page() -> str:
     """docs/configuration.md."""
     known = classes(ROOT / "megashear/config/schema.py")
-    return "\n".join([CONFIGURATION, *_sections(known, "RunConfig", "")])
+    return "\n".join([CONFIGURATION, *_sections(known, "RunConfig", ""), _chain()])
+
+
+def _chain() -> str:
+    """The section of what `megashear shear` reads."""
+    chain = classes(ROOT / "megashear/config/chain.py")["Chain"]
+    rows = []
+    for field in chain.fields:
+        default = "" if field.default is None else f"`{field.default}`".replace("None", "null")
+        kind = field.kind.removesuffix(" | None")
+        rows.append((f"`{field.name}`", f"`{kind}`", default, field.comment))
+    table = _table(("option", "type", "default", ""), rows)
+    return f"## The chain\n\nWhat `megashear shear` reads. {chain.text}\n\n{table}"
 
 
 def _sections(known: dict[str, Described], name: str, path: str) -> Iterator[str]:
