@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megashear import records
+from megashear.config.chain import Chain
 from megashear.config.schema import Domain, RunConfig
 from megashear.config.validate import CHOICES
 from megashear.config.values import options
@@ -74,6 +75,7 @@ def test_every_option_is_there_with_its_default_and_choices() -> None:
     shown = {
         path: cells
         for section in sections
+        if section != "The chain"
         for path, cells in rows("configuration.md", section).items()
     }
     domain = [f"data.domains[].{field.name}" for field in dataclasses.fields(Domain)]
@@ -87,3 +89,13 @@ def test_every_option_is_there_with_its_default_and_choices() -> None:
             assert (float(read) if isinstance(expected, float) else read) == expected, path
         if path in CHOICES:
             assert kind.split(" \\| ") == list(CHOICES[path])
+
+
+def test_every_option_of_a_chain_is_there() -> None:
+    shown = rows("configuration.md", "The chain")
+    assert list(shown) == [field.name for field in dataclasses.fields(Chain)]
+    for field in dataclasses.fields(Chain):
+        _, default, said = shown[field.name]
+        assert len(said) > 5
+        expected = "" if field.default is dataclasses.MISSING else field.default
+        assert (yaml.safe_load(default) if default else "") == expected, field.name
