@@ -73,6 +73,8 @@ class Life:
         before, begun = len(self.log()), "evaluation at step 0"
         if self.restarts() > 0:
             begun = "resumed from"
+            # Started in the second in which it was requeued, a node would take it for killed.
+            time.sleep(3)
             self.cluster.run("scontrol", "update", f"jobid={self.job}", "StartTime=now")
         self.cluster.wait(lambda: begun in self.log()[before:], 120)
         size = self.metrics.stat().st_size
