@@ -15,7 +15,9 @@ from megashear.cli import execute
 SCRIPT = """
 import os, signal, sys, time
 assert os.environ["WORLD_SIZE"] == "2"
-print("rank", os.environ["RANK"], sys.argv[1:], flush=True)
+def say(text):  # at once: both write into one pipe
+    os.write(1, (text + "\\n").encode())
+say(f"rank {os.environ['RANK']} {sys.argv[1:]}")
 if os.environ["RANK"] == "1":
     if sys.argv[1] == "--status":
         sys.exit(int(sys.argv[2]))
@@ -23,11 +25,11 @@ if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 def save(number, frame):
     time.sleep(1)
-    print("saved", flush=True)
+    say("saved")
     sys.exit(128 + number)
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, save)
-print("ready", flush=True)
+say("ready")
 time.sleep({"--go": 0, "--nohup": 3}.get(sys.argv[1], 60))
 """
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
