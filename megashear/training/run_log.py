@@ -54,16 +54,11 @@ class RunLog:
     """
 
     def __init__(self, config: RunConfig, writes: bool, resumed_step: int | None) -> None:
-        run_dir = Path(config.run_dir)
         self.config, self.writes, self.resumed_step = config, writes, resumed_step
-        self.file = run_dir / METRICS
+        self.file = Path(config.run_dir) / METRICS  # in a directory that the run's lock has made
         self._terminal = Terminal(config.trainer)
         self._views: list[View] = [self._terminal]
         if writes:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise PlatformError(f"run_dir {run_dir} cannot be made: {error}") from error
             self._drop_after(resumed_step)
 
     def _drop_after(self, step: int | None) -> None:

@@ -40,6 +40,7 @@ def extract(arguments: argparse.Namespace, speaks: bool) -> int:
     """Read the masks, say how near they are to their targets, cut, say what came of it."""
     from megashear.checkpoint.description import compared_rows, layout_rows
     from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+    from megashear.config.chain import EXTRACTED
 
     pruned = read_pruned(arguments.run)
     if speaks:
@@ -52,7 +53,7 @@ def extract(arguments: argparse.Namespace, speaks: bool) -> int:
             print(headline, file=sys.stderr)
         if arguments.strict:
             return FAILED
-    out = arguments.out or arguments.run / "extracted"
+    out = arguments.out or arguments.run / EXTRACTED
     dense = extract_checkpoint(pruned, out, overwrite=arguments.overwrite)
     if speaks:
         sizes = compared_rows(pruned.info.shape, dense.shape)
