@@ -1,0 +1,188 @@
+"""What every benchmark does alike: interleaved repeats, ratios with their spread, table and JSON.
+
+Times of a shared machine say little; ratios within one run say much. So the cases of a comparison
+take turns, in an order that turns round from one round to the next, and what is told is the median
+of the ratios of the same round, with the quartiles around it.
+
+    rounds = interleaved({"dense": dense, "prune": prune}, rounds=9)
+    overhead = ratio(rounds["prune"], rounds["dense"])      # 1.021 [1.013, 1.034]
+    report = Report("mask_overhead", __doc__)
+    report.table("CPU, fp32", ["model", "prune / dense"], [["5M", overhead]])
+    report.write()
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from megashear.console import table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "safetensors")
+NOT_MEASURED = "not measured"
+"""What a table says where this machine has not what a figure needs."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median of ratios, with their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Of what was measured in the same rounds.
+
+    Raises:
+        ValueError: fewer than 3 rounds, or not as many of both.
+    """
+    found = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    if len(found) < 3:
+        raise ValueError(f"a spread needs 3 rounds or more, not {len(found)}")
+    low, _, high = quantiles(found, n=4)
+    return Ratio(median(found), low, high)
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], float | None]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each case in each round, or what the case returns in their place.
+
+    Args:
+        cases: what to measure, by name; each is called once in a round. It waits for its device.
+        rounds: that count.
+        warm_up: rounds before them, which do not.
+    """
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    order = list(cases)
+    for number in range(warm_up + rounds):
+        for name in order:
+            began = time.perf_counter()
+            value = cases[name]()
+            seconds = time.perf_counter() - began if value is None else value
+            if number >= warm_up:
+                found[name].append(seconds)
+        order.reverse()  # whoever came after another comes before it now
+    return found
+
+
+class Report:
+    """What a benchmark found: printed as tables as it goes, and kept as JSON.
+
+    Args:
+        name: of its file in benchmarks/results.
+        about: what was measured, in a line or more.
+    """
+
+    def __init__(self, name: str, about: str) -> None:
+        self.name = name
+        self._told: dict[str, Any] = {"benchmark": name, "about": about.strip(), **conditions()}
+        self._told["tables"] = []
+        print(self._told["about"].splitlines()[0])
+        print(", ".join(f"{k} {v}" for k, v in self._told["versions"].items()), end="; ")
+        print("{cpu}, {cores} cores, load {load}, {gpu}".format(**self._told["machine"]))
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Print a table; a cell is text, a number, a Ratio, or None for what was not measured."""
+        shown = [[NOT_MEASURED if cell is None else cell for cell in row] for row in rows]
+        print(f"\n{title}\n{table(shown, header)}", flush=True)
+        kept = [[asdict(c) if is_dataclass(c) else c for c in row] for row in rows]
+        self._told["tables"].append({"title": title, "header": list(header), "rows": kept})
+
+    def note(self, text: str) -> None:
+        """Print a remark, and keep it with the tables."""
+        print(f"\n{text}", flush=True)
+        self._told.setdefault("notes", []).append(text)
+
+    def write(self, path: Path | None = None) -> None:
+        """Keep all of it as JSON, by default benchmarks/results/NAME.json."""
+        path = path or RESULTS / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self._told, indent=1) + "\n")
+        print(f"\nwritten to {path}")
+
+
+def conditions() -> dict[str, Any]:
+    """Commit, command, versions and machine."""
+    return {
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+            "gpu": _gpu(),
+        },
+    }
+
+
+def _commit() -> str:
+    """Of the working tree, and whether files of the package or the benchmarks differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.call(
+            [*git, "diff", "--quiet", "HEAD", "--", "megashear", "benchmarks"]
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # an export without git
+    return f"{head}, changed" if changed else head
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+
+
+def parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: --rounds and --out."""
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rounds = defaults.get("rounds", 7)
+    made.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"of all cases (default: {rounds})"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="FILE", help="of the JSON (default: benchmarks/results/)"
+    )
+    return made
