@@ -168,9 +168,9 @@ def _cpu() -> str:
 
 
 def _gpu() -> str:
-    import torch
+    from megashear.platform import cuda
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return cuda.device_name(cuda.device_of_rank(0)) if cuda.is_available() else "no GPU"
 
 
 def parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
