@@ -9,6 +9,7 @@ from itertools import product
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.config.shapes import CHECKS, allowed_layouts
 from megashear.config.values import Problem, Run
+from megashear.planning.communication import KINDS, transfers
 from megashear.planning.memory import RESERVE, Memory, peak_memory
 from megashear.planning.setup import Setup, setup_of
 from megashear.planning.throughput import Cluster, StepTime, step_time
@@ -32,6 +33,19 @@ class Layout:
     def tokens_per_second(self) -> float:
         """Of all GPUs."""
         return self.setup.tokens_per_step / self.time.total
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes that a rank of the last pipeline stage sends in a step, by what they are for."""
+        sent = dict.fromkeys(KINDS, 0.0)
+        for transfer in transfers(self.setup, self.setup.parallel.pipeline - 1):
+            sent[transfer.kind] += transfer.sent
+        return sent
+
+    @property
+    def mask_overhead(self) -> float:
+        """What pruning adds to the time of a step, as a share of that without masks."""
+        return self.time.masks / (self.time.total - self.time.masks)
 
     @property
     def options(self) -> str:

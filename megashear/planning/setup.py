@@ -94,12 +94,23 @@ def setup_of(config: RunConfig, shape: ModelShape, gpus: int, backend: str) -> S
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a rank: all, those that masks scale, and the largest two of each kind."""
+    """Parameters of a rank.
+
+    Attributes:
+        parameters: all.
+        scaled: those that masks scale.
+        largest: of the largest.
+        largest_scaled: of the largest that masks scale.
+        replicated: those that are whole on every tensor-parallel rank.
+        qk_norms: of them, in the norms of queries and keys.
+    """
 
     parameters: int
     scaled: int
     largest: int
     largest_scaled: int
+    replicated: int
+    qk_norms: int
 
 
 @lru_cache(maxsize=4096)
@@ -123,6 +134,8 @@ def sizes_of_stage(shape: ModelShape, tensor: int, layers: int, first: bool, las
         scaled=sum(number * count for number, scaled, count in numbers if scaled),
         largest=max(number for number, *_ in numbers),
         largest_scaled=max((number for number, scaled, _ in numbers if scaled), default=0),
+        replicated=sum(_number(row, 1) * count for row, count in rows if not row.parallel),
+        qk_norms=2 * shape.kv_channels * layers if shape.qk_norm else 0,
     )
 
 

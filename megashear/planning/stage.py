@@ -181,6 +181,8 @@ class StagePlan:
             "recompute": parallel.recompute,
             "bytes": {**asdict(layout.memory), "total": layout.memory.total},
             "seconds_per_step": {**asdict(layout.time), "total": layout.time.total},
+            "sent_bytes_per_step": layout.sent,
+            "mask_overhead": layout.mask_overhead,
             "tokens_per_second": layout.tokens_per_second,
             "hours": hours,
             "gpu_hours": hours * self.stage.gpus,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,23 @@ def stage_text(file: Path, plan: StagePlan) -> str:
     rows = [(*_row(own), "configured")] if plan.fits else []
     rows += [(*_row(layout), "") for layout in facts["layouts"][:MOST]]
     lines.append(_indented(rows, (*COLUMNS, "GiB", "tok/s", "hours", "GPU-hours", "")))
-    return "\n".join([*lines, f"  the first as options: {facts['layouts'][0]['options']}"])
+    lines.append(f"  the first as options: {facts['layouts'][0]['options']}")
+    chosen = own if plan.fits else facts["layouts"][0]
+    return "\n".join([*lines, *_step(chosen, "as configured" if plan.fits else "in the first")])
+
+
+def _step(layout: dict[str, Any], which: str) -> Iterator[str]:
+    """What a step's time goes into, what a rank sends in it, and what of both is the masks'."""
+    seconds = layout["seconds_per_step"]
+    shares = {name: part / seconds["total"] for name, part in seconds.items() if name != "total"}
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= 5e-4)
+    sent = {name: size for name, size in layout["sent_bytes_per_step"].items() if size}
+    yield f"\na step {which}: {seconds['total']:.3g} s, of it {parts}"
+    if sent:
+        sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sent.items())
+        yield f"  a rank sends {sizes}"
+    if seconds["masks"]:
+        yield f"  masks make it {layout['mask_overhead']:.2%} longer than without them"
 
 
 def _row(layout: dict[str, Any]) -> tuple[object, ...]:

@@ -1,16 +1,28 @@
 """How long a step takes in a layout, by a simple model (docs/design.md, section "Planning").
 
-Arithmetic at an attainable share of the peak, the traffic of weights, what communication is not
-hidden behind arithmetic, and the bubble of the pipeline. It is there to rank layouts; the share is
-the user's to correct (`--mfu`) once a run has measured its own.
+Arithmetic at an attainable share of the peak, the traffic of weights, what of the bytes of
+`communication` is not hidden behind arithmetic, and the bubble of the pipeline. It is there to rank
+layouts; the share is the user's to correct (`--mfu`) once a run has measured its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 
 from megashear.hardware import Gpu
-from megashear.planning.setup import Setup, sizes_of_stage
+from megashear.planning.communication import (
+    ALL_GATHER,
+    CONTEXT,
+    DATA,
+    KINDS,
+    MASKS,
+    PIPELINE,
+    TENSOR,
+    Transfer,
+    transfers,
+)
+from megashear.planning.setup import Setup, Sizes, sizes_of_stage
 from megashear.pruning.counting import flops_per_token
 
 MFU = 0.3
@@ -19,9 +31,16 @@ MFU_SOURCE = "--mfu; the paper's three published runs on 8 and 16 A100s come to 
 """Where that is known from: arXiv 2310.06694, as docs/design.md reckons it."""
 LINK_SHARE = 0.7
 """Of a link's peak, what collectives reach."""
+LATENCY = 20e-6
+"""Seconds that a collective takes within a node however little is sent; and again for each time
+that the number of nodes doubles."""
 UPDATE_BYTES = 34
-"""Read and written of a parameter by the optimizer: gradient (twice, for its norm), copy, moments;
-about the same of a masked one for folding, putting back and the chain rule."""
+"""Read and written of a parameter by the optimizer: gradient (twice: its norm), copy, moments."""
+FOLD_BYTES = {"bf16": 12, "fp32": 8}
+"""Read and written of each weight of a rank that masks scale, through an fp32 copy where needed."""
+CHAIN_RULE_BYTES = {"bf16": 34, "fp32": 50}
+"""Of each of them that it owns: by the chain rule, and to have the weight itself again, which with
+bf16 is the optimizer's fp32 copy and else one put aside (8 bytes) and put back (8)."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +68,27 @@ class Cluster:
         link = self.gpu.link_bandwidth
         return LINK_SHARE * (link if ranks <= in_node else min(link, self.network * in_node))
 
+    def seconds(self, transfer: Transfer) -> float:
+        """Of what a rank sends, and waits for, in a step."""
+        nodes = max(1.0, transfer.ranks * transfer.stride / self.gpus_per_node)
+        latency = LATENCY * (1 + log2(nodes))
+        bandwidth = self.bandwidth(transfer.ranks, transfer.stride)
+        return transfer.count * latency + transfer.sent / bandwidth
+
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by what they go into."""
+    """Seconds of an optimizer step, by what they go into; of communication what is not hidden."""
 
     arithmetic: float
     weights: float  # read for every micro-batch, gradients added up
-    tensor: float  # communication of tensor and context parallelism
-    pipeline: float  # bubble and messages
-    data: float  # what is not hidden of reducing gradients and gathering weights
-    update: float  # of the weights, and folding of masks
+    tensor: float
+    context: float
+    bubble: float  # of the pipeline
+    pipeline: float  # messages
+    data: float  # reducing gradients and gathering weights
+    masks: float  # fold, chain rule, and the sum of the masks' gradients
+    update: float  # of the weights
 
     @property
     def total(self) -> float:
@@ -69,39 +98,77 @@ class StepTime:
 
 def step_time(setup: Setup, cluster: Cluster) -> StepTime:
     """The time of a step; the pipeline goes at the pace of its last stage, which has the head."""
-    parallel, count = setup.parallel, setup.micro_batches
-    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
-    arithmetic, weights, tensor, message = _micro_batch(setup, cluster)
-    each = arithmetic + weights + tensor + message
-    data, update = _after(setup, cluster, arithmetic)
-    return StepTime(
-        arithmetic=count * arithmetic,
-        weights=count * weights,
-        tensor=count * tensor,
-        pipeline=count * message + each * (stages - 1) / chunks,
-        data=data,
-        update=update,
-    )
-
-
-def _micro_batch(setup: Setup, cluster: Cluster) -> tuple[float, float, float, float]:
-    """Seconds of a micro-batch on the last stage: arithmetic, weights, tensor, messages."""
-    parallel, element, gpu = setup.parallel, setup.element, cluster.gpu
-    flops = stage_flops_per_token(setup) * setup.tokens / parallel.tensor
-    peak = gpu.bf16_flops * (1 if element == 2 else 0.5)
+    parallel, count, gpu = setup.parallel, setup.micro_batches, cluster.gpu
+    sizes, memory = _sizes(setup), gpu.memory_bandwidth
+    arithmetic = count * _arithmetic(setup, cluster)
     # Read forward and, twice, backward; a gradient is written, read, and added to its fp32 sum.
-    traffic = (5 * element + 8) * _parameters(setup)
-    ends = (parallel.virtual_pipeline * 2 if parallel.pipeline > 1 else 0) * _hidden(setup)
-    ends /= parallel.tensor if parallel.sequence else 1
-    apart = parallel.tensor * parallel.context * setup.data_size
-    if parallel.virtual_pipeline > 1:
-        ends /= 2  # sent while others compute; half is taken to stay visible
-    return (
-        flops / (peak * cluster.mfu),
-        traffic / gpu.memory_bandwidth,
-        _layers_communication(setup, cluster),
-        ends / cluster.bandwidth(2, apart),
+    weights = count * (5 * setup.element + 8) * sizes.parameters / memory
+    exposed = exposed_seconds(setup, cluster)
+    busy = arithmetic + weights + exposed[TENSOR] + exposed[CONTEXT] + exposed[PIPELINE]
+    return StepTime(
+        arithmetic=arithmetic,
+        weights=weights,
+        tensor=exposed[TENSOR],
+        context=exposed[CONTEXT],
+        bubble=busy / count * (parallel.pipeline - 1) / parallel.virtual_pipeline,
+        pipeline=exposed[PIPELINE],
+        data=exposed[DATA],
+        masks=exposed[MASKS] + mask_bytes(setup) / memory,
+        update=UPDATE_BYTES * sizes.parameters / setup.owners / memory,
     )
+
+
+def exposed_seconds(setup: Setup, cluster: Cluster) -> dict[str, float]:
+    """Of communication in a step, on the last stage: what arithmetic does not hide, by KINDS.
+
+    Beside the products of a third of the arithmetic Megatron-Core sends what they do not wait for;
+    gradients are reduced beside the last micro-batch's backward pass, and weights gathered
+    beside the first one's forward pass. Of interleaved messages half is taken to stay visible.
+    """
+    parallel, arithmetic = setup.parallel, _arithmetic(setup, cluster)
+    seconds, beside = dict.fromkeys(KINDS, 0.0), 0.0
+    for transfer in transfers(setup, parallel.pipeline - 1):
+        time = cluster.seconds(transfer)
+        if transfer.beside_products:
+            beside += time
+            continue
+        if transfer.kind == DATA:
+            time = max(0.0, time - _hides(setup, transfer.collective) * arithmetic)
+        seconds[transfer.kind] += time
+    seconds[TENSOR] += max(0.0, beside - setup.micro_batches * arithmetic / 3)
+    if parallel.virtual_pipeline > 1:
+        seconds[PIPELINE] /= 2
+    return seconds
+
+
+def _hides(setup: Setup, collective: str) -> float:
+    """Share of a micro-batch's arithmetic beside which a collective of data parallelism runs."""
+    if collective == ALL_GATHER:
+        return 1 / 3 if setup.parallel.overlap_param_gather else 0.0
+    return 2 / 3 if setup.parallel.overlap_grad_reduce else 0.0
+
+
+def mask_bytes(setup: Setup) -> float:
+    """Read and written of a rank's memory to fold the masks, and by the chain rule."""
+    if not setup.masked:
+        return 0.0
+    held = _sizes(setup).scaled
+    own = held / setup.owners
+    folded = own if setup.parallel.overlap_param_gather else held
+    return FOLD_BYTES[setup.precision] * folded + CHAIN_RULE_BYTES[setup.precision] * own
+
+
+def _sizes(setup: Setup) -> Sizes:
+    """Of the last stage."""
+    stages = setup.parallel.pipeline
+    return sizes_of_stage(setup.shape, setup.parallel.tensor, setup.layers, stages == 1, True)
+
+
+def _arithmetic(setup: Setup, cluster: Cluster) -> float:
+    """Seconds of a micro-batch on the last stage."""
+    peak = cluster.gpu.bf16_flops * (1 if setup.element == 2 else 0.5)
+    flops = stage_flops_per_token(setup) * setup.tokens / setup.parallel.tensor
+    return flops / (peak * cluster.mfu)
 
 
 def stage_flops_per_token(setup: Setup) -> float:
@@ -115,50 +182,3 @@ def stage_flops_per_token(setup: Setup) -> float:
         heads = shape.num_layers * shape.num_attention_heads * shape.kv_channels
         layers += 4.0 * heads * setup.seq_length
     return layers / setup.parallel.pipeline + head
-
-
-def _hidden(setup: Setup) -> float:
-    """Bytes of the residual stream of a micro-batch."""
-    return float(setup.element * setup.tokens * setup.shape.hidden_size)
-
-
-def _layers_communication(setup: Setup, cluster: Cluster) -> float:
-    """Seconds of tensor and context parallelism in all layers of a stage, none of it hidden."""
-    parallel, shape = setup.parallel, setup.shape
-    tensor, context = parallel.tensor, parallel.context
-    seconds = 0.0
-    if tensor > 1:
-        # All-reduce, or gather and scatter: two forward, two backward, two more to recompute.
-        times = 6 if parallel.recompute == "full" else 4
-        volume = times * 2 * (tensor - 1) / tensor * _hidden(setup)
-        seconds += volume / cluster.bandwidth(tensor, 1)
-    if context > 1:
-        # Keys and values forward, and backward with their gradients.
-        keys = shape.num_query_groups * shape.kv_channels / tensor
-        volume = 3 * 2 * keys * setup.element * setup.tokens * (context - 1)
-        seconds += volume / cluster.bandwidth(context, tensor)
-    return seconds * setup.layers
-
-
-def _parameters(setup: Setup) -> int:
-    stages = setup.parallel.pipeline
-    return sizes_of_stage(
-        setup.shape, setup.parallel.tensor, setup.layers, stages == 1, True
-    ).parameters
-
-
-def _after(setup: Setup, cluster: Cluster, arithmetic: float) -> tuple[float, float]:
-    """Seconds of data parallelism that arithmetic of a micro-batch does not hide; of the update."""
-    parallel, parameters = setup.parallel, _parameters(setup)
-    ranks = setup.data_size * parallel.context
-    moved = parameters * (ranks - 1) / ranks / cluster.bandwidth(ranks, parallel.tensor)
-    if parallel.distributed_optimizer:
-        reduce, gather = 4 * moved, setup.element * moved
-    else:
-        reduce, gather = 8 * moved, 0.0
-    if parallel.overlap_grad_reduce:
-        reduce = max(0.0, reduce - arithmetic * 2 / 3)
-    if parallel.overlap_param_gather:
-        gather = max(0.0, gather - arithmetic / 3)
-    passes = parameters / setup.owners * (2 if setup.masked else 1)
-    return reduce + gather, UPDATE_BYTES * passes / cluster.gpu.memory_bandwidth

@@ -56,6 +56,7 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     seq_length: int = 256
     global_batch_size: int = 8
+    target: TargetShape = TARGET
 
 
 OVERLAPPED = dict.fromkeys(
@@ -108,7 +109,7 @@ HELD_OUT = {
 def measure(case: Case) -> list[tuple[dict[str, float], Memory]]:
     """(bytes measured, bytes expected) of each pipeline stage of a case."""
     with tempfile.TemporaryDirectory() as name:
-        config = _config(Path(name), case)
+        config = config_of(Path(name), case)
         measured = run_distributed(memory_of_run, case.ranks, config)
     setup = setup_of(config, case.shape, case.ranks, CPU)
     stages = config.parallel.pipeline  # ranks of one stage are alike
@@ -116,7 +117,7 @@ def measure(case: Case) -> list[tuple[dict[str, float], Memory]]:
     return [(found, stage_memory(setup, stage)) for stage, found in enumerate(of_stages)]
 
 
-def _config(directory: Path, case: Case) -> RunConfig:
+def config_of(directory: Path, case: Case) -> RunConfig:
     """A run on random tokens."""
     domains = write_domains(directory, case.shape.vocab_size)
     return run_config(
@@ -124,7 +125,7 @@ def _config(directory: Path, case: Case) -> RunConfig:
         domains,
         stage="prune" if case.prune else "pretrain",
         model=case.shape,  # random weights, in stage prune too: nothing to write and read first
-        target=TARGET if case.prune else None,
+        target=case.target if case.prune else None,
         data=DataConfig(seq_length=case.seq_length, domains=domains),
         platform=PlatformConfig(device="cpu", precision=case.precision, timeout_minutes=2),
         trainer=TrainerConfig(

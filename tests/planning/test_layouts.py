@@ -108,7 +108,7 @@ def test_the_bubble_is_what_the_schedules_leave() -> None:
         interleaved = replace(config, parallel=replace(parallel, virtual_pipeline=chunks))
         time_of = step_time(setup_of(interleaved, MHA, 4, TORCH), fast)
         busy = time_of.arithmetic + time_of.weights
-        assert time_of.pipeline / busy == pytest.approx(share, rel=1e-3)
+        assert time_of.bubble / busy == pytest.approx(share, rel=1e-3)
 
 
 def test_arithmetic_is_that_of_the_tokens() -> None:
