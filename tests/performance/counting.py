@@ -1,0 +1,128 @@
+"""What a step does, counted: operators, waits of the host for a device, bytes kept for backward.
+
+None of it depends on the machine, so CPU processes say what a GPU would do. Collectives are counted
+by tests/collectives.py, live memory by tests/planning/measured.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero")
+"""Operators whose result the host needs before it goes on; item(), float() and `if` end in one."""
+TO_HOST = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
+
+
+class Operators(TorchDispatchMode):
+    """Calls of operators by name, those of the backward pass too; views among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count it, and run it."""
+        self.calls[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class _Waits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self._on_host: dict[int, Any] = {}  # storages that would not be on the device, kept alive
+
+    def came_to_host(self, tensors: Iterable[Tensor]) -> None:
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        self._on_host |= {storage._cdata: storage for storage in storages}
+
+    def count(self, name: str, tensor: Tensor) -> None:
+        if tensor.untyped_storage()._cdata not in self._on_host:
+            self.calls[name] += 1
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.__name__.partition(".")[0]
+        if name in WAITING:
+            self.count(name, args[0])
+        return function(*args, **(kwargs or {}))
+
+
+class _Transfers(TorchFunctionMode):
+    """What only Python sees: a copy to the host, which is none on a CPU, is made one here."""
+
+    def __init__(self, waits: _Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in TO_HOST:
+            self.waits.count(function.__name__, args[0])
+        if function is Tensor.cpu:
+            result = result.clone()
+            self.waits.came_to_host([result])
+        return result
+
+
+@contextmanager
+def host_waits() -> Iterator[Counter[str]]:
+    """Times that the host would wait for a device, by what it asks for.
+
+    What was copied to the host before is there, and so are the step counts of optimizers.
+    """
+    waits = _Waits()
+
+    def known(optimizer: Optimizer, *_: Any) -> None:
+        states = optimizer.state.values()
+        waits.came_to_host(state["step"] for state in states if "step" in state)
+
+    hook = register_optimizer_step_pre_hook(known)
+    try:
+        with waits, _Transfers(waits):
+            yield waits.calls
+    finally:
+        hook.remove()
+
+
+class SavedBytes:
+    """Bytes of the distinct storages that autograd keeps for the backward pass.
+
+    Args:
+        held: tensors that are there anyway, as the parameters.
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        self._held = {tensor.untyped_storage()._cdata for tensor in held}
+        self._saved: dict[int, Any] = {}  # kept alive, so that no two have one address
+
+    @property
+    def total(self) -> int:
+        """Of all that was saved since."""
+        return sum(storage.nbytes() for storage in self._saved.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is saved within."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._saved[storage._cdata] = storage
+        return tensor
