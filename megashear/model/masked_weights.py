@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +19,86 @@ from torch import Tensor, nn
 from megashear.config.schema import QUERY_GROUP, ModelShape
 from megashear.model.build import bound_rows, unwrap
 from megashear.model.masked_gpt import BoundRow
+from megashear.model.weight_blocks import Blocks, Matrices
 from megashear.platform.parallel import Platform
-from megashear.pruning.table import HIDDEN, LAYER, Axis
+from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER
 
 
-@dataclass(frozen=True)
-class _Scales:
-    """Factors along the axes of one parameter, differentiable in the masks; None is all ones."""
+class _Group:
+    """The rows of one name in all layers of this rank (one, outside the layers).
 
-    axis0: Tensor | None
-    axis1: Tensor | None
+    Their factors are computed together, so that autograd's graph does not grow with the layers.
 
-    def multiply_(self, tensor: Tensor, rows: slice) -> Tensor:
-        """Multiply what stands in these rows of a tensor of the parameter's shape, in place."""
-        if self.axis0 is not None:
-            factor = self.axis0.detach()[rows]
-            tensor.mul_(factor if tensor.dim() == 1 else factor[:, None])
-        if self.axis1 is not None:
-            tensor.mul_(self.axis1.detach())
-        return tensor
+    Attributes:
+        bound: the rows.
+        matrices: their parameters, and the values of their factors.
+        scales: the factors themselves, differentiable in the masks, while a step lasts.
+    """
 
+    def __init__(self, bound: Sequence[BoundRow], platform: Platform) -> None:
+        self.bound, self.row = bound, bound[0].row
+        device, tensor = platform.device, (platform.tensor_rank, platform.tensor_size)
+        layers = [b.row.layer for b in bound if b.row.layer is not None]
+        self._layers = torch.tensor(layers, dtype=torch.int64, device=device)
+        self._units = [
+            axis.unit_of_position(*tensor).to(device) if axis.scaled and axis.parallel else None
+            for axis in self.row.axes  # None is all units, in order
+        ]
+        weights = [_matrix(b.parameter.detach()) for b in bound]
+        factors = [
+            torch.empty(len(bound), length, device=device) if axis.scaled else None
+            for axis, length in zip(self.row.axes, weights[0].shape, strict=False)
+        ]
+        self.matrices = Matrices(weights, (factors[0], factors[1] if len(factors) > 1 else None))
+        self.scales: list[Tensor | None] = [None, None]
+        self.blocks: list[Blocks] = []
+        self.owned_blocks: list[Blocks] = []
+        # A parameter counts once. A shard does on every tensor-parallel rank; a whole one (a norm,
+        # the bias of linear_proj), whose gradient Megatron has made equal everywhere, on the
+        # first; a tied embedding on the first stage alone.
+        is_whole = not self.row.parallel
+        self._counts = not bound[0].copy and (platform.tensor_rank == 0 or not is_whole)
 
-def _block(parameter: Tensor, positions: range) -> tuple[slice, slice]:
-    """The rows that flattened positions of a parameter touch, and the positions among theirs."""
-    width = parameter[0].numel()
-    rows = slice(positions.start // width, -(-positions.stop // width))
-    first = rows.start * width
-    return rows, slice(positions.start - first, positions.stop - first)
+    def compute(self, z: Mapping[str, Tensor], share: float) -> None:
+        """Take up the factors of masks z, of which a share of the hidden dimensions is not 0."""
+        self.scales = [None, None]
+        for number, (axis, positions) in enumerate(zip(self.row.axes, self._units, strict=True)):
+            if not axis.scaled:
+                continue
+            assert axis.mask is not None
+            scale = z[axis.mask].view(-1, axis.units)
+            if axis.mask in (HEAD, INTERMEDIATE):
+                scale = scale.index_select(0, self._layers)
+            if positions is not None:
+                scale = scale.index_select(1, positions)
+            if number == 0 and self.row.scaled_by_layer:
+                scale = scale * z[LAYER][0].index_select(0, self._layers)[:, None]
+            if self.row.norm:
+                scale = scale * share**0.5
+            values = self.matrices.factors[number]
+            assert values is not None
+            values.copy_(scale.detach())
+            self.scales[number] = scale.expand_as(values)
+
+    def bind(self, scratch: Tensor) -> None:
+        """Find the gradients of Megatron's data parallelism, which stay where they are."""
+        gradients = [_matrix(b.parameter.main_grad) for b in self.bound]  # type: ignore[attr-defined]
+        for blocks in self.owned_blocks:
+            blocks.bind(gradients, scratch)
+
+    def chain_rule(self) -> list[tuple[Tensor, Tensor]]:
+        """The scales with this rank's part of their gradients; `main_grad` becomes the weight's.
+
+        Of a distributed gradient only the owned positions are reduced: no other counts.
+        """
+        totals = [
+            torch.zeros_like(scale) if scale is not None and scale.requires_grad else None
+            for scale in self.scales
+        ]
+        for blocks in self.owned_blocks:
+            blocks.chain_rule(totals if self._counts else (None, None))
+        pairs = zip(self.scales, totals, strict=True)
+        return [(scale, d) for scale, d in pairs if scale is not None and d is not None]
 
 
 class MaskedWeights:
@@ -59,6 +111,8 @@ class MaskedWeights:
             its shard of a distributed optimizer); None is all of them, on every rank.
         gathered: whether weights are gathered from their owners after masks are folded in
             (`overlap_param_gather`); each rank then folds what it owns.
+        master: the float32 weights, flattened, that an optimizer keeps of the positions owned, or
+            None where it has none besides the parameter, of which a copy is put aside then.
         head_unit: what a unit of the head mask is.
     """
 
@@ -68,84 +122,74 @@ class MaskedWeights:
         platform: Platform,
         owned: Callable[[nn.Parameter], range] | None = None,
         gathered: bool = False,
+        master: Callable[[nn.Parameter], Tensor | None] | None = None,
         head_unit: str = QUERY_GROUP,
     ) -> None:
         self.shape: ModelShape = unwrap(chunks[0]).shape
         self.platform = platform
-        rows = bound_rows(chunks, head_unit)
-        self.rows: list[BoundRow] = [bound for bound in rows if bound.row.scaled]
-        whole = [range(bound.parameter.numel()) for bound in self.rows]
-        self._owned = [owned(bound.parameter) for bound in self.rows] if owned else whole
-        self._folded = self._owned if gathered else whole
-        self._units = {
-            bound.row.name: [self._unit_of_position(axis) for axis in bound.row.axes]
-            for bound in self.rows
-        }
-        self._put_aside: list[Tensor] = []
-        self._scales: list[_Scales] = []
-
-    def _unit_of_position(self, axis: Axis) -> Tensor | None:
-        if not axis.scaled or not axis.parallel:
-            return None  # all positions, in order
-        units = axis.unit_of_position(self.platform.tensor_rank, self.platform.tensor_size)
-        return units.to(self.platform.device)
+        named: dict[tuple[str, bool], list[BoundRow]] = {}
+        for bound in bound_rows(chunks, head_unit):
+            if bound.row.scaled:
+                name = bound.row.name.removeprefix(f"decoder.layers.{bound.row.layer}.")
+                named.setdefault((name, bound.copy), []).append(bound)
+        self._groups = [_Group(rows, platform) for rows in named.values()]
+        self._norms = [b.module for group in self._groups for b in group.bound if b.row.norm]
+        self._is_bound = False
+        for group in self._groups:
+            parameters = [bound.parameter for bound in group.bound]
+            whole = [range(parameter.numel()) for parameter in parameters]
+            mine = [owned(parameter) for parameter in parameters] if owned else whole
+            masters = [master(p) if master else None for p in parameters]
+            group.owned_blocks = Blocks.of(group.matrices, mine)
+            for blocks in group.owned_blocks:
+                blocks.keep(masters, mine)
+            is_same = gathered or mine == whole
+            group.blocks = group.owned_blocks if is_same else Blocks.of(group.matrices, whole)
 
     @contextmanager
-    def masked(self, z: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the context the model's weights carry the masks; afterwards they are as before.
+    def masked(self, z: Mapping[str, Tensor], kept: int | None = None) -> Iterator[None]:
+        """Within the context the model's weights carry the masks.
+
+        Afterwards those that this rank owns are as before; where others own some, the caller
+        gathers them.
 
         Args:
             z: masks by kind, [rows, units] each; `backward` continues through their graph.
+            kept: hidden dimensions whose mask is not exactly 0, where the caller knows how many;
+                else the host waits for the device to count them.
         """
         device = self.platform.device
         z = {kind: mask.to(device) for kind, mask in z.items()}
-        # A count, not differentiated: how many hidden dimensions are not exactly 0.
-        kept = int(torch.count_nonzero(z[HIDDEN].detach()))
-        share = max(kept, 1) / self.shape.hidden_size  # n/d
-        self._scales = [self._scales_of(bound, z, share) for bound in self.rows]
+        if kept is None:
+            kept = int(torch.count_nonzero(z[HIDDEN].detach()))
+        share = max(kept, 1) / self.shape.hidden_size  # n/d; a count, not differentiated
+        for group in self._groups:
+            group.compute(z, share)
+        with torch.no_grad():
+            for group in self._groups:
+                for blocks in group.owned_blocks:
+                    blocks.put_aside()
         try:
             self._fold(self.shape.layernorm_epsilon * share)
             yield
         finally:
             self._restore()
 
-    def _scales_of(self, bound: BoundRow, z: Mapping[str, Tensor], share: float) -> _Scales:
-        scales: list[Tensor | None] = []
-        for axis, units in zip(bound.row.axes, self._units[bound.row.name], strict=True):
-            if not axis.scaled or axis.mask is None:
-                scales.append(None)
-                continue
-            scale = bound.row.units(axis, z)
-            scales.append(scale if units is None else scale.index_select(0, units))
-        if bound.row.scaled_by_layer:
-            assert scales[0] is not None
-            scales[0] = scales[0] * z[LAYER][0, bound.row.layer]
-        if bound.row.norm:
-            assert scales[0] is not None
-            scales[0] = scales[0] * share**0.5
-        return _Scales(scales[0], scales[1] if len(scales) > 1 else None)
-
     @torch.no_grad()
     def _fold(self, masked_epsilon: float) -> None:
-        self._put_aside = []
-        for bound, scales, positions in zip(self.rows, self._scales, self._folded, strict=True):
-            weight = bound.parameter.detach()
-            rows, inside = _block(weight, positions)
-            self._put_aside.append(weight[rows].flatten()[inside].clone())
-            masked = scales.multiply_(weight[rows].to(torch.float32, copy=True), rows)
-            weight[rows].view(-1)[inside] = masked.view(-1)[inside].to(weight.dtype)
-            if bound.row.norm:
-                bound.module.eps = masked_epsilon  # type: ignore[assignment]
+        for group in self._groups:
+            for blocks in group.blocks:
+                blocks.multiply()
+        for norm in self._norms:
+            norm.eps = masked_epsilon  # type: ignore[assignment]
 
     @torch.no_grad()
     def _restore(self) -> None:
-        # An error while folding leaves fewer copies than rows: only what was folded is put back.
-        for bound, positions, weight in zip(self.rows, self._folded, self._put_aside, strict=False):
-            rows, inside = _block(bound.parameter, positions)
-            bound.parameter.detach()[rows].view(-1)[inside] = weight
-            if bound.row.norm:
-                bound.module.eps = self.shape.layernorm_epsilon  # type: ignore[assignment]
-        self._put_aside = []
+        for group in self._groups:
+            for blocks in group.owned_blocks:
+                blocks.restore()
+        for norm in self._norms:
+            norm.eps = self.shape.layernorm_epsilon  # type: ignore[assignment]
 
     def backward(self) -> None:
         """Turn the gradients of the masked weights into those of the weights, and of the masks.
@@ -154,47 +198,26 @@ class MaskedWeights:
         of z; there they are this rank's part, still to be summed over the ranks of one model, and
         of a distributed optimizer.
         """
-        differentiable: list[Tensor] = []
+        if not self._is_bound:
+            self._bind()
+        scales: list[Tensor] = []
         gradients: list[Tensor] = []
-        for bound, scales, positions in zip(self.rows, self._scales, self._owned, strict=True):
-            scale_gradients = self._chain_rule(bound, scales, positions)
-            for scale, gradient in zip((scales.axis0, scales.axis1), scale_gradients, strict=True):
-                if scale is not None and scale.requires_grad:
-                    differentiable.append(scale)
-                    gradients.append(gradient if self._counts(bound) else gradient * 0)
-        self._scales = []
-        torch.autograd.backward(differentiable, gradients)
+        with torch.no_grad():
+            for group in self._groups:
+                for scale, gradient in group.chain_rule():
+                    scales.append(scale)
+                    gradients.append(gradient)
+                group.scales = [None, None]
+        torch.autograd.backward(scales, gradients)
 
-    @torch.no_grad()
-    def _chain_rule(
-        self, bound: BoundRow, scales: _Scales, positions: range
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's part of the gradients of both scales; `main_grad` becomes the weight's.
+    def _bind(self) -> None:
+        sizes = [blocks.size for group in self._groups for blocks in group.owned_blocks]
+        scratch = torch.empty(max(sizes, default=0), device=self.platform.device)
+        for group in self._groups:
+            group.bind(scratch)
+        self._is_bound = True
 
-        Of a distributed gradient only the owned positions are reduced: what else stands in their
-        first and last row does not count.
-        """
-        rows, inside = _block(bound.parameter, positions)
-        grad: Tensor = bound.parameter.main_grad[rows]  # type: ignore[attr-defined]
-        product = grad * bound.parameter[rows]
-        product.view(-1)[: inside.start] = 0
-        product.view(-1)[inside.stop :] = 0
-        axis0 = None if scales.axis0 is None else scales.axis0.detach()[rows]
-        axis1 = None if scales.axis1 is None else scales.axis1.detach()
-        d_axis0 = product.new_zeros(bound.parameter.shape[0])
-        if product.dim() == 1:
-            d_axis0[rows], d_axis1 = product, product.new_empty(0)
-        else:
-            d_axis0[rows] = product @ axis1 if axis1 is not None else product.sum(1)
-            d_axis1 = axis0 @ product if axis0 is not None else product.sum(0)
-        scales.multiply_(grad, rows)
-        return d_axis0, d_axis1
 
-    def _counts(self, bound: BoundRow) -> bool:
-        """Whether this rank's part of the gradient is summed; a parameter is counted once.
-
-        A shard counts on every tensor-parallel rank; a whole parameter (a norm, the bias of
-        linear_proj), whose gradient Megatron has made equal everywhere, on the first; a tied
-        embedding on the first stage only.
-        """
-        return not bound.copy and (bound.row.parallel or self.platform.tensor_rank == 0)
+def _matrix(tensor: Tensor) -> Tensor:
+    """A vector as a column."""
+    return tensor.view(len(tensor), -1)

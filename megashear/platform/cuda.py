@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from megashear.errors import PlatformError
 
@@ -41,6 +45,50 @@ def device_name(device: torch.device) -> str:
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     """What a GPU's work is queued in; None for a CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+class Moment:
+    """A moment of the device's work: of what was asked of it so far, done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds between two moments, both of which have passed."""
+        if self._event is None or earlier._event is None:
+            return self._host - earlier._host
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+class ToHost:
+    """Numbers on their way from the device to the host, which goes on meanwhile.
+
+    Args:
+        tensors: of any shapes, on one device.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        self._event: torch.cuda.Event | None = None
+        if flat.is_cuda:
+            self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._flat.copy_(flat, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._flat = flat
+
+    def read(self) -> list[Tensor]:
+        """The tensors, float64 on the CPU; waits for those that have not come."""
+        if self._event is not None:
+            self._event.synchronize()
+        parts = self._flat.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -118,14 +118,9 @@ class Platform:
         dist.all_reduce(tensor, group=_state().get_model_parallel_group())
         return tensor
 
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks that see other tokens (data x context)."""
-        dist.all_reduce(tensor, group=data_and_context_group())
-        return tensor
-
-    def sum_over_stages(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the pipeline stages."""
-        dist.all_reduce(tensor, group=_state().get_pipeline_model_parallel_group())
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        """Sum in place over all processes."""
+        dist.all_reduce(tensor)
         return tensor
 
     def largest(self, value: int) -> int:
@@ -230,9 +225,10 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
     layers = choose_layers(config, device)
     kernels = choose_kernels(config.kernels)
     if device.type == "cpu":
-        from megashear.platform.cpu import redirect_cuda
+        from megashear.platform.cpu import redirect_cuda, use_one_thread_per_group
 
         redirect_cuda()
+        use_one_thread_per_group()
     from megatron.core import parallel_state
 
     timeout_minutes = config.timeout_minutes + GRACE_MINUTES

@@ -13,7 +13,7 @@ from megashear.data.dataset import DomainDataset
 from megashear.data.loader import ValidBatches
 from megashear.errors import TrainingError
 from megashear.platform.parallel import Platform
-from megashear.training.step import run_microbatches
+from megashear.training.step import DomainLosses, run_microbatches
 
 MUCH = 0.1
 """Computation of evaluations, as a share of training's, above which a run says how to have less."""
@@ -62,16 +62,18 @@ class Evaluator:
         """
         for model in models:
             model.eval()
-        measured = {}
-        for number, (name, batches) in enumerate(self.batches.items()):
+        totals = torch.zeros(2, len(self.batches), dtype=torch.float64, device=self.platform.device)
+        for name, batches in self.batches.items():
             self.platform.progress.mark(f"evaluation of {name}")
             with torch.no_grad():  # Megatron's schedules would keep all that a backward pass needs
-                result = run_microbatches(
+                totals += run_microbatches(
                     models, batches, self.platform, len(self.batches), forward_only=True
                 )
-            measured[name] = DomainLoss(result.of_domains()[number], int(result.tokens[number]))
         for model in models:
             model.train()
+        result = DomainLosses(self.platform.sum_over_all(totals).cpu())
+        found = zip(self.batches, result.of_domains(), result.tokens.tolist(), strict=True)
+        measured = {name: DomainLoss(loss, int(tokens)) for name, loss, tokens in found}
         if wrong := [f"{n} {m.loss}" for n, m in measured.items() if not math.isfinite(m.loss)]:
             raise TrainingError(
                 f"the validation loss is not finite: {', '.join(wrong)}. Check the domain's "

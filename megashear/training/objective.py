@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from megashear.pruning.counting import expected_parameter_count, parameter_count
 from megashear.pruning.extract import format_off_target, off_target
 from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
 from megashear.pruning.masks import Masks, resolve_target
+from megashear.pruning.table import HIDDEN
 from megashear.training.optimizer import WeightOptimizer
 
 
@@ -35,11 +37,15 @@ class LanguageModeling:
     def backward(self, step: int) -> None:
         """After the micro-batches' backward: what the objective adds."""
 
-    def update(self, lr_share: float) -> None:
+    def update(self, step: int, lr_share: float) -> None:
         """Apply the objective's own gradients, at this share of their learning rates."""
 
-    def metrics(self, step: int) -> dict[str, Any]:
-        """What the record of a step says of the objective."""
+    def numbers(self) -> list[Tensor]:
+        """What `metrics` needs of the device, to be brought to the host."""
+        return []
+
+    def metrics(self, step: int, numbers: Sequence[Tensor]) -> dict[str, Any]:
+        """What the record of a step says of the objective, from `numbers` on the host."""
         return {}
 
     def kept(self) -> dict[str, list[int]]:
@@ -66,6 +72,25 @@ class LanguageModeling:
         return ""
 
 
+@dataclass
+class _Ahead:
+    """What a step needs of the masks, drawn while the device is busy with the step before.
+
+    Attributes:
+        step: that it is for, counted from 0.
+        z: masks, with their graph.
+        sparsity: of each constraint [rows], with its graph.
+        nonzero: hidden dimensions whose mask is not exactly 0, on the device.
+        kept: the same, once the host has it.
+    """
+
+    step: int
+    z: dict[str, Tensor]
+    sparsity: dict[str, Tensor]
+    nonzero: Tensor
+    kept: int | None = None
+
+
 class PruningObjective(LanguageModeling):
     """Stage prune: masks that descend on loss and penalty, multipliers that ascend.
 
@@ -83,7 +108,7 @@ class PruningObjective(LanguageModeling):
     def __init__(
         self, config: RunConfig, weights: WeightOptimizer, source: ModelShape, platform: Platform
     ) -> None:
-        self.config, self.platform = config, platform
+        self.config, self.platform, self._weights = config, platform, weights
         pruning = config.pruning
         if config.target is not None:
             self.target = resolve_target(source, config.target, pruning.head_unit)
@@ -100,6 +125,7 @@ class PruningObjective(LanguageModeling):
             platform,
             weights.owned,
             config.parallel.overlap_param_gather,
+            weights.master,
             pruning.head_unit,
         )
         self._groups: dict[str, dict[str, nn.Parameter]] = {
@@ -119,34 +145,53 @@ class PruningObjective(LanguageModeling):
             weight_decay=0.0,
             foreach=False,
         )
+        # Of all masks in one tensor, which is summed over the ranks at once.
+        log_alphas = self._groups["log_alpha"].values()
+        sizes = [log_alpha.numel() for log_alpha in log_alphas]
+        self._mask_gradients = torch.zeros(sum(sizes), device=platform.device)
+        parts = self._mask_gradients.split(sizes)
+        for log_alpha, part in zip(log_alphas, parts, strict=True):
+            log_alpha.grad = part.view_as(log_alpha)
+        self._next: _Ahead | None = None
+
+    def _ahead(self, step: int) -> _Ahead:
+        """What a step needs: already drawn, unless the run has just begun."""
+        if self._next is None or self._next.step != step:
+            z = self.masks.sample(self.config.trainer.seed, step)
+            self._next = _Ahead(step, z, constraints(self.masks), z[HIDDEN].count_nonzero())
+        return self._next
 
     def step_weights(self, step: int) -> AbstractContextManager[None]:
         """The weights under the masks drawn for this step."""
-        return self.masked_weights.masked(self.masks.sample(self.config.trainer.seed, step))
+        ahead = self._ahead(step)
+        return self.masked_weights.masked(ahead.z, ahead.kept)
 
-    def evaluation_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
         """The weights under deterministic masks, of the current or the target model."""
         which: Literal["current", "target"] = (
             "target" if self.config.evaluation.masks == "target" else "current"
         )
-        return self.masked_weights.masked(self.masks.deterministic(which))
+        with self.masked_weights.masked(self.masks.deterministic(which)):
+            yield
+        self._weights.collect()
 
     def backward(self, step: int) -> None:
         """Chain rule to the weights and log_alpha, then the penalty, which needs no data."""
         self._optimizer.zero_grad(set_to_none=False)
         self.masked_weights.backward()
-        gradients = [parameter.grad for parameter in self._groups["log_alpha"].values()]
-        present = [gradient for gradient in gradients if gradient is not None]
-        flat = self.platform.sum_over_model(torch.cat([g.flatten() for g in present]))
         if self.config.parallel.distributed_optimizer:  # each rank has a part of the gradients
-            flat = self.platform.sum_over_data(flat)
-        for gradient, part in zip(present, flat.split([g.numel() for g in present]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        self._penalty = self.lagrangian.penalty(constraints(self.masks), step)
+            self.platform.sum_over_all(self._mask_gradients)
+        else:
+            self.platform.sum_over_model(self._mask_gradients)
+        self._penalty = self.lagrangian.penalty(self._ahead(step).sparsity, step)
         self._penalty.backward()
 
-    def update(self, lr_share: float) -> None:
-        """Masks descend, multipliers ascend; each kind's gradients are clipped by its own norm."""
+    def update(self, step: int, lr_share: float) -> None:
+        """Masks descend, multipliers ascend; each kind's gradients are clipped by its own norm.
+
+        Then the masks of the next step are drawn.
+        """
         groups = zip(self._groups.values(), self._optimizer.param_groups, self._lrs, strict=True)
         self._grad_norms = []
         for parameters, group, lr in groups:
@@ -155,17 +200,22 @@ class PruningObjective(LanguageModeling):
             group["lr"] = lr * lr_share
         self._optimizer.step()
         self.masks.clamp_()
+        self._ahead(step + 1)
 
-    @torch.no_grad()
-    def metrics(self, step: int) -> dict[str, Any]:
-        """Of the step that was done: what `StepRecord` says of stage prune.
+    def numbers(self) -> list[Tensor]:
+        """Of the step that was done, and of the next one."""
+        assert self._next is not None
+        multipliers = [self._groups["multipliers"][name] for name in self._next.sparsity]
+        sparsity = [rows.mean() for rows in self._next.sparsity.values()]
+        return [self._next.nonzero, self._penalty, *self._grad_norms, *sparsity, *multipliers]
 
-        The host waits for the device once, for all of it.
-        """
-        sparsity = {name: rows.mean() for name, rows in constraints(self.masks).items()}
-        multipliers = [self._groups["multipliers"][name] for name in sparsity]
-        found = _lists([self._penalty, *self._grad_norms, *sparsity.values(), *multipliers])
-        penalty, mask_grad_norm, multiplier_grad_norm, *rest = found
+    def metrics(self, step: int, numbers: Sequence[Tensor]) -> dict[str, Any]:
+        """Of the step that was done: what `StepRecord` says of stage prune."""
+        assert self._next is not None
+        sparsity = self._next.sparsity
+        nonzero, *others = numbers
+        self._next.kept = int(nonzero)
+        penalty, mask_grad_norm, multiplier_grad_norm, *rest = [n.tolist() for n in others]
         return {
             "mask_grad_norm": mask_grad_norm,
             "multiplier_grad_norm": multiplier_grad_norm,
@@ -209,6 +259,7 @@ class PruningObjective(LanguageModeling):
                     for key, value in state.items()
                     if key.startswith(prefix)
                 }
+        self._next = None
 
     @torch.no_grad()
     def result(self) -> str:
@@ -231,10 +282,3 @@ class PruningObjective(LanguageModeling):
         return format_off_target(
             off_target(self.masks, target_sparsity=self.config.target_sparsity)
         )
-
-
-def _lists(tensors: Sequence[Tensor]) -> list[Any]:
-    """Values of float32 tensors, as numbers and nested lists; the host waits for all at once."""
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(t.shape).tolist() for part, t in zip(parts, tensors, strict=True)]

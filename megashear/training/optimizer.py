@@ -114,6 +114,23 @@ class WeightOptimizer:
         first = group.intra_distributed_optimizer_instance_rank * share - begin
         return range(min(max(first, 0), size), min(max(first + share, 0), size))
 
+    def master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """The float32 weights that the optimizer keeps beside bf16 ones, where `owned`, flattened.
+
+        None under fp32: the parameter is its own.
+        """
+        main = getattr(parameter, "main_param", None)  # Megatron-Core's name
+        return None if main is None else main.detach().view(-1)
+
+    def collect(self) -> None:
+        """Give all ranks the weights that their owners alone have put in order.
+
+        With `overlap_param_gather` that is done before each use, by `gather`.
+        """
+        if self.parallel.distributed_optimizer and not self.parallel.overlap_param_gather:
+            for model in self.models:
+                model.start_param_sync()
+
     def gather(self, *, wait: bool = False) -> None:
         """With `overlap_param_gather`: begin to collect all weights from the ranks that own them.
 

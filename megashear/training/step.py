@@ -16,15 +16,18 @@ from megashear.platform.parallel import Platform
 
 
 class DomainLosses:
-    """Sums of token losses and numbers of tokens per domain, over any set of batches and ranks.
+    """Losses of domains, from sums that the host has.
+
+    Args:
+        totals: float64 [2, domains] as of `run_microbatches`, over all ranks.
 
     Attributes:
         sums: nats, float64 [domains].
         tokens: float64 [domains].
     """
 
-    def __init__(self, sums: Tensor, tokens: Tensor) -> None:
-        self.sums, self.tokens = sums, tokens
+    def __init__(self, totals: Tensor) -> None:
+        self.sums, self.tokens = totals
 
     @property
     def mean(self) -> float:
@@ -43,18 +46,19 @@ def run_microbatches(
     num_domains: int,
     *,
     forward_only: bool = False,
-) -> DomainLosses:
+) -> Tensor:
     """Run all micro-batches of this rank; with the backward pass, gradients end up reduced.
 
     Args:
         models: this rank's part, one for each virtual pipeline stage.
         batches: this rank's micro-batches, equally shaped and equally many on every rank.
-        platform: where to compute, and over which ranks to sum.
+        platform: where to compute.
         num_domains: domains that `dataset_id` may name.
         forward_only: without the backward pass.
 
     Returns:
-        Losses summed over all ranks, the same on each.
+        Sums of token losses (nats) and numbers of tokens, float64 [2, domains], such that the sum
+        over all ranks is over all tokens, each once.
     """
     micro_batch_size, seq_length = batches[0]["tokens"].shape
     iterators = [iter(batches) for _ in models]
@@ -68,10 +72,10 @@ def run_microbatches(
         forward_only=forward_only,
     )
     total = torch.zeros(2, num_domains, dtype=torch.float64, device=platform.device)
-    for report in reports:  # there are none but on the last pipeline stage
-        total += report["domains"]
-    sums, tokens = platform.sum_over_stages(platform.sum_over_data(total))
-    return DomainLosses(sums, tokens)
+    if platform.tensor_rank == 0:  # the others have the same
+        for report in reports:  # there are none but on the last pipeline stage
+            total += report["domains"]
+    return total
 
 
 def _forward(

@@ -17,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megashear import console
 from megashear.checkpoint import manager
 from megashear.checkpoint.agreement import on_first_process
@@ -31,6 +34,7 @@ from megashear.data.mixture import Mixture
 from megashear.errors import CheckpointError, TrainingError
 from megashear.model.build import build_model
 from megashear.platform import cuda
+from megashear.platform.cuda import Moment, ToHost
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import flops_per_token, parameter_count
 from megashear.records import MASKS, EvaluationRecord, pack, utc
@@ -40,6 +44,9 @@ from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_lock import RunLock
 from megashear.training.run_log import RunLog, peak_flops, start_record
 from megashear.training.step import DomainLosses, run_microbatches
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""That end a run in order, by their numbers."""
 
 
 def source_shape(config: RunConfig) -> ModelShape:
@@ -120,7 +127,8 @@ class Trainer:
         )
         if resumed is not None:  # last, since what is made before may draw numbers
             self.checkpoints.restore_random_states(resumed)
-        self._signal = 0  # the one that ends the run
+        self._signal = 0  # the newest that this process got
+        self._agreed = 0  # the one that ends the run, on all ranks
         peak = peak_flops(platform)
         self._peak_flops = peak and peak * platform.world_size
         self._flops_per_token = flops_per_token(self.shape, data.seq_length)
@@ -184,7 +192,7 @@ class Trainer:
             if not self.losses:  # the run begins: a resumed one has those of its checkpoint
                 self._evaluate()
                 saved = None
-            while self.step < steps and not self._must_stop():
+            while self.step < steps and not self._agreed:
                 self.train_step()
                 if self._due(self.config.evaluation.interval):
                     self._evaluate()
@@ -198,7 +206,7 @@ class Trainer:
             self._end()
         self.loader.close()
         if self.step < steps:
-            raise SystemExit(128 + self._signal)
+            raise SystemExit(128 + self._agreed)
 
     def _start(self) -> None:
         shapes, now = (self.shape, self.objective.target), (self.step, self._weights())
@@ -216,7 +224,7 @@ class Trainer:
         """Say what the run came to, or what stopped it."""
         reason, verdict = "complete", self.objective.verdict()
         if self.step < self.config.trainer.steps:
-            reason, verdict = signal.Signals(self._signal).name, ""
+            reason, verdict = signal.Signals(self._agreed).name, ""
             self.log.say(f"stopped by {reason} at step {self.step}; start it again to go on")
         elif result := self.objective.result():
             self.log.say(result)
@@ -230,29 +238,38 @@ class Trainer:
         return self.step % interval == 0 or self.step == self.config.trainer.steps
 
     def train_step(self) -> None:
-        """One optimizer step: every micro-batch forward and backward, then one update."""
-        began, mark = time.perf_counter(), self.platform.progress.mark
+        """One optimizer step: every micro-batch forward and backward, then one update.
+
+        What the host wants to know of it comes while the weights are updated. Megatron's optimizer
+        waits for the device once, for the norm of the gradients; nothing else does.
+        """
+        began, mark, device = time.perf_counter(), self.platform.progress.mark, self.platform.device
         mark("reading of data", self.step + 1)
         self.loader.fetch_until(self._next_evaluation() * self.config.trainer.global_batch_size)
         batches = self.loader.next_step()
-        loaded = time.perf_counter()
+        loaded, first = time.perf_counter(), Moment(device)
         lr_share = self.optimizer.begin_step(self.step)
         self.optimizer.zero_grad()
         mark("micro-batches")
         with self.objective.step_weights(self.step):
             self.optimizer.gather()
-            losses = run_microbatches(
+            totals = run_microbatches(
                 self.optimizer.models, batches, self.platform, len(self.mixture.names)
             )
-        self._check_finite(losses, batches)  # waits for the device
-        computed = time.perf_counter()
+        computed = Moment(device)
         mark("optimizer")
         self.objective.backward(self.step)
+        self.objective.update(self.step, lr_share)
+        told = ToHost([*self._agree(totals), *self.objective.numbers()])
         grad_norm = self.optimizer.step()
-        self.objective.update(lr_share)
-        objective = self.objective.metrics(self.step)
+        totals, signals, *numbers = told.read()
+        losses = DomainLosses(totals)
+        self._check_finite(losses, batches)
+        got = [number for number, ranks in zip(SIGNALS, signals.tolist(), strict=True) if ranks]
+        self._agreed = max(got, default=0)
+        objective = self.objective.metrics(self.step, numbers)
         self.step += 1
-        self._log_step(losses, grad_norm, objective, (began, loaded, computed))
+        self._log_step(losses, grad_norm, objective, (began, loaded, computed.since(first)))
 
     def _next_evaluation(self) -> int:
         interval = self.config.evaluation.interval
@@ -282,7 +299,7 @@ class Trainer:
         objective: dict[str, Any],
         times: tuple[float, float, float],
     ) -> None:
-        began, loaded, computed = times
+        began, loaded, forward_backward = times
         seconds = time.perf_counter() - began
         tokens = self.config.trainer.global_batch_size * self.config.data.seq_length
         of_domains = zip(self.mixture.names, losses.of_domains(), strict=True)
@@ -300,7 +317,7 @@ class Trainer:
                 **objective,  # type: ignore[typeddict-item]
                 "seconds": seconds,
                 "data_seconds": loaded - began,
-                "forward_backward_seconds": computed - loaded,
+                "forward_backward_seconds": forward_backward,
                 "tokens_per_second": tokens / seconds,
                 "mfu": self._mfu(tokens / seconds),
                 "memory_gib": cuda.peak_memory_gib(self.platform.device),
@@ -386,8 +403,7 @@ class Trainer:
 
         After the step, and with a save. Under nohup SIGHUP stays ignored.
         """
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-        before = {number: signal.getsignal(number) for number in numbers}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         if before[signal.SIGHUP] == signal.SIG_IGN:
             del before[signal.SIGHUP]
 
@@ -404,12 +420,18 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _must_stop(self) -> bool:
-        """Whether any rank got a signal: they come between different steps on different ranks."""
-        agreed = self.platform.largest(self._signal)
-        if agreed:  # else one that came meanwhile counts the next time
-            self._signal = agreed
-        return agreed != 0
+    def _agree(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of losses over all ranks, and how many of them got each of SIGNALS.
+
+        Signals come at different moments on different ranks; one that comes after this counts in
+        the next step.
+        """
+        signals = totals.new_zeros(len(SIGNALS))
+        if self._signal:
+            signals[SIGNALS.index(self._signal)].fill_(1)
+        flat = self.platform.sum_over_all(torch.cat([totals.flatten(), signals]))
+        sums, signals = flat.split([totals.numel(), len(SIGNALS)])
+        return sums.view_as(totals), signals
 
 
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:

@@ -207,9 +207,9 @@ def stop_by_signal(config: RunConfig) -> tuple[int, list[str]]:
     step = trainer.train_step
 
     def step_with_signal() -> None:
-        step()
-        if trainer.step == 2 and platform.rank == 0:
+        if trainer.step == 1 and platform.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
+        step()
 
     trainer.train_step = step_with_signal  # type: ignore[method-assign]
     with pytest.raises(SystemExit):

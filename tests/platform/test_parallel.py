@@ -84,17 +84,17 @@ def places(tensor: int) -> dict[str, Any]:
         "data_size": platform.data_size,
         "world_size": platform.world_size,
         "model": platform.sum_over_model(one.clone()).item(),
-        "data": platform.sum_over_data(one.clone()).item(),
+        "all": platform.sum_over_all(one.clone()).item(),
         "largest": platform.largest(7 - platform.rank),
     }
     parallel.stop()
     return found
 
 
-def test_sums_are_over_the_ranks_of_one_model_or_over_its_copies() -> None:
+def test_sums_are_over_the_ranks_of_one_model_or_over_all() -> None:
     ranks = run_distributed(places, 4, 2)
     assert [rank["place"] for rank in ranks] == [(0, 2, 0), (1, 2, 0), (0, 2, 1), (1, 2, 1)]
     assert {(rank["data_size"], rank["world_size"]) for rank in ranks} == {(2, 4)}
     assert [rank["model"] for rank in ranks] == [11, 11, 1100, 1100]
-    assert [rank["data"] for rank in ranks] == [101, 1010, 101, 1010]
+    assert [rank["all"] for rank in ranks] == [1111] * 4
     assert {rank["largest"] for rank in ranks} == {7}

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from megashear.config.schema import EvaluationConfig, ParallelConfig, RunConfig, TrainerConfig
 from megashear.platform import parallel, watchdog
@@ -257,18 +258,18 @@ def assert_same_files(found: Path, expected: Path) -> None:
 
 
 def signalled_while_ranks_agree(config: RunConfig) -> list[int]:
-    """A run that gets SIGTERM in the collective that asks whether any rank did."""
+    """A run that gets SIGTERM after the collective that says whether any rank did."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
-    largest = parallel.Platform.largest
+    agree = trainer._agree
 
-    def largest_and_signal(self: parallel.Platform, value: int) -> int:
-        agreed = largest(self, value)
-        if sys._getframe(1).f_code.co_name == "_must_stop" and trainer.step == 1:
+    def agree_and_signal(totals: Tensor) -> tuple[Tensor, Tensor]:
+        agreed = agree(totals)
+        if trainer.step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return agreed
 
-    parallel.Platform.largest = largest_and_signal  # type: ignore[method-assign]
+    trainer._agree = agree_and_signal  # type: ignore[method-assign]
     with pytest.raises(SystemExit) as ended:
         trainer.run()
     parallel.stop()
