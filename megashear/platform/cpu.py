@@ -8,11 +8,14 @@ of docs/design.md. Checked with megatron-core 0.16.1 and 0.19.2.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # Modules whose own name `torch` becomes a proxy, because they write device="cuda".
 _MODULES_WITH_CUDA_LITERALS = (
@@ -62,6 +65,33 @@ def _cuda_name_of_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs or not name.startswith("torch."):
         return name
     return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+
+
+class _OneThreadGloo(dist.ProcessGroupGloo):
+    """A process group of gloo that does its collectives one after another, on one thread.
+
+    torch's (2.13) has two threads, and both assign to one string, without a lock, the name of what
+    they have just done (`pgStatus_->lastCompletedWorkName` in ProcessGroupGloo::runLoop). A name of
+    more than 15 letters, ALLGATHER_COALESCED of `overlap_param_gather`, is on the heap: two that
+    end together free it twice, which kills a run on a busy machine now and then.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        gloo: Any = dist.ProcessGroupGloo
+        options: Any = gloo._Options()
+        options._threads, options._timeout = 1, timeout
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
+        options._devices = (
+            [gloo.create_device(interface=name) for name in interfaces.split(",")]
+            if interfaces
+            else [gloo.create_default_device()]
+        )
+        super().__init__(store, rank, size, options)
+
+
+def use_one_thread_per_group() -> None:
+    """Let torch make process groups of gloo with one thread, for the rest of this process."""
+    vars(dist.distributed_c10d)["ProcessGroupGloo"] = _OneThreadGloo
 
 
 _tensor_type = torch.Tensor.type

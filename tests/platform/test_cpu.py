@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megashear.config.schema import ParallelConfig, PlatformConfig
+from megashear.platform import parallel
 from megashear.platform.cpu import redirect_cuda
 from tests.distributed import run_distributed
 
@@ -83,3 +86,19 @@ def test_cuda_literals_of_megatron_mean_the_cpu_and_no_others() -> None:
     assert found["same"]
     if not torch.cuda.is_available():
         assert found["elsewhere"] == "an error"
+
+
+def threads_of_groups(parallel_config: ParallelConfig) -> list[int]:
+    """How many threads do the collectives of each group that there is."""
+    parallel.start(PlatformConfig(device="cpu"), parallel_config, seed=0)
+    groups = dist.distributed_c10d._world.pg_map
+    backends: list[Any] = [group._get_backend(torch.device("cpu")) for group in groups]
+    threads = [backend.options._threads for backend in backends]
+    parallel.stop()
+    return threads
+
+
+def test_two_collectives_of_a_group_never_end_at_the_same_moment() -> None:
+    """With torch's two threads of a group they did, and broke its memory."""
+    for threads in run_distributed(threads_of_groups, 2, ParallelConfig(tensor=2)):
+        assert len(threads) > 10 and set(threads) == {1}
