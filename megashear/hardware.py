@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+"""Weights that are worked on at once, by kind of device: what a core's cache holds, and what keeps
+a GPU busy."""
+
 
 @dataclass(frozen=True)
 class Gpu:

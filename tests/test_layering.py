@@ -25,7 +25,7 @@ DIRECTION: dict[str, set[str]] = {
     "pruning": {"errors", "config"},
     "planning": {"errors", "config", "console", "hardware", "pruning"},
     "platform": {"errors", "config", "console", "hardware"},
-    "model": {"errors", "config", "pruning", "platform"},
+    "model": {"errors", "config", "pruning", "platform", "hardware"},
     "data": {"errors", "files", "config", "platform"},
     "checkpoint": {"errors", "files", "config", "console", "model", "pruning", "platform"},
     "training": {

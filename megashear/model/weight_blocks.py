@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-"""Of one list of blocks, at most: what a core's cache holds, and what keeps a GPU busy."""
+from megashear.hardware import BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Blocks:
     @staticmethod
     def of(matrices: Matrices, positions: Sequence[range]) -> list[Blocks]:
         """Blocks that hold these positions, flattened, of each matrix."""
-        most = ELEMENTS[matrices.weights[0].device.type]
+        most = BLOCK_ELEMENTS[matrices.weights[0].device.type]
         found: list[Blocks] = []
         pieces: list[_Piece] = []
         width = matrices.weights[0].shape[1]

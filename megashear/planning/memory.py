@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megashear.hardware import BLOCK_ELEMENTS
 from megashear.planning.setup import CPU, TRANSFORMER_ENGINE, Setup, sizes_of_stage
 
 ERROR = 0.04
@@ -30,7 +31,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    masks: float  # masks, and the copy of scaled weights that is put aside
+    masks: float  # masks, factors, and the copy of scaled weights that is put aside
     activations: float  # of all micro-batches in flight, and the gradients of a layer
     logits: float  # and what the loss and the gradient of the output head take
     buffers: float  # of communication, and temporary copies of the optimizer
@@ -53,15 +54,19 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
     first, last = stage == 0, stage == parallel.pipeline - 1
     sizes = sizes_of_stage(setup.shape, parallel.tensor, setup.layers, first, last)
     fp32_copy = 4 if setup.precision == "bf16" else 0  # beside two moments
-    put_aside = element * sizes.scaled / (owners if parallel.overlap_param_gather else 1)
+    # Copies of scaled weights are put aside where the optimizer has none of its own.
+    put_aside = 0 if setup.precision == "bf16" else 4 * sizes.scaled / owners
+    device = "cpu" if setup.backend == CPU else "cuda"
+    most = setup.layers * sizes.largest_scaled / owners  # of the parameters of one name
+    scratch = 4 * min(BLOCK_ELEMENTS[device], most)  # of the chain rule
     kept, at_work, logits = _activations(setup, stage)
-    inside = kept + at_work + logits + (put_aside if setup.masked else 0)
-    after = _after_backward(setup, sizes.parameters, sizes.largest, sizes.largest_scaled)
+    inside = kept + at_work + logits
+    after = _after_backward(setup, sizes.parameters, sizes.largest)
     return Memory(
         weights=element * sizes.parameters,
         gradients=4 * sizes.parameters,
         optimizer=(8 + fp32_copy) * sizes.parameters / owners,
-        masks=(put_aside + MASK_BYTES * setup.masked_units) if setup.masked else 0,
+        masks=(put_aside + scratch + MASK_BYTES * setup.masked_units) if setup.masked else 0,
         activations=kept + at_work,
         logits=logits,
         # Beside activations, or, where more, in their place after the backward pass.
@@ -69,15 +74,13 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
     )
 
 
-def _after_backward(setup: Setup, parameters: int, largest: int, largest_scaled: int) -> float:
-    """Temporary copies of the chain rule, or of the optimizer's step."""
+def _after_backward(setup: Setup, parameters: int, largest: int) -> float:
+    """Temporary copies of the optimizer's step."""
     if setup.backend == TRANSFORMER_ENGINE:  # its fused Adam has none
-        step = 0.0
-    elif setup.backend == CPU:  # one parameter after another
-        step = 2.3 * 4 * largest
-    else:  # all at once
-        step = 4 * parameters / setup.owners
-    return max(step, 4 * largest_scaled if setup.masked else 0)
+        return 0.0
+    if setup.backend == CPU:  # one parameter after another
+        return 2.3 * 4 * largest
+    return 4 * parameters / setup.owners  # all at once
 
 
 def _communication(setup: Setup, stage: int) -> float:

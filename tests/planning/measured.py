@@ -112,8 +112,9 @@ def measure(case: Case) -> list[tuple[dict[str, float], Memory]]:
         config = config_of(Path(name), case)
         measured = run_distributed(memory_of_run, case.ranks, config)
     setup = setup_of(config, case.shape, case.ranks, CPU)
-    stages = config.parallel.pipeline  # ranks of one stage are alike
-    of_stages = measured[:: case.ranks // stages]
+    ranks = case.ranks // config.parallel.pipeline  # of a stage; the one that takes most counts
+    stages = [measured[first : first + ranks] for first in range(0, case.ranks, ranks)]
+    of_stages = [max(of_stage, key=lambda found: found["peak"]) for of_stage in stages]
     return [(found, stage_memory(setup, stage)) for stage, found in enumerate(of_stages)]
 
 
@@ -193,7 +194,7 @@ def _second_step(trainer: Trainer, memory: LiveMemory) -> dict[str, float]:
 
         return call
 
-    plain, before_step = trainer_module.run_microbatches, memory.live
+    plain, held = trainer_module.run_microbatches, sum(found.values())
     trainer_module.run_microbatches = watched(plain)  # type: ignore[assignment]
     for part, method in ((trainer.optimizer, "step"), (trainer.objective, "backward")):
         setattr(part, method, watched(getattr(part, method)))
@@ -203,7 +204,7 @@ def _second_step(trainer: Trainer, memory: LiveMemory) -> dict[str, float]:
         trainer_module.run_microbatches = plain
     before, peak = phases[0]  # the micro-batches
     return found | {
-        "masks": before - before_step if trainer.config.stage == "prune" else 0,
+        "masks": before - held if trainer.config.stage == "prune" else 0,
         "activations": peak - before,
         "peak": max(peak for _, peak in phases),
     }
