@@ -99,6 +99,9 @@ class _Watchdog:
     def __init__(self, progress: Progress, timeout: float, speaks: bool) -> None:
         # How this process leaves: None while it runs, else the error of its own or "".
         self.left: str | None = None
+        # What is published from the time-out on: where this process is stuck, also when it has
+        # ended. The others may notice later, by a second or more, and have to find it there.
+        self._stuck: dict[str, Any] | None = None
         self._progress, self._timeout, self._speaks = progress, timeout, speaks
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # Reading a mark takes the store 2.5 us, and every rank reads all: 1/4 of a core at most.
@@ -122,7 +125,7 @@ class _Watchdog:
         self._closed.set()
         self._progress.changed.set()
         self._exchanging.join(2 * self._period)
-        if self.left and self._size > 1:
+        if (self.left or self._stuck) and self._size > 1:
             time.sleep(2 * self._period)  # they have to read it: the store may end with this rank
 
     def judge(self, what: str) -> str:
@@ -144,11 +147,12 @@ class _Watchdog:
             idle = idle + self._period if self._progress.now is last else 0.0
             last = self._progress.now
             if idle >= self._timeout and self.left is None:
+                self._stuck = {**self._state(), "stuck": True}
                 limit = f"platform.timeout_minutes = {self._timeout / 60:.3g}"
                 message = self.judge(f"no progress for {idle:.0f} s ({limit})")
                 if not self._closed.is_set():
-                    self.close()
                     say(f"error: {message}")
+                    self.close()
                     os._exit(LOST)
 
     def _exchange(self) -> None:
@@ -166,6 +170,8 @@ class _Watchdog:
             self._progress.changed.clear()
 
     def _state(self) -> dict[str, Any]:
+        if self._stuck:
+            return self._stuck
         count, step, doing, since = self._progress.now
         code = sys._current_frames()[self._main]
         file = code.f_code.co_filename
@@ -178,6 +184,7 @@ class _Watchdog:
             "where": f"{code.f_code.co_name} ({os.path.basename(file)}:{code.f_lineno})",
             "waits": "/distributed/" in file,
             "left": self.left,
+            "stuck": False,
         }
 
     def _read(self) -> None:
@@ -205,6 +212,8 @@ class _Watchdog:
         )
 
     def _is_silent(self, rank: int) -> bool:
+        if self._said[rank]["stuck"]:
+            return False
         silent = _SILENT * self._period
         if rank == 0 and time.monotonic() - self._read_at > silent:
             return True  # the store is beside it and does not answer

@@ -56,6 +56,11 @@ def hang_in_python() -> None:
     time.sleep(120)
 
 
+def hang_first() -> None:
+    """While the others do something before, so that they notice it when this one has ended."""
+    time.sleep(120)
+
+
 def fail() -> None:
     raise MemoryError("no memory is left")
 
@@ -70,6 +75,7 @@ RUNS: dict[str, tuple[int, int | None, Callable[[], None]]] = {
     "killed": (3, 1, die),
     "killed with the store": (2, 0, die),
     "hangs": (2, 1, hang_in_python),
+    "hangs first": (2, 1, hang_first),
     "hangs alone": (1, 0, hang_in_python),
     "fails": (2, 1, fail),
     "slow": (2, None, be_slow),
@@ -85,8 +91,10 @@ def on_rank(config: RunConfig, culprit: int | None, happens: Callable[[], None],
     run_microbatches = trainer_module.run_microbatches
 
     def with_what_happens(models: Any, batches: Any, platform: Any, *others: Any) -> Any:
-        slow = happens is be_slow
-        if culprit in (None, rank) and (slow or platform.progress.now[1] == STEP):
+        slow, at_step = happens is be_slow, platform.progress.now[1] == STEP
+        if happens is hang_first and at_step and rank != culprit:
+            time.sleep(0.8 * TIMEOUT)
+        if culprit in (None, rank) and (slow or at_step):
             (out / f"{rank}.happens").touch()
             happens()
         return run_microbatches(models, batches, platform, *others)
@@ -248,6 +256,17 @@ def test_rank_that_hangs_while_the_others_wait_for_it_is_named_by_all(
             runs["hangs"].said(rank).splitlines()[0],
         )
     assert "all_reduce" in runs["hangs"].said(0).splitlines()[1]
+
+
+def test_rank_that_hangs_is_named_by_those_that_notice_after_it_has_ended(
+    runs: dict[str, Ranks],
+) -> None:
+    assert runs["hangs first"].processes[0].exitcode == LOST
+    assert runs["hangs first"].ends[1] < runs["hangs first"].ends[0]
+    first = runs["hangs first"].said(0).splitlines()[0]
+    assert re.search(
+        rf": rank 1 \(.+\) at step {STEP} in micro-batches for \d+ s, hang_first", first
+    )
 
 
 def test_run_of_one_process_that_hangs_ends(runs: dict[str, Ranks]) -> None:
