@@ -21,11 +21,11 @@ import json
 import platform as python_platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import megatron.core
+import torch
 from torch import Tensor
 
 import megashear
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
     return {
         "megashear": megashear.__version__,
         "megatron-core": megatron.core.__version__,
-        "torch": version("torch"),
+        "torch": str(torch.__version__),
         "python": python_platform.python_version(),
     }
 

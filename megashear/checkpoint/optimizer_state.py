@@ -97,7 +97,8 @@ def _owned(optimizer: Any) -> dict[Tensor, _Owned]:
         for parameter, main, begin in _main_parameters(part):
             state = part.optimizer.state[main]
             for kind in _KINDS:
-                state.setdefault(kind, torch.zeros_like(main))
+                if kind not in state:
+                    state[kind] = torch.zeros_like(main)
             if isinstance(part.optimizer, torch.optim.AdamW):
                 state.setdefault("step", torch.tensor(0.0))
             tensors = {kind: state[kind].view(-1) for kind in _KINDS}

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ class CheckpointManager:
         self.platform = platform
         self.keep = keep
         self._saving: _Saving | None = None
+        self._removal = threading.Thread()  # of what is kept no longer; on the first rank
 
     def save(
         self,
@@ -76,6 +78,7 @@ class CheckpointManager:
             CheckpointError: a rank cannot write; nothing is left of it.
         """
         assert self._saving is None, "the last checkpoint is still being written"
+        self._wait_for_removal()
         final = self.directory / f"step-{info.step:08d}"
         partial = final.with_name(f".{final.name}.partial")
         info = dataclasses.replace(info, versions=versions(), directory=final)
@@ -104,7 +107,7 @@ class CheckpointManager:
     def poll(self) -> Path | None:
         """Finish the save that goes on, if all ranks have written; returns what `finish` does."""
         if self._saving and not self.platform.largest(not self._saving.writing.done()):
-            return self.finish()
+            return self._complete(self._saving)
         return None
 
     def finish(self) -> Path | None:
@@ -116,9 +119,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: a rank could not write; nothing is left of it.
         """
-        if self._saving is None:
-            return None
-        saving, self._saving = self._saving, None
+        checkpoint = self._complete(self._saving) if self._saving else None
+        self._wait_for_removal()
+        return checkpoint
+
+    def _complete(self, saving: _Saving) -> Path:
+        self._saving = None
         mark = self.platform.progress.mark
         with self._removed_on_failure(saving.partial):
             mark("writing of a checkpoint")
@@ -152,8 +158,14 @@ class CheckpointManager:
         saved = sorted(path for path in self.directory.glob("step-*") if path.name <= newest.name)
         for old in saved[: -self.keep]:
             os.replace(old, old.with_name(f".{old.name}.partial"))  # no half of it under its name
-        for left in self.directory.glob(".step-*.partial"):
-            shutil.rmtree(left)
+        left = list(self.directory.glob(".step-*.partial"))
+        # Beside training: of files of many gigabytes a file system takes seconds.
+        self._removal = threading.Thread(target=_remove, args=left)
+        self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal.is_alive():
+            self._removal.join()
 
     def latest(self) -> CheckpointInfo | None:
         """What `latest` names, or None where the run has not saved yet."""
@@ -184,6 +196,7 @@ class CheckpointManager:
                     wrong.append(f"Going on from the newest whole checkpoint, {directory}")
                 else:  # the last save of a run has none after it that would
                     on_first_process(functools.partial(self._remove_old, directory))
+                    self._wait_for_removal()
                 return read_info(directory), "\n".join(wrong)
             wrong.append(f"{directory}: damaged:\n  " + "\n  ".join(lines))
         if not wrong:
@@ -244,8 +257,13 @@ class CheckpointManager:
             raise CheckpointError(f"{file}: damaged: {error}") from error
 
 
+def _remove(*directories: Path) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)  # what stays goes with the next save
+
+
 def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    _remove(directory)
     (directory / "random").mkdir(parents=True)
 
 
