@@ -1,48 +1,53 @@
-"""Time and memory of tools/checkpoint/hf_to_megatron.py and megatron_to_hf.py, at a 3B shape.
+"""Time and memory of tools/checkpoint/: import and export of a model, extraction of a pruned one.
 
-A Hugging Face directory of OpenLLaMA-3B's shape is made with random bfloat16 weights, imported and
-exported again, each by the command in a process of its own. Before and after each, the same files
-are copied on the same disk, and flushed to it as the commands flush theirs; the ratio is to the
-mean of both. Warm: what is read was read just before. Cold: it was dropped from the page cache.
+Models of OpenLLaMA-3B's layers, as many as --size asks for, of random bfloat16 weights. Each
+command is a process of its own. Before and after it what it reads is copied on the same disk, and
+flushed to it as the commands flush theirs; ratios are to the mean of both. What is read was read
+just before (warm), or with --cold dropped from the page cache.
 
-Memory is the largest sum of resident pages of the process and its children, looked at 50 times a
-second, against three times the largest tensor and 1.5 GB. Mapped pages of the file that is being
-read count. What a small model takes is the libraries; the rest is taken to grow with the largest
-tensor, and time with the bytes, for the extrapolation to 70B.
+Memory is the largest sum of pages of the process and its children, looked at 20 times a second; what
+several share counts once. Mapped pages of the file that is being read count. What a model of hardly any size takes is
+the libraries; the rest is taken to grow with the largest tensor, and time with the bytes, for the
+extrapolation to 70B.
 
-    python benchmarks/conversion.py [--directory DIR]         # takes 20 GB there for a time
+Example (four minutes on two idle cores, 5 GB of disk):
+  OMP_NUM_THREADS=1 python benchmarks/conversion.py
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
 
 import psutil
-import safetensors
 import torch
+from harness import ROOT, Report, interleaved, parser, ratio
+from safetensors.torch import save_file
 from torch import Tensor
 
-from megashear import console
+from megashear.checkpoint import checksums
 from megashear.checkpoint.hf import write_huggingface
+from megashear.checkpoint.manager import MASKS, CheckpointInfo, write_model
+from megashear.checkpoint.stream import processes
 from megashear.config.schema import ModelShape
+from megashear.console import run
 from megashear.files import flush
 from megashear.pruning.counting import parameter_count
+from megashear.pruning.masks import Masks
 from megashear.pruning.table import table
 
-TOOLS = Path(__file__).parents[1] / "tools" / "checkpoint"
+TOOLS = ROOT / "tools" / "checkpoint"
 OPEN_LLAMA_3B = ModelShape(
     num_layers=26,
     hidden_size=3200,
@@ -61,17 +66,121 @@ LLAMA_70B = ModelShape(
 )
 SMALL = replace(OPEN_LLAMA_3B, num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=128)
 BYTES = 2  # of a bfloat16 number
+OPEN = 4.5
+"""log_alpha of a mask that is decided; of one that is shut, its negative."""
 
 
-class Measured(NamedTuple):
-    """A command beside copies: seconds, its peak memory in bytes, and the machine's load then."""
+@dataclass
+class Command:
+    """A command on a model's files, and what was measured of it in each round.
 
-    command: str
-    cache: str
-    copies: tuple[float, float]
-    seconds: float
-    peak: int
-    load: float
+    Attributes:
+        name: of the case.
+        line: script of tools/checkpoint/, and its arguments.
+        source: what it reads, and is copied.
+        result: what it writes; replaced in each round.
+        copies: seconds that a copy takes, mean of one before and one after.
+        peak: most memory (bytes).
+        written: bytes of the result.
+    """
+
+    name: str
+    line: tuple[str | Path, ...]
+    source: Path
+    result: Path
+    copies: list[float] = field(default_factory=list)
+    peak: int = 0
+    written: int = 0
+
+    def measure(self, cold: bool) -> float:
+        """Seconds of the command."""
+        shutil.rmtree(self.result, ignore_errors=True)
+        before = self.copy(cold)
+        self.prepare(cold)
+        seconds, peak = watch(TOOLS / self.line[0], *self.line[1:])
+        self.copies.append((before + self.copy(cold)) / 2)
+        self.peak, self.written = max(self.peak, peak), size(self.result)
+        return seconds
+
+    def copy(self, cold: bool) -> float:
+        """Seconds that a copy takes until all of it is on the disk; it is removed again."""
+        self.prepare(cold)
+        out = self.source.with_name("copy")
+        began = time.perf_counter()
+        shutil.copytree(self.source, out)
+        for file in files(out):
+            flush(file)
+        seconds = time.perf_counter() - began
+        shutil.rmtree(out)
+        return seconds
+
+    def prepare(self, cold: bool) -> None:
+        """Bring what is read into the page cache, or drop it from there."""
+        for file in files(self.source):
+            descriptor = os.open(file, os.O_RDONLY)
+            if cold:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while os.read(descriptor, 2**24):
+                    pass
+            os.close(descriptor)
+
+
+def main() -> None:
+    """Measure, print and keep both tables."""
+    options = parser(__doc__, rounds=3)
+    option = options.add_argument
+    option("--size", type=float, default=1.2, metavar="GB", help="of the model (default: 1.2)")
+    option("--cold", action="store_true", help="read from the disk, not from the page cache")
+    option("--directory", type=Path, help="on the disk to measure (default: TMPDIR)")
+    arguments = options.parse_args()
+    report = Report("conversion", __doc__ or "")
+    shape = replace(OPEN_LLAMA_3B, num_layers=layers_of(arguments.size))
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        small = commands(Path(name) / "hardly anything", SMALL)
+        large = commands(Path(name) / f"{gigabytes(shape):.1f} GB", shape)
+        cases = {each.name: partial(each.measure, arguments.cold) for each in (*small, *large)}
+        found = interleaved(cases, arguments.rounds, warm_up=0)
+        pairs = list(zip(small, large, strict=True))
+        show(report, shape, arguments.cold, pairs, found)
+    report.write(arguments.out)
+
+
+def layers_of(gb: float) -> int:
+    """How many layers a model of about this size has."""
+    one, two = (gigabytes(replace(OPEN_LLAMA_3B, num_layers=n)) for n in (1, 2))
+    return max(2, 1 + round((gb - one) / (two - one)))
+
+
+def gigabytes(shape: ModelShape) -> float:
+    """Of a model in bfloat16."""
+    return BYTES * parameter_count(shape) / 1e9
+
+
+def largest(shape: ModelShape) -> float:
+    """GB of the largest tensor, as Megatron has it: never smaller than Hugging Face's."""
+    return BYTES * max(prod(row.shape()) for row in table(shape)) / 1e9
+
+
+def commands(folder: Path, shape: ModelShape) -> list[Command]:
+    """The commands, and what the first and the last read; import makes what export reads."""
+    hf, imported, exported, pruned, cut = (
+        folder / name for name in ("hf", "imported", "exported", "pruned", "extracted")
+    )
+    write_huggingface(hf, shape, random_weights(shape), max_shard_bytes=2**31)
+    write_pruned(pruned, shape)
+    os.sync()
+    of = f" {folder.name}"
+    return [
+        Command("import" + of, ("hf_to_megatron.py", "--hf", hf, "--out", imported), hf, imported),
+        Command(
+            "export" + of,
+            ("megatron_to_hf.py", "--checkpoint", imported, "--out", exported),
+            imported,
+            exported,
+        ),
+        Command("extract" + of, ("extract.py", "--run", pruned, "--out", cut), pruned, cut),
+    ]
 
 
 def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
@@ -82,145 +191,87 @@ def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
         yield row.name, block.repeat(-(-numel // len(block)))[:numel].view(row.shape())
 
 
+def write_pruned(directory: Path, shape: ModelShape) -> None:
+    """A checkpoint of a pruning run whose masks keep half of the model's hidden units and mlp."""
+    target = replace(
+        shape, hidden_size=shape.hidden_size // 2, ffn_hidden_size=shape.ffn_hidden_size // 2
+    )
+    masks = Masks(shape, target)
+    for name, log_alpha in masks.log_alpha.items():
+        log_alpha.data[:, masks.target_units[name] :] = -OPEN
+    info = CheckpointInfo(shape, "prune", target=target)
+    with processes():
+        write_model(directory, info, random_weights(shape))
+        save_file(masks.state_dict(), directory / MASKS)
+        checksums.seal(directory, {})
+
+
 def files(directory: Path) -> list[Path]:
     """All files of a directory."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def drop_from_cache(directory: Path) -> None:
-    """The next reading comes from the disk."""
-    for file in files(directory):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+def size(directory: Path) -> int:
+    """Bytes of all files of a directory."""
+    return sum(file.stat().st_size for file in files(directory))
 
 
-def copy(source: Path, out: Path, cold: bool) -> float:
-    """Seconds that a copy takes until all of it is on the disk; it is removed again."""
-    prepare(source, cold)
-    started = time.perf_counter()
-    shutil.copytree(source, out)
-    for file in files(out):
-        flush(file)
-    seconds = time.perf_counter() - started
-    shutil.rmtree(out)
-    return seconds
-
-
-def watch(*command: str | Path) -> tuple[float, int]:
+def watch(*line: str | Path) -> tuple[float, int]:
     """Seconds that a command takes, and the most memory that it and its children had, in bytes."""
-    started, peak = time.perf_counter(), 0
-    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parents[1])}
+    began, peak = time.perf_counter(), 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = psutil.Popen(
-        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, *map(str, line)], env=environment, stdout=subprocess.DEVNULL
     )
     while process.poll() is None:
         peak = max(peak, resident(process))
-        time.sleep(0.02)
+        time.sleep(0.05)
     if process.returncode:
-        raise SystemExit(f"{command[0]} failed")
-    return time.perf_counter() - started, peak
+        raise SystemExit(f"{line[0]} failed")
+    return time.perf_counter() - began, peak
 
 
 def resident(process: psutil.Process) -> int:
     """Bytes that it and its children have in memory."""
     total = 0
     for each in (process, *process.children(recursive=True)):
-        try:
-            total += each.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(psutil.Error):  # it has ended
+            total += each.memory_full_info().pss
     return total
 
 
-def prepare(source: Path, cold: bool) -> None:
-    """Bring files into the page cache, or drop them from it."""
-    if cold:
-        drop_from_cache(source)
-    else:
-        for file in files(source):
-            read_through(file)
-
-
-def measure(directory: Path, shape: ModelShape, colds: Sequence[bool]) -> list[Measured]:
-    """Import and export a model, beside copies, from a warm and a cold page cache."""
-    hf, megatron, out = (directory / name for name in ("hf", "megatron", "out"))
-    write_huggingface(hf, shape, random_weights(shape), max_shard_bytes=2**31)
-    commands = {
-        "import": (hf, megatron, ("hf_to_megatron.py", "--hf", hf, "--out", megatron)),
-        "export": (megatron, out, ("megatron_to_hf.py", "--checkpoint", megatron, "--out", out)),
-    }
-    measured = []
-    for name, (source, result, (script, *arguments)) in commands.items():
-        for cold in colds:
-            shutil.rmtree(result, ignore_errors=True)
-            before = copy(source, directory / "copy", cold)
-            prepare(source, cold)
-            seconds, peak = watch(TOOLS / script, *arguments)
-            after = copy(source, directory / "copy", cold)
-            state = "cold" if cold else "warm"
-            load = os.getloadavg()[0]
-            measured.append(Measured(name, state, (before, after), seconds, peak, load))
-    shutil.rmtree(directory)
-    return measured
-
-
-def read_through(file: Path) -> None:
-    """Bring a file into the page cache."""
-    with file.open("rb", buffering=0) as stream:
-        while stream.read(2**24):
-            pass
-
-
-def gigabytes(shape: ModelShape) -> float:
-    """Of the largest tensor of a model, as Megatron has it: never smaller than Hugging Face's."""
-    return BYTES * max(prod(row.shape()) for row in table(shape)) / 1e9
-
-
-def row(measured: Measured, libraries: Measured) -> tuple[object, ...]:
-    """What is printed of a measurement, with the extrapolation."""
-    size = BYTES * parameter_count(OPEN_LLAMA_3B) / 1e9
-    large = BYTES * parameter_count(LLAMA_70B) / 1e9
-    seconds, copy = measured.seconds - libraries.seconds, sum(measured.copies) / 2
-    tensors = (measured.peak - libraries.peak) / 1e9 / gigabytes(OPEN_LLAMA_3B)
-    return (
-        *(measured.command, measured.cache, f"{measured.load:.0f}"),
-        " and ".join(f"{seconds:.1f}" for seconds in measured.copies),
-        f"{measured.seconds:.1f}",
-        f"{measured.seconds / copy:.2f}",
-        f"{measured.peak / 1e9:.2f}",
-        f"{3 * gigabytes(OPEN_LLAMA_3B) + 1.5:.2f}",
-        f"{(libraries.seconds + seconds / size * large) / 60:.0f}",
-        f"{(libraries.seconds + seconds / size * large) / (copy / size * large):.2f}",
-        f"{libraries.peak / 1e9 + tensors * gigabytes(LLAMA_70B):.2f}",
-        f"{3 * gigabytes(LLAMA_70B) + 1.5:.2f}",
-    )
-
-
-def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: TMPDIR)")
-    arguments = parser.parse_args()
-    print("$ python", shlex.join(sys.argv))
-    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    print(f"{os.cpu_count()} cores, load {load};", end=" ")
-    print(f"Python {platform.python_version()}, torch {torch.__version__},", end=" ")
-    print(f"safetensors {safetensors.__version__}")
-    print(f"{BYTES * parameter_count(OPEN_LLAMA_3B) / 1e9:.2f} GB", flush=True)
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        small = measure(Path(name) / "small", SMALL, [False])
-        libraries = {measured.command: measured for measured in small}
-        found = measure(Path(name) / "3b", OPEN_LLAMA_3B, [False, True])
-    header = ("command", "cache", "load", "copies s", "seconds", "ratio", "peak GB", "limit GB")
-    header += ("70B: minutes", "ratio", "peak GB", "limit GB")
-    print(console.table([row(each, libraries[each.command]) for each in found], header))
-    for each in libraries.values():
-        print(f"{each.command} of a small model: {each.seconds:.1f} s, {each.peak / 1e9:.2f} GB")
+def show(
+    report: Report,
+    shape: ModelShape,
+    cold: bool,
+    pairs: list[tuple[Command, Command]],
+    found: dict[str, list[float]],
+) -> None:
+    """What was measured, and what it comes to at 70B."""
+    measured, large = [], []
+    share_70b = gigabytes(LLAMA_70B) / gigabytes(shape)
+    for small, command in pairs:
+        seconds, libraries = found[command.name], found[small.name]
+        net = [whole - part for whole, part in zip(seconds, libraries, strict=True)]
+        figures = [size(command.source) / 1e9, command.written / 1e9, median(command.copies)]
+        figures += [median(seconds), median(libraries)]
+        peaks = command.peak / 1e9, small.peak / 1e9
+        ratios = ratio(seconds, command.copies), ratio(net, command.copies)
+        rounded = [round(figure, 2) for figure in (*figures, *peaks)]
+        measured.append((command.name, *rounded[:5], *ratios, *rounded[5:]))
+        expected = median(libraries) + share_70b * median(net)
+        copies = share_70b * median(command.copies)
+        peak = peaks[1] + (peaks[0] - peaks[1]) / largest(shape) * largest(LLAMA_70B)
+        limit = 3 * largest(LLAMA_70B) + 1.5
+        row = (expected / 60, expected / copies, peak, limit)
+        large.append((command.name, *(round(figure, 2) for figure in row)))
+    header = ["", "reads GB", "writes GB", "copy s", "seconds", "of it libraries s", "over a copy"]
+    header += ["without libraries", "peak GB", "of it libraries GB"]
+    cache = "cold" if cold else "warm"
+    report.table(f"{gigabytes(shape):.2f} GB, {cache} page cache", header, measured)
+    header = ["", "minutes", "over a copy", "peak GB", "3 times the largest tensor + 1.5 GB"]
+    report.table("Arithmetic: the same at 70B, 138 GB", header, large)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

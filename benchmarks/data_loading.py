@@ -1,10 +1,12 @@
-"""What loading costs, beside Megatron's static BlendedDataset under torch's DataLoader, in one run.
+"""What loading costs: sequences/s, start and update at 12 M samples, share of a run's time.
 
-    python benchmarks/data_loading.py
+Reading: sequences/s that reach the training loop, of text in the page cache, beside Megatron's
+static BlendedDataset under torch's DataLoader. Waiting: what real runs of the trainer record. Plan:
+start-up, update and memory for 50 billion tokens in seven domains, whose token files are real in
+length alone (their text is a hole in a sparse file); each in a process of its own.
 
-Plan: start-up, update and memory for a plan of 50 billion tokens in seven domains, whose token
-files are real in length alone (their text is a hole in a sparse file). Each line is a process of
-its own. Reading: sequences/s that reach the training loop, of text in the page cache.
+Example (four minutes on two idle cores):
+  OMP_NUM_THREADS=1 python benchmarks/data_loading.py
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,76 +23,213 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import numpy as np
 import torch
+from harness import Report, interleaved, parser, ratio
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+from runs import WEIGHTS, of_kind, run_config, train, write_domains
 from torch.utils.data import DataLoader
 
-from megashear.config.schema import DataConfig, Domain
-from megashear.console import table
+from megashear.config.schema import DataConfig, EvaluationConfig, ModelShape, TrainerConfig
+from megashear.console import run
 from megashear.data.dali import DaliFetcher
 from megashear.data.dataset import DynamicBlendedDataset, build_train_dataset
 from megashear.data.loader import Fetcher, TrainLoader, microbatch_samples, torch_fetcher
 from megashear.data.mixture import Mixture, Segment
+from megashear.hardware import gpu_of_device
+from megashear.pruning.counting import flops_per_token
 
-WEIGHTS = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
 VOCAB, GLOBAL_BATCH, MICRO_BATCH, EVALUATIONS = 32000, 32, 4, 120
+TORCH, DALI, STATIC = "megashear, torch", "megashear, dali", "Megatron BlendedDataset"
 FETCHERS: dict[str, Fetcher] = {
-    "megashear, torch": torch_fetcher,
-    "megashear, dali": partial(DaliFetcher, device=torch.device("cpu")),
+    TORCH: torch_fetcher,
+    DALI: partial(DaliFetcher, device=torch.device("cpu")),
 }
-STATIC = "Megatron BlendedDataset"
+SMALL = ModelShape(
+    num_layers=4, hidden_size=128, num_attention_heads=4, ffn_hidden_size=344, vocab_size=2000
+)
+LLAMA = {
+    "1.3B": ModelShape(
+        num_layers=24,
+        hidden_size=2048,
+        num_attention_heads=16,
+        ffn_hidden_size=5504,
+        vocab_size=VOCAB,
+    ),
+    "7B": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        ffn_hidden_size=11008,
+        vocab_size=VOCAB,
+    ),
+}
+SHARE_OF_PEAK = 0.4
 
 
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
+    """Measure, print and keep all tables."""
+    options = parser(__doc__, rounds=3)
+    option = options.add_argument
     option("--tokens", type=float, default=50e9, help="of the plan (default: 50e9)")
     option("--seq-length", type=int, default=4096, metavar="N", help="default: 4096")
     option("--workers", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N")
-    option("--seconds", type=float, default=1.5, help="of one measurement (default: 1.5)")
-    option("--rounds", type=int, default=5, help="of all measurements (default: 5)")
-    arguments = parser.parse_args()
+    option("--seconds", type=float, default=1.0, help="of one measured rate (default: 1)")
+    option("--steps", type=int, default=20, help="of a real run (default: 20)")
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="data-loading-") as folder:
-        show_plan(Path(folder), int(arguments.tokens), arguments.seq_length)
-        show_reading(Path(folder), arguments)
+    report = Report("data_loading", __doc__ or "")
+    with tempfile.TemporaryDirectory(prefix="data-loading-") as name:
+        folder = Path(name)
+        rates = show_reading(report, folder, arguments)
+        show_need(report, rates, arguments)
+        show_waiting(report, folder, arguments)
+        show_plan(report, folder, arguments)
+    report.write(arguments.out)
 
 
-def show_plan(folder: Path, tokens: int, seq_length: int) -> None:
+def show_reading(
+    report: Report, folder: Path, arguments: argparse.Namespace
+) -> dict[tuple[str, int], list[float]]:
+    """Sequences/s by loader and number of workers."""
+    length, seconds = arguments.seq_length, arguments.seconds
+    domains = write_domains(folder / "text", 60_000_000, 1000, VOCAB)
+    config = DataConfig(seq_length=length, domains=domains)
+    found: dict[tuple[str, int], list[float]] = {}
+    for workers in arguments.workers:
+        cases = {
+            name: partial(sequences_per_second, partial(read_steps, each, config, workers), seconds)
+            for name, each in FETCHERS.items()
+        }
+        static = partial(read_static, config, workers)
+        cases[STATIC] = partial(sequences_per_second, static, seconds)
+        rates = interleaved(cases, arguments.rounds, warm_up=0)
+        found |= {(name, workers): each for name, each in rates.items()}
+    rows = [
+        (name, workers, round(median(each)), ratio(each, found[STATIC, workers]))
+        for (name, workers), each in sorted(found.items())
+    ]
+    title = f"Reading: sequences/s of {length} tokens, micro-batches of {MICRO_BATCH}"
+    report.table(title, ["loader", "workers", "sequences/s", f"over {STATIC}"], rows)
+    return found
+
+
+def sequences_per_second(read: Callable[[], Iterator[Any]], seconds: float) -> float:
+    """Over some time, once all is going."""
+    micro_batches = read()
+    for _ in range(40):
+        next(micro_batches)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        next(micro_batches)
+        count += 1
+    return MICRO_BATCH * count / (time.perf_counter() - began)
+
+
+def show_need(
+    report: Report, rates: dict[tuple[str, int], list[float]], arguments: argparse.Namespace
+) -> None:
+    """What a GPU would take of the measured rates: arithmetic, no measurement of a GPU."""
+    gpu = gpu_of_device("NVIDIA H200")
+    assert gpu is not None
+    rows = []
+    for model, shape in LLAMA.items():
+        flops = flops_per_token(shape, arguments.seq_length) * arguments.seq_length
+        needed = SHARE_OF_PEAK * gpu.bf16_flops / flops
+        for (name, workers), found in sorted(rates.items()):
+            if name != STATIC:
+                share = needed / median(found)
+                rows.append((model, round(needed, 1), name, workers, round(100 * share, 3)))
+    title = f"Arithmetic: one {gpu.name} that trains at {SHARE_OF_PEAK:.0%} of its peak, against "
+    header = ["model", "needs sequences/s", "loader", "workers", "% of time if nothing hides"]
+    report.table(title + "the rates above", header, rows)
+
+
+def show_waiting(report: Report, folder: Path, arguments: argparse.Namespace) -> None:
+    """Share of the steps' time that real runs spend waiting for data, from their records."""
+    domains = write_domains(folder / "short", 2_000_000, 1000, SMALL.vocab_size)
+    shares: dict[int, list[float]] = {}
+    starts: dict[int, list[float]] = {}
+    step_seconds: list[float] = []
+    for number in range(arguments.rounds):
+        for workers in (0, 1, 2):
+            config = run_config(
+                folder / f"run-{number}-{workers}",
+                DataConfig(seq_length=512, num_workers=workers, domains=domains),
+                model=SMALL,
+                evaluation=EvaluationConfig(interval=10, sequences_per_domain=1),
+                trainer=TrainerConfig(
+                    steps=arguments.steps,
+                    global_batch_size=4,
+                    micro_batch_size=4,
+                    save_interval=arguments.steps,
+                ),
+            )
+            first, *steps = of_kind(train(config), "step")
+            starts.setdefault(workers, []).append(1000 * first["data_seconds"])
+            waited = sum(step["data_seconds"] for step in steps)
+            seconds = sum(step["seconds"] for step in steps)
+            shares.setdefault(workers, []).append(100 * waited / seconds)
+            step_seconds.append(seconds / len(steps))
+    rows = []
+    for workers, found in shares.items():
+        figures = (min(found), median(found), max(found))
+        rows.append(
+            (workers, *(round(each, 3) for each in figures), round(median(starts[workers])))
+        )
+    title = (
+        f"Waiting: % of step time in real runs on the CPU ({SMALL.num_layers} layers, hidden "
+        f"{SMALL.hidden_size}, 4 x 512 tokens a step of {median(step_seconds):.2f} s, an "
+        "evaluation every 10); the first step, which starts the workers, apart"
+    )
+    report.table(title, ["workers", "least", "median", "most", "first step's wait (ms)"], rows)
+
+
+def show_plan(report: Report, folder: Path, arguments: argparse.Namespace) -> None:
     """Start-up, update and memory, each measured in a process of its own."""
-    config = write_domains(folder / "plan", tokens, seq_length, 100_000, sparse=True)
-    last = tokens // seq_length // GLOBAL_BATCH * GLOBAL_BATCH - GLOBAL_BATCH
-    measured = {
-        "indices of all domains: built and kept on disk": apart(open_indices, config),
-        "indices of all domains: by every other process": apart(open_indices, config),
-        "start at the first step": apart(start, config, last, 1, 0),
-        "start at the last step, one segment (rule constant)": apart(start, config, last, 1, last),
-        f"start at the last step, {EVALUATIONS} segments": apart(
-            start, config, last, EVALUATIONS, last
+    tokens, length = int(arguments.tokens), arguments.seq_length
+    config = plan(folder / "plan", tokens, length)
+    last = tokens // length // GLOBAL_BATCH * GLOBAL_BATCH - GLOBAL_BATCH
+    built = apart(open_indices, config)
+    ways: dict[str, Callable[[], tuple[float, int]]] = {
+        "indices of all domains: by every other process": partial(apart, open_indices, config),
+        "start at the first step": partial(apart, start, config, last, 1, 0),
+        "start at the last step, one segment": partial(apart, start, config, last, 1, last),
+        f"start at the last step, {EVALUATIONS} segments": partial(
+            apart, start, config, last, EVALUATIONS, last
         ),
-        f"update after {EVALUATIONS} segments": apart(update, config, last),
-        f"{STATIC}, its start": apart(start_static, config, last),
+        f"update after {EVALUATIONS} segments": partial(apart, update, config, last),
+        f"{STATIC}, its start": partial(apart, start_static, config, last),
     }
     for part in (100, 10, 1):
-        smaller = write_domains(
-            folder / f"plan-{part}", tokens // part, seq_length, 100_000, sparse=True
-        )
+        smaller = plan(folder / f"plan-{part}", tokens // part, length)
         apart(open_indices, smaller)
         name = f"a worker that has read of all domains, plan of {tokens / part / 1e9:g} B tokens"
-        measured[name] = apart(read_some, smaller)
-    print(f"{tokens:,} tokens, {last + GLOBAL_BATCH:,} sequences of {seq_length}, seven domains")
-    rows = [[name, f"{s:.3f}", f"{size / 2**20:.0f}"] for name, (s, size) in measured.items()]
-    print(table(rows, ["", "seconds", "memory (MiB)"]), flush=True)
+        ways[name] = partial(apart, read_some, smaller)
+    memory: dict[str, int] = {}
+
+    def case(name: str) -> float:
+        seconds, memory[name] = ways[name]()
+        return seconds
+
+    found = interleaved({name: partial(case, name) for name in ways}, arguments.rounds, warm_up=0)
+    first = "indices of all domains: built and kept on disk (once)"
+    rows = [(first, round(built[0], 3), "", built[1] // 2**20)]
+    for name, each in found.items():
+        beside = ratio(each, found[f"{STATIC}, its start"])
+        rows.append((name, round(median(each), 4), beside, memory[name] // 2**20))
+    title = f"Plan: {tokens:,} tokens, {last + GLOBAL_BATCH:,} sequences of {length}, seven domains"
+    report.table(title, ["", "seconds", f"over the start of {STATIC}", "memory (MiB)"], rows)
+
+
+def plan(folder: Path, tokens: int, seq_length: int) -> DataConfig:
+    """Domains that are long and hold nothing."""
+    domains = write_domains(folder, tokens, 100_000, VOCAB, sparse=True)
+    return DataConfig(seq_length=seq_length, domains=domains)
 
 
 def apart(function: Callable[..., float], *arguments: Any) -> tuple[float, int]:
@@ -205,59 +343,6 @@ def static(config: DataConfig, samples: int) -> BlendedDataset:
     return BlendedDataset(members, list(WEIGHTS), samples, settings)
 
 
-def write_domains(
-    folder: Path, tokens: int, seq_length: int, length: int, *, sparse: bool
-) -> DataConfig:
-    """Token files of seven domains, in documents of `length` tokens; random text, or none."""
-    folder.mkdir()
-    rng, domains = np.random.default_rng(0), []
-    for number, weight in enumerate(WEIGHTS):
-        prefix, documents = folder / f"d{number}", int(tokens * weight / length)
-        with _IndexWriter(f"{prefix}.idx", np.uint16) as index:
-            index.write(np.full(documents, length), None, np.arange(documents + 1))
-        with open(f"{prefix}.bin", "wb") as file:
-            if sparse:
-                file.truncate(2 * documents * length)
-            else:
-                rng.integers(0, VOCAB, documents * length, dtype=np.uint16).tofile(file)
-        domains.append(Domain(f"d{number}", str(prefix), str(prefix), weight, 1.0))
-    return DataConfig(seq_length=seq_length, domains=tuple(domains))
-
-
-def show_reading(folder: Path, arguments: argparse.Namespace) -> None:
-    """Sequences/s by loader and number of workers: medians, of ratios too, over rounds."""
-    config = write_domains(folder / "text", 60_000_000, arguments.seq_length, 1000, sparse=False)
-    rates: dict[tuple[str, int], list[float]] = {}
-    for _ in range(arguments.rounds):
-        for workers in arguments.workers:
-            for name in (*FETCHERS, STATIC):
-                read = read_static if name == STATIC else partial(read_steps, FETCHERS[name])
-                rate = sequences_per_second(read(config, workers), arguments.seconds)
-                rates.setdefault((name, workers), []).append(rate)
-    rows = []
-    for name in (*FETCHERS, STATIC):
-        row = [name]
-        for workers in arguments.workers:
-            found, beside = rates[name, workers], rates[STATIC, workers]
-            ratio = median(a / b for a, b in zip(found, beside, strict=True))
-            row.append(f"{median(found):,.0f} ({ratio:.2f})")
-        rows.append(row)
-    print(f"\nsequences/s of {arguments.seq_length}, micro-batches of {MICRO_BATCH}, by workers;")
-    print(f"in brackets, over those of {STATIC}; medians of {arguments.rounds} rounds")
-    print(table(rows, ["", *map(str, arguments.workers)]))
-
-
-def sequences_per_second(micro_batches: Iterator[Any], seconds: float) -> float:
-    """Over some time, once all is going."""
-    for _ in range(40):
-        next(micro_batches)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        next(micro_batches)
-        count += 1
-    return MICRO_BATCH * count / (time.perf_counter() - began)
-
-
 def make_loader(
     dataset: DynamicBlendedDataset, workers: int, fetcher: Fetcher, position: int = 0
 ) -> TrainLoader:
@@ -302,4 +387,4 @@ def read_static(config: DataConfig, workers: int) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,9 @@ from megashear.console import table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "safetensors")
+# Of optional packages that are not there, at every import of Megatron: here before the imports of
+# the benchmarks, which come after this one's.
+warnings.filterwarnings("ignore", module=r"megatron\.")
 NOT_MEASURED = "not measured"
 """What a table says where this machine has not what a figure needs."""
 

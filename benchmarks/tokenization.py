@@ -8,22 +8,22 @@ process:
 - Megatron-LM: a process for each file decodes and encodes line by line and adds each document to
   an IndexedDatasetBuilder; imports, which take seconds, are left out.
 
-Ratios of wall time say something on an idle machine only, those of CPU time on a busy one too.
+Ratios of wall time say something on an idle machine only, those of CPU time on a busy one too. The
+text is Python's standard library unless --input names other.
 
-    python benchmarks/tokenization.py --input 'text/*.jsonl' --sentencepiece llama/tokenizer.model
+Example (four minutes on two idle cores):
+  python benchmarks/tokenization.py
+  python benchmarks/tokenization.py --input 'text/*.jsonl' --sentencepiece llama/tokenizer.model
 """
 
 # Not named tokenize.py: the folder of a script comes before the standard library's `tokenize`.
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
-import shlex
-import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +34,9 @@ from statistics import median
 
 import sentencepiece
 import tokenizers
+from harness import Ratio, Report, interleaved, parser, ratio
 
-from megashear import console
+from megashear.console import run
 from megashear.data.jsonl import find_inputs, read_chunks, text_of
 from megashear.data.preprocess import tokenize_files
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
@@ -128,61 +129,87 @@ def train_byte_level(texts: list[str], folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def compare(tokenizer: Path, files: Sequence[Path], repeats: int) -> list[tuple[object, ...]]:
-    """A row for each way: medians, and of ratios to the library in the same round."""
+def train_sentencepiece(texts: list[str], folder: Path) -> Path:
+    """A BPE with bytes to fall back to like LLaMA's, of a part of the texts; its model."""
+    lines = (line for text in texts[:400] for line in text.splitlines() if line.strip())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=8000,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+def standard_library(size: float) -> list[str]:
+    """Python's own modules in the order of their names, MB of them."""
+    texts, left = [], size * 1e6
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        if left > 0 and "site-packages" not in file.parts:
+            texts.append(file.read_text(encoding="utf-8", errors="replace"))
+            left -= len(texts[-1])
+    return [text for text in texts if text.strip()]
+
+
+Row = tuple[str, int, str, float, float, Ratio, Ratio]
+
+
+def compare(tokenizer: Path, files: Sequence[Path], rounds: int) -> list[Row]:
+    """A row for each way: medians, and ratios to the library in the same round."""
     os.environ["RAYON_NUM_THREADS"] = str(len(files))  # threads of `tokenizers`
-    rounds = []
-    for _ in range(repeats):
-        times = {}
-        for name, way in WAYS.items():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                times[name] = alone.submit(way, tokenizer, files).result()
-        rounds.append(times)
-    rows: list[tuple[object, ...]] = []
-    for name in WAYS:
-        wall, cpu = (median(times[name][i] for times in rounds) for i in (0, 1))
-        ratios = [median(t[name][i] / t["library"][i] for t in rounds) for i in (0, 1)]
-        row = (tokenizer.name, len(files), name, f"{wall:.1f}", f"{cpu:.1f}")
-        rows.append((*row, *(f"{ratio:.2f}" for ratio in ratios)))
-    return rows
+    cpu: dict[str, list[float]] = {name: [] for name in WAYS}
+
+    def case(name: str) -> float:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            seconds, of_cpu = alone.submit(WAYS[name], tokenizer, files).result()
+        cpu[name].append(of_cpu)
+        return seconds
+
+    wall = interleaved({name: partial(case, name) for name in WAYS}, rounds, warm_up=0)
+    return [
+        (
+            tokenizer.name,
+            len(files),
+            name,
+            *(round(median(found[name]), 1) for found in (wall, cpu)),
+            *(ratio(found[name], found["library"]) for found in (wall, cpu)),
+        )
+        for name in WAYS
+    ]
 
 
 def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
-    option("--input", nargs="+", required=True, metavar="FILE", help="JSONL, its field `text`")
-    option("--sentencepiece", type=Path, required=True, metavar="MODEL")
-    option("--workers", type=int, nargs="+", default=[1, 2])
-    option("--copies", type=int, default=1, help="of the text, one after the other (default: 1)")
-    option("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    texts = read_texts(find_inputs(arguments.input)) * arguments.copies
-    size = sum(len(text.encode()) for text in texts)
-    print("$ python", shlex.join(sys.argv))
-    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    print(
-        f"{len(texts):,} texts, {size / 1e6:.1f} MB; {os.cpu_count()} cores, load {load};", end=" "
-    )
-    print(
-        f"Python {platform.python_version()}, sentencepiece {sentencepiece.__version__},", end=" "
-    )
-    print(f"tokenizers {tokenizers.__version__}")
-    rows: list[tuple[object, ...]] = []
+    """Measure, print and keep the table."""
+    options = parser(__doc__, rounds=3)
+    option = options.add_argument
+    option("--input", nargs="+", metavar="FILE", help="JSONL, its field `text`")
+    option("--mb", type=float, default=8, help="of the standard library without it (default: 8)")
+    option("--sentencepiece", type=Path, metavar="MODEL", help="default: trained on the text")
+    option("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    arguments = options.parse_args()
+    given = arguments.input and read_texts(find_inputs(arguments.input))
+    texts = given or standard_library(arguments.mb)
+    rows = []
+    report = Report("tokenization", __doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for tokenizer in (arguments.sentencepiece, train_byte_level(texts, folder)):
+        model = arguments.sentencepiece or train_sentencepiece(texts, folder)
+        for tokenizer in (model, train_byte_level(texts, folder)):
             for workers in arguments.workers:
                 files = [folder / f"{number}.jsonl" for number in range(workers)]
                 for number, file in enumerate(files):
                     lines = (json.dumps({"text": text}) for text in texts[number::workers])
                     file.write_text("\n".join(lines), encoding="utf-8")
-                rows += compare(tokenizer, files, arguments.repeats)
-    header = ("tokenizer", "workers", "way", "seconds", "CPU s", "of library", "of its CPU")
-    print(console.table(rows, header))
+                rows += compare(tokenizer, files, arguments.rounds)
+    size = sum(len(text.encode()) for text in texts)
+    header = ["tokenizer", "workers", "way", "seconds", "CPU s", "over library", "its CPU"]
+    report.table(f"{len(texts):,} texts, {size / 1e6:.1f} MB", header, rows)
+    report.note(f"sentencepiece {sentencepiece.__version__}, tokenizers {tokenizers.__version__}")
+    report.write(arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""What all benchmarks do alike: cases take turns, ratios are of the same round, JSON says it all."""
+"""What all benchmarks do alike: cases take turns, ratios are of one round, JSON says it all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_ratio_is_the_median_of_rounds_not_that_of_medians() -> None:
 def test_a_ratio_needs_rounds_and_as_many_of_both() -> None:
     with pytest.raises(ValueError, match="3 rounds or more, not 2"):
         ratio([1.0, 1.0], [1.0, 1.0])
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="shorter"):
         ratio([1.0, 1.0, 1.0], [1.0, 1.0])
 
 
