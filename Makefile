@@ -8,13 +8,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 MAX_KB := 500
+BENCHMARKS ?= mask_overhead data_loading tokenization conversion checkpoints evaluation scaling inference
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-latest test-slurm python-latest check format clean
+.PHONY: help venv demo test test-long test-latest test-slurm bench python-latest check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
-	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.12), VENV=$(VENV), ARGS (for demo and test)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.12), VENV=$(VENV), ARGS (for demo, test, bench)"
 
 venv: $(STAMP) ## install everything into .venv, with pinned versions
 
@@ -51,6 +52,15 @@ test-slurm: $(STAMP) ## run the tests with a real Slurm on this machine (as root
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm >/dev/null; } || \
 	  { echo "error: slurmctld and slurmd are missing. On Debian: apt-get install slurm-wlm" >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+bench: $(STAMP) ## run the benchmarks, one after another (half an hour on two idle cores)
+	@failed=; for name in $(BENCHMARKS); do \
+	  echo "== benchmarks/$$name.py $(ARGS)"; \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(ARGS); status=$$?; echo; \
+	  test $$status -ne 130 || exit 130; \
+	  test $$status -eq 0 || failed="$$failed $$name"; \
+	done; \
+	test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
 python-latest:
 	@echo $(PYTHON_LATEST)

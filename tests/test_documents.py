@@ -50,6 +50,7 @@ ELSEWHERE = {
     "make test-long": (".ci/run", "make test-long"),
     "make test-slurm": (".ci/run", "make test-slurm"),
     "make check": (".ci/run", "make check"),
+    "make bench": ("Makefile", "bench: $(STAMP)"),
     "make venv": ("Makefile", "venv: $(STAMP)"),
     "pip install -e .": ("Makefile", "pip install -qq -c constraints.txt -e '."),
     "megashear shear chain.yaml": ("tests/test_shear.py", '"shear", "chain.yaml")'),
