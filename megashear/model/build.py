@@ -16,6 +16,7 @@ from torch.nn import functional
 from megashear.config.schema import QUERY_GROUP, ModelShape, ParallelConfig, RotaryScaling
 from megashear.model.masked_gpt import BoundRow, MaskedGPTModel
 from megashear.model.specs import block_spec
+from megashear.platform.kernels import can_compile
 from megashear.platform.parallel import Platform
 
 
@@ -28,7 +29,8 @@ def transformer_config(
     (`calculate_per_token_loss`), so that it does not depend on how samples are spread.
     """
     fused = platform.layers == "transformer_engine"
-    on_cpu = platform.device.type == "cpu"
+    compiled = fused or can_compile(platform.device)
+    on_cpu, bf16 = platform.device.type == "cpu", platform.dtype == torch.bfloat16
     window = shape.sliding_window
     assert shape.qkv_bias or not shape.proj_bias  # Megatron-Core would add a bias of no row
     config = TransformerConfig(
@@ -54,12 +56,13 @@ def transformer_config(
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not on_cpu,
         params_dtype=platform.dtype,
         pipeline_dtype=platform.dtype,
-        bf16=platform.dtype == torch.bfloat16,
+        bf16=bf16,
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,
         persist_layer_norm=False,
         # Fusions that need Apex, Transformer Engine or torch.compile stay off elsewhere.
-        bias_activation_fusion=fused,
+        bias_activation_fusion=compiled,
+        cross_entropy_loss_fusion=compiled and bf16,  # it rounds the gradient of logits to bf16
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,

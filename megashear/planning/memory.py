@@ -146,8 +146,8 @@ def layer_activations(setup: Setup) -> float:
         attention += element * 4 * shape.kv_channels / setup.micro_batch_size
     if setup.backend not in (CPU, TRANSFORMER_ENGINE) and setup.micro_batch_size > 1:
         attention += element * queries  # the output, in another order
-    # fc1 (gate and up) and the product; torch layers keep the activated gate and the up half too.
-    halves = 3 if setup.backend == TRANSFORMER_ENGINE else 5
+    # fc1 (gate and up) and the product; not compiled, the activated gate and the up half too.
+    halves = 5 if setup.backend == CPU else 3
     mlp = element * halves * shape.ffn_hidden_size / tensor
     return tokens * (norms + attention + mlp)
 

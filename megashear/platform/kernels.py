@@ -1,10 +1,16 @@
-"""Apex: says whether its fused kernels are there; Megatron-Core itself picks them up.
+"""What fused kernels there are: Apex's, which Megatron-Core itself picks up, and compiled ones.
 
 Apex is NVIDIA's, built from its sources; the package of that name on the Python package index is
 something else and is never installed by this project.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
 
 from megashear.errors import PlatformError
 
@@ -30,3 +36,14 @@ def choose_kernels(asked: str) -> str:
             "Build it from NVIDIA's sources (not from the package index), or use torch or auto"
         )
     return found
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether Megatron-Core's functions under torch.compile (SwiGLU, cross entropy) run fused here.
+
+    On a GPU, with Triton and the C compiler that it calls. On a CPU compiling takes longer than
+    what it saves in a short run.
+    """
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers)
+    return device.type == "cuda" and has_compiler and importlib.util.find_spec("triton") is not None
