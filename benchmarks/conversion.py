@@ -5,10 +5,10 @@ command is a process of its own. Before and after it what it reads is copied on 
 flushed to it as the commands flush theirs; ratios are to the mean of both. What is read was read
 just before (warm), or with --cold dropped from the page cache.
 
-Memory is the largest sum of pages of the process and its children, looked at 20 times a second; what
-several share counts once. Mapped pages of the file that is being read count. What a model of hardly any size takes is
-the libraries; the rest is taken to grow with the largest tensor, and time with the bytes, for the
-extrapolation to 70B.
+Memory is the largest sum of pages of the process and its children, looked at 20 times a second;
+what several share counts once, and mapped pages of the file that is being read count. What a model
+of hardly any size takes is the libraries; the rest is taken to grow with the largest tensor, and
+time with the bytes, for the extrapolation to 70B.
 
 Example (four minutes on two idle cores, 5 GB of disk):
   OMP_NUM_THREADS=1 python benchmarks/conversion.py

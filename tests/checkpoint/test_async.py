@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from megashear.checkpoint import writing
+from megashear.checkpoint import run_checkpoints, writing
 from megashear.checkpoint.checksums import damage
 from megashear.checkpoint.manager import read_info
 from megashear.config.schema import ParallelConfig, RunConfig
@@ -135,6 +136,43 @@ def test_training_goes_on_while_it_writes_and_nothing_has_its_name_before(
             for each in (config, again)
         )
         assert ours == theirs, name  # the state of step 3, though written after step 4
+
+
+def removing(config: RunConfig) -> list[list[str]]:
+    """What is there when a save is complete beside training, and when it has been waited for."""
+    platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
+    trainer = Trainer(config, platform)
+    gate, remove, found = threading.Event(), run_checkpoints._remove, []
+
+    def remove_behind_the_gate(*directories: Path) -> None:
+        assert gate.wait(60), "the run waited for the removal"
+        remove(*directories)
+
+    def look() -> None:
+        platform.largest(0)  # the other rank is no further
+        found.append(sorted(path.name for path in trainer.checkpoints.directory.glob("*")))
+
+    trainer.train_step()
+    trainer.save()
+    trainer._finish_save()
+    trainer.train_step()
+    trainer.save()
+    run_checkpoints._remove = remove_behind_the_gate
+    while trainer.checkpoints.poll() is None:
+        time.sleep(0.01)
+    look()
+    gate.set()
+    trainer.checkpoints.finish()
+    look()
+    parallel.stop()
+    return found
+
+
+def test_what_is_kept_no_longer_is_removed_beside_training(config: RunConfig) -> None:
+    config = replace(config, trainer=replace(config.trainer, keep_checkpoints=1))
+    beside, waited = run_distributed(removing, 2, config)[0]
+    assert beside == [".step-00000001.partial", "latest", "step-00000002"]
+    assert waited == ["latest", "step-00000002"]
 
 
 def failing(config: RunConfig, how: str) -> tuple[str, int]:
