@@ -57,8 +57,7 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
     # Copies of scaled weights are put aside where the optimizer has none of its own.
     put_aside = 0 if setup.precision == "bf16" else 4 * sizes.scaled / owners
     device = "cpu" if setup.backend == CPU else "cuda"
-    most = setup.layers * sizes.largest_scaled / owners  # of the parameters of one name
-    scratch = 4 * min(BLOCK_ELEMENTS[device], most)  # of the chain rule
+    scratch = 4 * min(BLOCK_ELEMENTS[device], sizes.most_scaled / owners)  # of the chain rule
     kept, at_work, logits = _activations(setup, stage)
     inside = kept + at_work + logits
     after = _after_backward(setup, sizes.parameters, sizes.largest)

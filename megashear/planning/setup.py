@@ -100,7 +100,7 @@ class Sizes:
         parameters: all.
         scaled: those that masks scale.
         largest: of the largest.
-        largest_scaled: of the largest that masks scale.
+        most_scaled: of all layers' parameters of one name that masks scale, the most.
         replicated: those that are whole on every tensor-parallel rank.
         qk_norms: of them, in the norms of queries and keys.
     """
@@ -108,7 +108,7 @@ class Sizes:
     parameters: int
     scaled: int
     largest: int
-    largest_scaled: int
+    most_scaled: int
     replicated: int
     qk_norms: int
 
@@ -133,7 +133,7 @@ def sizes_of_stage(shape: ModelShape, tensor: int, layers: int, first: bool, las
         parameters=sum(number * count for number, _, count in numbers),
         scaled=sum(number * count for number, scaled, count in numbers if scaled),
         largest=max(number for number, *_ in numbers),
-        largest_scaled=max((number for number, scaled, _ in numbers if scaled), default=0),
+        most_scaled=max((number * count for number, scaled, count in numbers if scaled), default=0),
         replicated=sum(_number(row, 1) * count for row, count in rows if not row.parallel),
         qk_norms=2 * shape.kv_channels * layers if shape.qk_norm else 0,
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megashear.config.schema import ModelShape, ParallelConfig
+from megashear.hardware import BLOCK_ELEMENTS
 from megashear.planning.memory import ERROR, peak_memory, stage_memory
 from megashear.planning.setup import TRANSFORMER_ENGINE, Setup
 from tests.planning.measured import CASES, GQA, OVERLAPPED, SEQUENCE, TIED, Case, measure
@@ -58,15 +59,18 @@ def test_a_rank_takes_what_the_model_says(name: str) -> None:
 
 
 def test_states_of_a_7b_model_are_divided_by_the_layout() -> None:
-    """6 bytes of weight and gradient a parameter; 12 of the optimizer and a copy of masked ones."""
+    """6 bytes of weight and gradient a parameter, 12 of the optimizer; of masks what they need."""
     memory = peak_memory(SEVEN_B)
     replicated = 65 * 4096  # norms, on every tensor rank
     parameters = (6_738_415_616 - replicated) / 4 + replicated
     assert memory.weights + memory.gradients == 6 * parameters
     assert memory.optimizer == 12 * parameters / 2
-    scaled = 32000 * 4096 + 32 * (4096 * 4096 + 4096 * 11008)  # embedding, and the ways out
     units = 32 + 4096 + 32 * 32 + 32 * 11008
-    assert memory.masks == pytest.approx(2 * (scaled / 4 + replicated) / 2 + 48 * units)
+    assert memory.masks == pytest.approx(4 * BLOCK_ELEMENTS["cuda"] + 48 * units)
+    in_fp32 = peak_memory(replace(SEVEN_B, precision="fp32"))  # without copies in the optimizer
+    scaled = 32000 * 4096 + 32 * (4096 * 4096 + 4096 * 11008)  # embedding, and the ways out
+    put_aside = 4 * (scaled / 4 + replicated) / 2
+    assert in_fp32.masks == pytest.approx(memory.masks + put_aside)
 
 
 def test_activations_are_those_of_korthikanti_but_for_scores_and_masks_of_dropout() -> None:
