@@ -83,7 +83,10 @@ class Masks(nn.Module):
         z = {}
         for mask, size in self.sizes.items():  # not log_alpha: a ParameterDict may sort its names
             log_alpha, uniform = self.log_alpha[mask], hard_concrete.noise(size, generator)
-            z[mask] = hard_concrete.sample(log_alpha, uniform.to(log_alpha.device))
+            if log_alpha.is_cuda:
+                uniform = uniform.pin_memory()  # else the copy would wait for the device
+            uniform = uniform.to(log_alpha.device, non_blocking=True)
+            z[mask] = hard_concrete.sample(log_alpha, uniform)
         return self._with_unmasked(z)
 
     @torch.no_grad()
