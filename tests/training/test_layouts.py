@@ -95,12 +95,18 @@ SHAPES = {
 BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
 BY_QUERY_HEAD = ("tp2", "tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")
 PADDED = ("tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")  # 9 on four ranks: one has no token
+# Every layout has each stage and each shape, in two rows. The other two pairs say nothing new about
+# a layout: a shape's tensors are laid out alike in both stages. They are here once for each way to
+# divide a model.
+PAIRS = (("prune", "variants"), ("continue", "mha"))
+OTHER_PAIRS = (("prune", "mha"), ("continue", "variants"))
+WITH_ALL_PAIRS = ("tp2-sp", "pp2-interleaved", "cp2", "dp2-distopt-overlap")
 ROWS = [
-    *((name, precision, stage, shape)
+    *((name, precision, *pair)
       for precision, names in (("fp32", LAYOUTS), ("bf16", BF16))
       for name in names
-      for stage in ("prune", "continue")
-      for shape in ("mha", "variants")),
+      for pair in PAIRS),
+    *((name, "fp32", *pair) for name in WITH_ALL_PAIRS for pair in OTHER_PAIRS),
     *((name, "fp32", "prune", "query-head") for name in BY_QUERY_HEAD),
     *((name, "fp32", stage, shape)
       for name in PADDED
