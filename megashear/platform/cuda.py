@@ -47,6 +47,13 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait for a GPU, as it would for unpinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Moment:
     """A moment of the device's work: of what was asked of it so far, done."""
 

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megashear.data.loader import MicroBatch
+from megashear.platform.cuda import upload
 from megashear.platform.layers import context_part
 from megashear.platform.parallel import Platform
 
@@ -82,9 +83,7 @@ def _forward(
     batches: Iterator[MicroBatch], model: Any, *, platform: Platform, num_domains: int
 ) -> tuple[Tensor, Any]:
     platform.progress.mark()
-    batch = {
-        key: value.to(platform.device, non_blocking=True) for key, value in next(batches).items()
-    }
+    batch = {key: upload(value, platform.device) for key, value in next(batches).items()}
     documents = batch.pop("document_ids", None)
     mask = None if documents is None else context_part(within_documents(documents))[:, None]
     batch |= {key: context_part(part) for key, part in batch.items() if part.dim() == 2}
