@@ -36,11 +36,15 @@ LATENCY = 20e-6
 that the number of nodes doubles."""
 UPDATE_BYTES = 34
 """Read and written of a parameter by the optimizer: gradient (twice: its norm), copy, moments."""
-FOLD_BYTES = {"bf16": 12, "fp32": 8}
-"""Read and written of each weight of a rank that masks scale, through an fp32 copy where needed."""
-CHAIN_RULE_BYTES = {"bf16": 34, "fp32": 50}
-"""Of each of them that it owns: by the chain rule, and to have the weight itself again, which with
-bf16 is the optimizer's fp32 copy and else one put aside (8 bytes) and put back (8)."""
+FOLD_BYTES = {"bf16": 20, "fp32": 16}
+"""Read and written of each weight of a rank that masks scale, along both its axes."""
+CHAIN_RULE_BYTES = {"bf16": 50, "fp32": 60}
+"""Of each of them that it owns: by the chain rule (44), and to have the weight itself again, which
+with bf16 is the optimizer's fp32 copy (6) and else one put aside (8) and put back (8)."""
+MASK_KERNELS = (480, 26)
+"""Small kernels that a pruning step has and a dense one has not, as counted: and of each layer."""
+KERNEL = 5e-6
+"""Seconds of a small kernel in a queue."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class StepTime:
     bubble: float  # of the pipeline
     pipeline: float  # messages
     data: float  # reducing gradients and gathering weights
-    masks: float  # fold, chain rule, and the sum of the masks' gradients
+    masks: float  # fold, chain rule, small kernels, and the sum of the masks' gradients
     update: float  # of the weights
 
     @property
@@ -113,7 +117,7 @@ def step_time(setup: Setup, cluster: Cluster) -> StepTime:
         bubble=busy / count * (parallel.pipeline - 1) / parallel.virtual_pipeline,
         pipeline=exposed[PIPELINE],
         data=exposed[DATA],
-        masks=exposed[MASKS] + mask_bytes(setup) / memory,
+        masks=exposed[MASKS] + mask_bytes(setup) / memory + mask_kernels(setup) * KERNEL,
         update=UPDATE_BYTES * sizes.parameters / setup.owners / memory,
     )
 
@@ -156,6 +160,12 @@ def mask_bytes(setup: Setup) -> float:
     own = held / setup.owners
     folded = own if setup.parallel.overlap_param_gather else held
     return FOLD_BYTES[setup.precision] * folded + CHAIN_RULE_BYTES[setup.precision] * own
+
+
+def mask_kernels(setup: Setup) -> int:
+    """Small kernels of the masks: samples, penalty, their optimizer; blocks of weights."""
+    always, of_layer = MASK_KERNELS
+    return always + of_layer * setup.layers if setup.masked else 0
 
 
 def _sizes(setup: Setup) -> Sizes:

@@ -114,7 +114,7 @@ def test_time_without_masks_and_communication_is_that_of_one_gpu() -> None:
     assert not any(getattr(time, kind) for kind in KINDS)
     masked = step_time(replace(one, masked=True), cluster)
     scaled = 32000 * 4096 + 32 * (4096 * 4096 + 4096 * 11008) + 65 * 4096
-    seconds = (12 + 34) * scaled / 4.8e12
+    seconds = (20 + 50) * scaled / 4.8e12 + (480 + 26 * 32) * 5e-6
     assert masked.masks == pytest.approx(seconds)
     assert masked.total == pytest.approx(time.total + seconds)
     assert one.backend == TRANSFORMER_ENGINE
