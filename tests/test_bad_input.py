@@ -1,14 +1,15 @@
 """What a user sees of bad input: every problem, once, without a traceback, and nothing written.
 
-Real processes of examples/pretrain_shear.py, all started at once since each imports torch.
+Processes of examples/pretrain_shear.py, all at once.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.forks import Forked
 from tests.hf_models import save_llama
 from tests.make_data import random_documents, write_tokens
 
@@ -115,6 +117,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "broken": ("--config", "broken.yaml"),
     "second process": ("--config", "broken.yaml"),
 }
+REAL = ("many", "incomplete")
+"""In an interpreter of their own, which imports all; the others in a fork of this one."""
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +130,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(folder: Path) -> dict[str, Ended]:
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
+    unset = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+    def script(name: str) -> None:
+        sys.argv = [str(SCRIPT), *COMMANDS[name]]
+        if name in REAL:
+            os.execv(sys.executable, [sys.executable, *sys.argv])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
     processes = {
-        name: subprocess.Popen(
-            (sys.executable, str(SCRIPT), *arguments),
-            cwd=folder,
-            env={**environment, **(launched if name == "second process" else {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        name: Forked(
+            partial(script, name),
+            folder,
+            PYTHONDONTWRITEBYTECODE="1",
+            PYTHONPATH=str(ROOT),
+            **(launched if name == "second process" else unset),
         )
-        for name, arguments in COMMANDS.items()
+        for name in COMMANDS
     }
-    found = {}
-    for name, process in processes.items():
-        output, error = process.communicate(timeout=120)
-        found[name] = Ended(process.returncode, output, error)
-    return found
+    return {name: Ended(*process.end(timeout=120)) for name, process in processes.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from functools import partial
 
 import pytest
 
 from megashear.cli import execute
+from tests.forks import Forked
 
 # Two processes; of the second one the argument says how it ends.
 SCRIPT = """
@@ -35,35 +38,52 @@ time.sleep({"--go": 0, "--nohup": 3}.get(sys.argv[1], 60))
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+class Started:
+    """A launch in an interpreter of its own, with what a Forked has."""
+
+    def __init__(self, command: list[str]) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        self.send_signal, self._lines = self._process.send_signal, ""
+
+    def said(self) -> tuple[str, str]:
+        """What is in stdout and stderr by now, with one line more."""
+        self._lines += self._process.stdout.readline()  # type: ignore[union-attr]
+        return self._lines, ""
+
+    def end(self, timeout: float) -> tuple[int, str, str]:
+        """Wait for the end: status, stdout, stderr."""
+        try:
+            out, err = self._process.communicate(timeout=timeout)
+        finally:
+            self._process.kill()
+        return self._process.returncode, self._lines + out, err
+
+
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, str]]]:
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
     """Status, output and messages, by how it was ended; all started at once."""
     script = tmp_path_factory.mktemp("launch") / "a script.py"
     script.write_text(SCRIPT)
     ways = ("--go", "--status 2", "--kill", "--nohup SIGHUP")
     ways += tuple(f"--wait {stop.name}" for stop in SIGNALS)
-    launch = [sys.executable, "-m", "megashear", "launch", "--nproc-per-node", "2", str(script)]
-    started = {
-        way: subprocess.Popen(
-            [*(["nohup"] if "nohup" in way else []), *launch, *way.split()],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    launch = ["launch", "--nproc-per-node", "2", str(script)]
+    real = {"--go": [], "--nohup SIGHUP": ["nohup"]}
+    importlib.import_module("torch.distributed.run")  # once, for the forks
+    started: dict[str, Forked | Started] = {
+        way: Started([*real[way], sys.executable, "-m", "megashear", *launch, *way.split()])
+        if way in real
+        else Forked(partial(execute, [*launch, *way.split()]), script.parent)
         for way in ways
     }
     found = {}
     for way, process in started.items():
-        lines = ""
         if way.startswith(("--wait", "--nohup")):
-            while lines.count("ready") < 2:
-                lines += process.stdout.readline()  # type: ignore[union-attr]
+            while process.said()[0].count("ready") < 2:
+                time.sleep(0.02)
             process.send_signal(signal.Signals[way.split()[1]])
-        out, err = process.communicate(timeout=100)
-        found[way] = (process.returncode, lines + out, err)
-    yield found
-    for process in started.values():
-        process.kill()
+        found[way] = process.end(timeout=100)
+    return found
 
 
 def test_all_is_well(ends: dict[str, tuple[int, str, str]]) -> None:
