@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megashear.platform.cuda import ToHost
+from megashear.training.trainer import Trainer
 
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero")
 """Operators whose result the host needs before it goes on; item(), float() and `if` end in one."""
@@ -47,9 +51,11 @@ class _Waits(TorchDispatchMode):
         storages = (tensor.untyped_storage() for tensor in tensors)
         self._on_host |= {storage._cdata: storage for storage in storages}
 
+    def on_host(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._on_host
+
     def count(self, name: str, tensor: Tensor) -> None:
-        if tensor.untyped_storage()._cdata not in self._on_host:
-            self.calls[name] += 1
+        self.calls[name] += not self.on_host(tensor)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -57,7 +63,11 @@ class _Waits(TorchDispatchMode):
         name = function.__name__.partition(".")[0]
         if name in WAITING:
             self.count(name, args[0])
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if given and all(map(self.on_host, given)):
+            self.came_to_host(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
 
 
 class _Transfers(TorchFunctionMode):
@@ -83,46 +93,56 @@ class _Transfers(TorchFunctionMode):
 def host_waits() -> Iterator[Counter[str]]:
     """Times that the host would wait for a device, by what it asks for.
 
-    What was copied to the host before is there, and so are the step counts of optimizers.
+    What was brought to the host before, or is computed from that alone, is there; and so are the
+    step counts of optimizers.
     """
-    waits = _Waits()
+    waits, read = _Waits(), ToHost.read
+
+    def read_once(to_host: ToHost) -> list[Tensor]:
+        waits.calls["ToHost.read"] += 1
+        found = read(to_host)
+        waits.came_to_host(found)
+        return found
 
     def known(optimizer: Optimizer, *_: Any) -> None:
         states = optimizer.state.values()
         waits.came_to_host(state["step"] for state in states if "step" in state)
 
     hook = register_optimizer_step_pre_hook(known)
+    ToHost.read = read_once  # type: ignore[method-assign]
     try:
         with waits, _Transfers(waits):
             yield waits.calls
     finally:
+        ToHost.read = read  # type: ignore[method-assign]
         hook.remove()
 
 
-class SavedBytes:
-    """Bytes of the distinct storages that autograd keeps for the backward pass.
+def saved_bytes(trainer: Trainer) -> int:
+    """Bytes of the distinct storages that autograd keeps of a step's first micro-batch.
 
-    Args:
-        held: tensors that are there anyway, as the parameters.
+    Those of the parameters, which are there anyway, do not count.
     """
+    model = trainer.optimizer.models[0]
+    held = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, Any] = {}  # kept alive, so that no two have one address
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        self._held = {tensor.untyped_storage()._cdata for tensor in held}
-        self._saved: dict[int, Any] = {}  # kept alive, so that no two have one address
-
-    @property
-    def total(self) -> int:
-        """Of all that was saved since."""
-        return sum(storage.nbytes() for storage in self._saved.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what is saved within."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield
-
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._held:
-            self._saved[storage._cdata] = storage
+        if storage._cdata not in held:
+            saved[storage._cdata] = storage
         return tensor
+
+    context = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def leave(*_: Any) -> None:
+        context.__exit__()
+        for hook in hooks:
+            hook.remove()
+
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: context.__enter__()),
+        model.register_forward_hook(leave),
+    ]
+    trainer.train_step()
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,0 +1,50 @@
+"""A guard: a pruning step takes about as long as a dense one.
+
+Processor time, which other processes of the machine disturb least, and the median of rounds in
+which both take turns. Many micro-batches of few tokens in a wide model, so that a pass over the
+weights for each of them, in place of once a step, would be seen.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+
+from megashear.config.schema import DataConfig, ModelShape, RunConfig, TrainerConfig
+from tests.distributed import run_distributed
+from tests.performance.steps import half, trainers
+from tests.runs import run_config, write_domains
+
+SHAPE = ModelShape(2, 512, 8, 1408, 4096)
+ROUNDS, BOUND = 7, 1.15
+
+
+def ratios(config: RunConfig) -> list[float]:
+    """Prune / dense, of each round but the first two."""
+    found = []
+    with trainers(config) as made:
+        for _ in range(2 + ROUNDS):
+            times = {}
+            for kind, trainer in made.items():
+                began = time.process_time()
+                trainer.train_step()
+                times[kind] = time.process_time() - began
+            found.append(times["prune"] / times["dense"])
+    return found[2:]
+
+
+def test_a_pruning_step_costs_about_what_a_dense_one_costs(tmp_path: Path) -> None:
+    """0.98 to 1.05, also on a busy machine; 1.2 with masks folded in for each micro-batch."""
+    domains = write_domains(tmp_path, SHAPE.vocab_size)
+    config = run_config(
+        tmp_path,
+        domains,
+        stage="prune",
+        model=SHAPE,
+        target=half(SHAPE),
+        data=DataConfig(seq_length=4, domains=domains),
+        trainer=TrainerConfig(steps=100, global_batch_size=16, micro_batch_size=1),
+    )
+    (found,) = run_distributed(ratios, 1, config)
+    assert median(found) < BOUND, found
