@@ -35,9 +35,8 @@ from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
 from tests.distributed import run_distributed
 
-RANKS, STEPS, INTERVAL, USUAL_INTERVAL = 2, 13, 4, TrainerConfig().save_interval
+RANKS, STEPS, INTERVAL, USUAL_INTERVAL = 2, 10, 3, TrainerConfig().save_interval
 LAYOUTS = {
-    "data 2": ParallelConfig(),
     "data 2, distributed optimizer": ParallelConfig(distributed_optimizer=True),
     "tensor 2": ParallelConfig(tensor=2),
 }
