@@ -13,16 +13,22 @@ greedy choice with a cache, on one thread a core. In brackets: quartiles.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
-from harness import Ratio, Report, interleaved, parser, ratio
-from transformers import LlamaConfig, LlamaForCausalLM
+from harness import Report, interleaved, parser, ratio
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.utils import logging
 
 from megashear.console import run
 from megashear.platform import cuda
@@ -39,6 +45,13 @@ class Shape:
     intermediate: tuple[int, ...]
     vocabulary: int
     head_size: int
+
+    @property
+    def parameters(self) -> int:
+        """Embedding, output head, norms, and the projections of all layers."""
+        of_layers = 4 * self.head_size * sum(self.heads) + 3 * sum(self.intermediate)
+        norms = 2 * len(self.heads) + 1
+        return self.hidden * (2 * self.vocabulary + norms + of_layers)
 
     @property
     def tiled(self) -> float:
@@ -92,6 +105,18 @@ SHAPES = {  # source and uniform target
 }
 
 
+def variants(device: str) -> dict[str, Shape]:
+    """The four models."""
+    source, target = SHAPES[device]
+    uneven = target.uneven()
+    return {
+        "source": source,
+        "uniform": target,
+        "non-uniform": uneven,
+        "non-uniform, padded": uneven.padded(),
+    }
+
+
 def build(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
     """A LLaMA of transformers; where its layers differ, each is built to its own sizes."""
     config = LlamaConfig(
@@ -120,14 +145,18 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
-def generate(model: LlamaForCausalLM, batch: int, new: int) -> None:
-    """A prompt, and so many tokens after it."""
-    tokens = torch.zeros(batch, PROMPT, dtype=torch.int64, device=model.device)
-    cache = None
-    for _ in range(new + 1):
+def seconds(model: LlamaForCausalLM, batch: int, decode: bool) -> float:
+    """Of a prompt, or of the tokens after it."""
+    tokens, cache = torch.zeros(batch, PROMPT, dtype=torch.int64, device=model.device), None
+    began = time.perf_counter()
+    for number in range(1 + NEW * decode):
         out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens, cache = out.logits.argmax(-1), out.past_key_values
-    tokens.cpu()  # waits for the device
+        if decode and number == 0:
+            tokens.cpu()  # waits for the device
+            began = time.perf_counter()
+    tokens.cpu()
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -138,12 +167,12 @@ def main() -> None:
     if given.device == "cuda" and not cuda.is_available():
         args.error("--device cuda needs an NVIDIA GPU with 40 GB")
     report = Report("inference" if given.device == "cpu" else "inference_gpu", __doc__ or "")
-    source, target = SHAPES[given.device]
-    shapes = {"source": source, "uniform": target, "non-uniform": target.uneven()}
-    shapes["non-uniform, padded"] = shapes["non-uniform"].padded()
+    for device in SHAPES:
+        _shapes(report, device, variants(device))
     dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
+    shapes = variants(given.device)
     models = {name: build(shape, given.device, dtype) for name, shape in shapes.items()}
-    _shapes(report, shapes, models)
+    assert all(models[name].num_parameters() == shapes[name].parameters for name in shapes)
     _speeds(report, models, given.rounds)
     if given.device == "cpu":
         _takers(report, models)
@@ -152,11 +181,11 @@ def main() -> None:
     report.write(given.out)
 
 
-def _shapes(report: Report, shapes: dict[str, Shape], models: dict[str, LlamaForCausalLM]) -> None:
+def _shapes(report: Report, device: str, shapes: dict[str, Shape]) -> None:
     rows = [
         (
             name,
-            f"{models[name].num_parameters():,}",
+            f"{shape.parameters:,}",
             f"{min(shape.heads)} to {max(shape.heads)}",
             f"{min(shape.intermediate)} to {max(shape.intermediate)}",
             len(set(zip(shape.heads, shape.intermediate, strict=True))),
@@ -166,7 +195,7 @@ def _shapes(report: Report, shapes: dict[str, Shape], models: dict[str, LlamaFor
         for name, shape in shapes.items()
     ]
     report.table(
-        f"shapes: layers that differ; columns of products in whole tiles of {TILE}, by columns; "
+        f"{device}: layers that differ; columns of products in whole tiles of {TILE}, by columns; "
         "keys and values in one tensor for all layers, by those needed",
         ("model", "parameters", "heads", "intermediate", "kinds of layer", "tiles", "one cache"),
         rows,
@@ -174,43 +203,39 @@ def _shapes(report: Report, shapes: dict[str, Shape], models: dict[str, LlamaFor
 
 
 def _speeds(report: Report, models: dict[str, LlamaForCausalLM], rounds: int) -> None:
-    cases: dict[str, Callable[[], None]] = {}
-    for name, model in models.items():
-        for batch in BATCHES:
-            for new in (0, NEW):
-                cases[f"{name} {batch} {new}"] = lambda m=model, b=batch, n=new: generate(m, b, n)
-    found = interleaved(cases, rounds)
-
-    def seconds(name: str, batch: int, decode: bool) -> list[float]:
-        prefill = found[f"{name} {batch} 0"]
-        if not decode:
-            return prefill
-        both = found[f"{name} {batch} {NEW}"]
-        return [b - p for b, p in zip(both, prefill, strict=True)]
-
     rows = []
     for batch in BATCHES:
         for decode in (False, True):
+            cases = {name: partial(seconds, model, batch, decode) for name, model in models.items()}
+            found = interleaved(cases, rounds)
             tokens = batch * (NEW if decode else PROMPT)
-            for name in models:
-                of = seconds(name, batch, decode)
-                relative: Ratio = ratio(seconds("uniform", batch, decode), of)
-                speed = f"{tokens / float(np.median(of)):,.0f}"
-                rows.append((f"{'decode' if decode else 'prefill'}, batch {batch}", name, speed,
-                             relative))  # fmt: skip
+            what = f"{'decode' if decode else 'prefill'}, batch {batch}"
+            for name, of in found.items():
+                speed = f"{tokens / median(of):,.0f}"
+                rows.append((what, name, speed, ratio(found["uniform"], of)))
     header = ("what", "model", "tok/s", "speed / uniform")
     report.table("speed by transformers", header, rows)
 
 
 def _takers(report: Report, models: dict[str, LlamaForCausalLM]) -> None:
     """Whether what `save_pretrained` writes can be read, and converted for an engine."""
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name in ("uniform", "non-uniform"):
             path = Path(directory) / name
             models[name].save_pretrained(path)
+            _tokenizer(models[name].config.vocab_size).save_pretrained(path)
             rows += [(name, what, _outcome(call, path)) for what, call in TAKERS.items()]
     report.table("a saved model, read by", ("model", "by", "outcome"), rows)
+
+
+def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Without one CTranslate2's converter takes no model."""
+    words = WordLevel({str(number): number for number in range(size)}, unk_token="0")
+    special = {"unk_token": "0", "bos_token": "1", "eos_token": "2"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special)
 
 
 def _outcome(call: Callable[[Path], None], path: Path) -> str:
