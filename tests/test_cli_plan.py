@@ -60,6 +60,9 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str], config_json: Pat
     seconds = own["seconds_per_step"]["total"]
     assert own["tokens_per_second"] == pytest.approx(32 * 4096 / seconds)
     assert own["hours"] == pytest.approx(3200 * seconds / 3600 * 1.047, rel=1e-3)
+    text = planned(capsys, CHAIN[0], *arguments[:-1])
+    assert f"masks make it {own['mask_overhead']:.2%} longer than without them" in text
+    assert own["sent_bytes_per_step"]["masks"] == 2 * 7 / 8 * 4 * 357_408  # over all 8 GPUs
 
 
 def test_a_chains_file_is_its_two_runs(
