@@ -252,7 +252,7 @@ def show(
     share_70b = gigabytes(LLAMA_70B) / gigabytes(shape)
     for small, command in pairs:
         seconds, libraries = found[command.name], found[small.name]
-        net = [whole - part for whole, part in zip(seconds, libraries, strict=True)]
+        net = [each - median(libraries) for each in seconds]
         figures = [size(command.source) / 1e9, command.written / 1e9, median(command.copies)]
         figures += [median(seconds), median(libraries)]
         peaks = command.peak / 1e9, small.peak / 1e9
