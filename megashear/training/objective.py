@@ -143,7 +143,7 @@ class PruningObjective(LanguageModeling):
             betas=betas,
             eps=config.optimizer.adam_eps,
             weight_decay=0.0,
-            foreach=False,
+            foreach=True,
         )
         # Of all masks in one tensor, which is summed over the ranks at once.
         log_alphas = self._groups["log_alpha"].values()

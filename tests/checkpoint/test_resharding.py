@@ -177,7 +177,7 @@ def test_another_layout_goes_on_with_the_same_data_and_losses(
 
 def close(ours: Tensor, expected: Tensor, what: str) -> None:
     scale = expected.abs().max().clamp_min(1e-12)
-    assert (ours - expected).abs().max() <= 1e-5 * scale, what
+    assert (ours - expected).abs().max() <= 2e-5 * scale, what  # as gradients in test_layouts
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
