@@ -29,7 +29,7 @@ def transformer_config(
     (`calculate_per_token_loss`), so that it does not depend on how samples are spread.
     """
     fused = platform.layers == "transformer_engine"
-    compiled = fused or can_compile(platform.device)
+    compiled = can_compile(platform.device)
     on_cpu, bf16 = platform.device.type == "cpu", platform.dtype == torch.bfloat16
     window = shape.sliding_window
     assert shape.qkv_bias or not shape.proj_bias  # Megatron-Core would add a bias of no row
@@ -61,7 +61,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         persist_layer_norm=False,
         # Fusions that need Apex, Transformer Engine or torch.compile stay off elsewhere.
-        bias_activation_fusion=compiled,
+        bias_activation_fusion=fused or compiled,
         cross_entropy_loss_fusion=compiled and bf16,  # it rounds the gradient of logits to bf16
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,

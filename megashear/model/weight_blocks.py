@@ -111,7 +111,7 @@ class Blocks:
             width = self._matrices.weights[0].shape[1]
             begin = piece.rows.start * width + piece.inside.start - owned[piece.number].start
             self._kept.append(master[begin : begin + piece.positions])
-        self._copied = all(master is None for master in masters)
+        (self._copied,) = {masters[piece.number] is None for piece in self._pieces}
 
     def put_aside(self) -> None:
         """Copy what no master holds."""

@@ -191,14 +191,17 @@ class Trainer:
             saved: int | None = self.step
             if not self.losses:  # the run begins: a resumed one has those of its checkpoint
                 self._evaluate()
+                self._hear()
                 saved = None
             while self.step < steps and not self._agreed:
                 self.train_step()
                 if self._due(self.config.evaluation.interval):
                     self._evaluate()
+                    self._hear()
                 if self._due(self.config.trainer.save_interval):
                     self.save()
                     saved = self.step
+                    self._hear()
                 self._finish_save(wait=False)
             if saved != self.step:
                 self.save()
@@ -240,8 +243,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: every micro-batch forward and backward, then one update.
 
-        What the host wants to know of it comes while the weights are updated. Megatron's optimizer
-        waits for the device once, for the norm of the gradients; nothing else does.
+        What the host wants to know of it comes while the weights are updated: it waits for the
+        device where Megatron's own step does, and nowhere else.
         """
         began, mark, device = time.perf_counter(), self.platform.progress.mark, self.platform.device
         mark("reading of data", self.step + 1)
@@ -264,10 +267,11 @@ class Trainer:
         grad_norm = self.optimizer.step()
         totals, signals, *numbers = told.read()
         losses = DomainLosses(totals)
-        self._check_finite(losses, batches)
         got = [number for number, ranks in zip(SIGNALS, signals.tolist(), strict=True) if ranks]
         self._agreed = max(got, default=0)
         objective = self.objective.metrics(self.step, numbers)
+        norms = {name: value for name, value in objective.items() if isinstance(value, float)}
+        self._check_finite({"loss": losses.mean, "grad_norm": grad_norm, **norms}, losses, batches)
         self.step += 1
         self._log_step(losses, grad_norm, objective, (began, loaded, computed.since(first)))
 
@@ -275,8 +279,12 @@ class Trainer:
         interval = self.config.evaluation.interval
         return min((self.step // interval + 1) * interval, self.config.trainer.steps)
 
-    def _check_finite(self, losses: DomainLosses, batches: list[MicroBatch]) -> None:
-        if math.isfinite(losses.mean):
+    def _check_finite(
+        self, told: dict[str, float], losses: DomainLosses, batches: list[MicroBatch]
+    ) -> None:
+        """What is not finite has spoilt weights or masks: they must not be saved."""
+        wrong = [f"{name} is {value}" for name, value in told.items() if not math.isfinite(value)]
+        if not wrong:
             return
         counts = {
             name: int(tokens) // self.config.data.seq_length
@@ -285,7 +293,7 @@ class Trainer:
         self._finish_save()
         good = self.checkpoints.latest()
         raise TrainingError(
-            f"the loss of step {self.step + 1} is {losses.mean}. Sequences of its batch by domain: "
+            f"step {self.step + 1}: {', '.join(wrong)}. Sequences of its batch by domain: "
             f"{', '.join(f'{name} {count}' for name, count in counts.items())}; losses by domain: "
             f"{dict(zip(self.mixture.names, losses.of_domains(), strict=True))}. Last good "
             f"checkpoint: {good.directory if good else 'none'}. Lower the learning rate or check "
@@ -424,7 +432,7 @@ class Trainer:
         """Sums of losses over all ranks, and how many of them got each of SIGNALS.
 
         Signals come at different moments on different ranks; one that comes after this counts in
-        the next step.
+        the next step, unless an evaluation or a save comes before.
         """
         signals = totals.new_zeros(len(SIGNALS))
         if self._signal:
@@ -432,6 +440,10 @@ class Trainer:
         flat = self.platform.sum_over_all(torch.cat([totals.flatten(), signals]))
         sums, signals = flat.split([totals.numel(), len(SIGNALS)])
         return sums.view_as(totals), signals
+
+    def _hear(self) -> None:
+        """Agree on signals where all ranks have waited for the device anyway."""
+        self._agreed = max(self._agreed, self.platform.largest(self._signal))
 
 
 def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:

@@ -33,8 +33,14 @@ def undisturbed(folder: Path, steps: int) -> None:
     os.chdir(folder)
     config = load_config(Path("long.yaml"), ["run_dir=runs/undisturbed"], world_size=2)
     trainer = Trainer(config, parallel.start(config.platform, config.parallel, config.trainer.seed))
-    trainer._must_stop = lambda: trainer.step >= steps  # type: ignore[method-assign]
-    trainer._signal = signal.SIGINT
+    step = trainer.train_step
+
+    def step_with_signal() -> None:
+        if trainer.step == steps - 1:
+            trainer._signal = signal.SIGINT
+        step()
+
+    trainer.train_step = step_with_signal  # type: ignore[method-assign]
     with contextlib.suppress(SystemExit):
         trainer.run()
 

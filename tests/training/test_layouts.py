@@ -92,7 +92,10 @@ SHAPES = {
     "vocabulary-61": replace(MHA, num_layers=4, vocab_size=61),
     "vocabulary-9-tied": replace(GQA, num_layers=4, vocab_size=9, tied_embeddings=True),
 }
-BF16 = ("recompute-full", "tp2-sp", "tp2-sp-cp2", "pp2-interleaved-dp2-distopt-overlap")
+BF16 = (
+    *("recompute-full", "tp2-sp", "tp2-sp-cp2", "dp2-distopt"),
+    "pp2-interleaved-dp2-distopt-overlap",
+)
 BY_QUERY_HEAD = ("tp2", "tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")
 PADDED = ("tp4-sp", "tp2-sp-pp2-dp2-distopt-overlap")  # 9 on four ranks: one has no token
 # Every layout has each stage and each shape, in two rows. The other two pairs say nothing new about

@@ -233,17 +233,27 @@ def test_a_lost_terminal_ends_the_run_with_a_save_unless_its_signal_is_ignored(
     assert run_distributed(lose_terminal, 1, config, True) == [{"status": None, "step": 6}]
 
 
-def poisoned(config: RunConfig) -> str:
-    """A run whose weights become NaN after its checkpoint at step 3."""
+def poisoned(config: RunConfig, what: str) -> str:
+    """A run whose weights, or gradients, become NaN after its checkpoint at step 3."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     step = trainer.train_step
 
     def step_poisoned() -> None:
-        if trainer.step == 4:
+        if trainer.step == 4 and what == "weights":
             with torch.no_grad():
-                next(iter(trainer.optimizer.chunks[0].parameters())).fill_(float("nan"))
+                parameter.fill_(float("nan"))
         step()
+
+    def backward_poisoned(number: int) -> None:
+        if number == 5:  # whose end is a save
+            parameter.main_grad.view(-1)[0] = float("inf")  # type: ignore[attr-defined]
+        backward(number)
+
+    parameter = next(iter(trainer.optimizer.chunks[0].parameters()))
+    backward = trainer.objective.backward
+    if what == "gradients":
+        trainer.objective.backward = backward_poisoned  # type: ignore[method-assign]
 
     trainer.train_step = step_poisoned  # type: ignore[method-assign]
     try:
@@ -256,11 +266,16 @@ def poisoned(config: RunConfig) -> str:
     return ""
 
 
-def test_non_finite_loss_names_step_domains_and_last_good_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "step", "wrong"), [("weights", 5, "loss is nan"), ("gradients", 6, "grad_norm is inf")]
+)
+def test_what_is_not_finite_names_step_domains_and_last_good_checkpoint(
+    what: str, step: int, wrong: str, tmp_path: Path
+) -> None:
     run_distributed(write_source, 1, tmp_path, GQA)
     config = prune_run(tmp_path)
-    for message in run_distributed(poisoned, 2, config):
-        assert message.startswith("TrainingError: the loss of step 5 is nan")
-        assert "first 3, second 1" in message
+    for message in run_distributed(poisoned, 2, config, what):
+        assert message.startswith(f"TrainingError: step {step}: {wrong}")
+        assert "Sequences of its batch by domain: first" in message
         assert "checkpoints/step-00000003" in message
     assert run_distributed(train, 2, config, None)[0]["began"] == 3
