@@ -5,8 +5,7 @@ each by `Trainer.train_step`: stage continue; stage prune; stage prune with its 
 activations, the published way (activation_masks.py), whose first loss must be that of masks in the
 weights. Peak memory is counted of each alone; on CPU processes by LiveMemory, in bf16.
 
-    OMP_NUM_THREADS=1 python benchmarks/mask_overhead.py      # 5 minutes
-    python benchmarks/mask_overhead.py --device cuda          # on all GPUs of this machine
+    OMP_NUM_THREADS=1 python benchmarks/mask_overhead.py      # 4 to 5 minutes; then all GPUs, if any
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 from activation_masks import ActivationMasks
-from harness import Report, interleaved, parser, ratio
-from runs import run_config, run_distributed, write_domains
+from harness import Report, devices, gpus, interleaved, parser, progress, ratio, take_device
+from runs import run_config, run_distributed, silence, write_domains
 
 from megashear import console
 from megashear.config.schema import (
@@ -38,11 +37,9 @@ from megashear.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from megashear.errors import PlatformError
 from megashear.hardware import gpu_of_device
 from megashear.planning.memory import stage_memory
 from megashear.planning.setup import TORCH, setup_of
-from megashear.platform import cuda
 from megashear.pruning.counting import flops_per_token, parameter_count
 from megashear.training.run_log import peak_flops
 from megashear.training.trainer import Trainer
@@ -86,23 +83,43 @@ ROOM = 0.85
 
 def main() -> None:
     """Measure on CPU processes, or on the GPUs of this machine, and print the tables."""
-    made = parser(__doc__, rounds=5)
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    made.add_argument("--size", action="append", help="of its table, one or more (default: all)")
+    made = parser(__doc__, rounds=4)
+    take_device(made)
+    every = {"cpu": SIZES, "cuda": GPU_SIZES}
+    names = [name for sizes in every.values() for name in sizes]
+    made.add_argument("--size", action="append", choices=names, help="one or more (default: all)")
     args = made.parse_args()
+    asked = args.size or names
+    measured = devices(args.device)
+    sizes = {of: {n: s for n, s in every[of].items() if n in asked} for of in measured}
+    if not any(sizes.values()):
+        made.error(f"--size: none of {', '.join(asked)} is measured on {' or '.join(measured)}")
+    report = Report(
+        "mask_overhead_cuda" if args.device == "cuda" else "mask_overhead", __doc__ or ""
+    )
     with tempfile.TemporaryDirectory() as name:
-        (on_gpu if args.device == "cuda" else on_cpu)(Path(name), args)
+        if sizes.get("cpu"):
+            on_cpu(report, Path(name), sizes["cpu"], args.rounds)
+        if sizes.get("cuda"):
+            on_gpu(report, Path(name), sizes["cuda"], args.rounds)
+        else:
+            lacking = [[name, *[None] * len(GPU_COLUMNS)] for name in GPU_SIZES]
+            report.table("GPU, bf16", ["model", *GPU_COLUMNS], lacking)
+    report.note(
+        "Trainers with all layers side by side take a GPU of 141 GB for 1.3B, eight of 80 GB for "
+        "7B; where there is less memory, GPUs are measured with fewer layers, as many as are said."
+    )
+    report.write(args.out)
 
 
-def on_cpu(folder: Path, args: Any) -> None:
+def on_cpu(report: Report, folder: Path, sizes: dict[str, Size], rounds: int) -> None:
     """CPU processes: three sizes on one and two ranks; tokens of a step; memory."""
-    sizes = {name: size for name, size in SIZES.items() if name in (args.size or SIZES)}
-    report = Report("mask_overhead", __doc__ or "")
     rows = []
     for name, size in sizes.items():
         for ranks in (1, 2):
+            progress(f"{name}, tensor {ranks}: {rounds} rounds")
             config = configure(folder / f"{name}-{ranks}", size, ParallelConfig(tensor=ranks))
-            found = run_distributed(measure, ranks, config, args.rounds, KINDS)[0]
+            found = run_distributed(measure, ranks, config, rounds, KINDS)[0]
             rows.append([name, ranks, size.tokens, *overhead(found)])
     times = ["prune / dense", "on activations / dense", "dense s", *(f"{p} %" for p in PARTS)]
     differences = [*times, "saved MB: dense", "prune", "on activations", "loss differs by"]
@@ -110,68 +127,52 @@ def on_cpu(folder: Path, args: Any) -> None:
 
     name, smallest = next(iter(sizes.items()))
     rows = []
-    for number in (1, 2, 4, 8):
+    for number in (1, 4, 8):
+        progress(f"{name}, micro-batches {number}: {rounds} rounds")
         size = replace(smallest, micro_batches=number)
         config = configure(folder / f"tokens-{number}", size)
-        found = run_distributed(measure, 1, config, args.rounds, (DENSE, PRUNE))[0]
+        found = run_distributed(measure, 1, config, rounds, (DENSE, PRUNE))[0]
         rows.append([size.tokens, number, ratio(*(found["seconds"][k] for k in (PRUNE, DENSE)))])
     report.table(f"{name}, by the length of a step", ["tokens", "micro-batches", times[0]], rows)
 
     rows = []
     for name, size in list(sizes.items())[:2]:
+        progress(f"{name}, memory")
         config = configure(folder / f"memory-{name}", replace(size, micro_batches=1))
         config = replace(config, platform=PlatformConfig(device="cpu", precision="bf16"))
         peaks = [run_distributed(peak_memory, 1, config, kind)[0] for kind in KINDS]
         rows.append([name, *memory(size.shape, peaks)])
     report.table("bf16, peak memory, counted", ["model", *MEMORY], rows)
-    report.table("GPU, bf16", ["model", *GPU_COLUMNS], [[n, *[None] * 10] for n in GPU_SIZES])
-    report.note(
-        "The last table needs GPUs: python benchmarks/mask_overhead.py --device cuda. Trainers "
-        "with all layers side by side take a GPU of 141 GB for 1.3B, eight of 80 GB for 7B; where "
-        "there is less memory, it takes fewer layers and says how many."
-    )
-    report.write(args.out)
 
 
 MEMORY = ["dense MB", "prune: more bytes a parameter", "on activations: more bytes a parameter"]
 GPU_COLUMNS = [
     *("layers", "GPUs", "prune / dense", "on activations / dense"),
-    *("tokens/s: dense", "prune", "MFU: dense", "prune", *MEMORY[:2]),
+    *("tokens/s: dense", "tokens/s: prune", "MFU: dense", "MFU: prune", *MEMORY[:2]),
 ]
 
 
-def on_gpu(folder: Path, args: Any) -> None:
+def on_gpu(report: Report, folder: Path, sizes: dict[str, Size], rounds: int) -> None:
     """All GPUs of this machine, in tensor parallelism. This process leaves CUDA to its forks."""
-    gpus, device = run_distributed(gpus_here, 1)[0]
-    if not gpus:
-        raise PlatformError("there is no GPU here; without --device cuda, CPUs are measured")
+    ranks = len(gpus())
     # Fused layers leave no activation between norm and matrix to multiply.
     kinds = KINDS[: 2 if importlib.util.find_spec("transformer_engine") else 3]
     rows = []
-    for name, size in GPU_SIZES.items():
-        if name not in (args.size or GPU_SIZES):
-            continue
-        layout = ParallelConfig(tensor=gpus)
+    for name, size in sizes.items():
+        progress(f"{name}: {rounds} rounds on {ranks} GPUs")
+        layout = ParallelConfig(tensor=ranks)
         config = configure(folder / name.replace(" ", "-"), size, layout, PlatformConfig("cuda"))
-        config = fitted(config, gpus, device, len(kinds))
-        found = run_distributed(measure, gpus, config, args.rounds, kinds)[0]
-        peaks = [run_distributed(peak_memory, gpus, config, kind)[0] for kind in kinds]
+        config = fitted(config, ranks, gpus()[0], len(kinds))
+        found = run_distributed(measure, ranks, config, rounds, kinds)[0]
+        peaks = [run_distributed(peak_memory, ranks, config, kind)[0] for kind in kinds]
         shape = config.model
         assert shape is not None
         speed = [size.tokens / median(found["seconds"][kind]) for kind in (DENSE, PRUNE)]
         share = flops_per_token(shape, size.seq_length) / (found["peak_flops"] or math.nan)
         mfu = [None if math.isnan(share) else round(share * s, 3) for s in speed]
-        row = [name, shape.num_layers, gpus, *overhead(found)[:2], *map(round, speed), *mfu]
-        rows.append([*row, *memory(shape, peaks, gpus)[:2]])
-    report = Report("mask_overhead_cuda", __doc__ or "")
+        row = [name, shape.num_layers, ranks, *overhead(found)[:2], *map(round, speed), *mfu]
+        rows.append([*row, *memory(shape, peaks, ranks)[:2]])
     report.table("GPU, bf16, 131,072 tokens a step", ["model", *GPU_COLUMNS], rows)
-    report.write(args.out)
-
-
-def gpus_here() -> tuple[int, str]:
-    """How many, and the name of the first."""
-    count = cuda.device_count()
-    return count, cuda.device_name(torch.device("cuda", 0)) if count else ""
 
 
 def configure(
@@ -214,7 +215,8 @@ def fitted(config: RunConfig, ranks: int, device: str, number: int) -> RunConfig
 
 @contextmanager
 def of_kinds(config: RunConfig, kinds: Sequence[str]) -> Iterator[dict[str, Trainer]]:
-    """The trainers of this rank, one of them with its masks on activations."""
+    """The trainers of this rank, a fork, one of them with its masks on activations."""
+    silence()
     with trainers(config, tuple(kinds)) as made:
         if trainer := made.get(ACTIVATIONS):
             tokens = config.trainer.global_batch_size * config.data.seq_length
@@ -260,7 +262,7 @@ def same_loss(config: RunConfig, made: dict[str, Trainer]) -> float:
     first = [records(f"{config.run_dir}-{kind}", "step")[0] for kind in (PRUNE, ACTIVATIONS)]
     differences = [abs(first[1][k] / first[0][k] - 1) for k in ("loss", "mask_grad_norm")]
     if max(differences) > 1e-4 and made[DENSE].platform.precision == "fp32":
-        raise SystemExit(f"masks on activations: loss and mask gradients differ by {differences}")
+        raise RuntimeError(f"masks on activations: loss and mask gradients differ by {differences}")
     return max(differences)
 
 
@@ -294,9 +296,7 @@ def timed_parts(trainer: Trainer) -> Iterator[dict[str, list[float]]]:
     objective.step_weights = step_weights
     weights = objective.masked_weights
     weights.backward = timed(CHAIN_RULE, weights.backward)
-    names = [
-        name for name in ("backward", "update", "numbers", "metrics") if hasattr(objective, name)
-    ]
+    names = ("backward", "update", "numbers", "metrics")
     for name in names:
         setattr(objective, name, timed(UPDATE, getattr(objective, name)))
     try:
