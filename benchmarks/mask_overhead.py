@@ -5,7 +5,7 @@ each by `Trainer.train_step`: stage continue; stage prune; stage prune with its 
 activations, the published way (activation_masks.py), whose first loss must be that of masks in the
 weights. Peak memory is counted of each alone; on CPU processes by LiveMemory, in bf16.
 
-    OMP_NUM_THREADS=1 python benchmarks/mask_overhead.py      # 4 to 5 minutes; then all GPUs, if any
+    OMP_NUM_THREADS=1 python benchmarks/mask_overhead.py    # 4 to 5 minutes, then all GPUs
 """
 
 from __future__ import annotations
