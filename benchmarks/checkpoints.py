@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import Report, interleaved, parser, ratio
+from harness import Report, interleaved, parser, ratio, take_directory
 from runs import begin, of_kind, run_config, train, write_domains
 
 from megashear.config.schema import (
@@ -49,9 +49,10 @@ WAITED, BESIDE = "waited for", "async_save"
 def main() -> None:
     """Measure, print and keep both tables."""
     options = parser(__doc__, rounds=3)
-    option = options.add_argument
-    option("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
-    option("--directory", type=Path, help="on the disk to measure (default: TMPDIR)")
+    options.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all"
+    )
+    take_directory(options)
     arguments = options.parse_args()
     report = Report("checkpoints", __doc__ or "")
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="checkpoints-") as name:

@@ -32,7 +32,7 @@ from statistics import median
 
 import psutil
 import torch
-from harness import ROOT, Report, interleaved, parser, ratio
+from harness import ROOT, Report, interleaved, parser, ratio, take_directory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -132,7 +132,7 @@ def main() -> None:
     option = options.add_argument
     option("--size", type=float, default=1.2, metavar="GB", help="of the model (default: 1.2)")
     option("--cold", action="store_true", help="read from the disk, not from the page cache")
-    option("--directory", type=Path, help="on the disk to measure (default: TMPDIR)")
+    take_directory(options)
     arguments = options.parse_args()
     report = Report("conversion", __doc__ or "")
     shape = replace(OPEN_LLAMA_3B, num_layers=layers_of(arguments.size))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -24,12 +25,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from megashear.console import table
+from megashear.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +40,9 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "num
 # Of optional packages that are not there, at every import of Megatron: here before the imports of
 # the benchmarks, which come after this one's.
 warnings.filterwarnings("ignore", module=r"megatron\.")
+LEAST_ROUNDS = 3
+"""Of which there are quartiles."""
+THREADS = "OMP_NUM_THREADS"
 NOT_MEASURED = "not measured"
 """What a table says where this machine has not what a figure needs."""
 
@@ -60,8 +66,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
         ValueError: fewer than 3 rounds, or not as many of both.
     """
     found = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    if len(found) < 3:
-        raise ValueError(f"a spread needs 3 rounds or more, not {len(found)}")
+    if len(found) < LEAST_ROUNDS:
+        raise ValueError(f"a spread needs {LEAST_ROUNDS} rounds or more, not {len(found)}")
     low, _, high = quantiles(found, n=4)
     return Ratio(median(found), low, high)
 
@@ -80,13 +86,21 @@ def interleaved(
     order = list(cases)
     for number in range(warm_up + rounds):
         for name in order:
+            progress(f"{name}: round {max(0, number - warm_up) + 1} of {rounds}")
             began = time.perf_counter()
             value = cases[name]()
             seconds = time.perf_counter() - began if value is None else value
             if number >= warm_up:
                 found[name].append(seconds)
         order.reverse()  # whoever came after another comes before it now
+    progress()
     return found
+
+
+def progress(text: str = "") -> None:
+    """Say on a terminal what is measured now, in place of what was said before."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 class Report:
@@ -107,6 +121,7 @@ class Report:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print a table; a cell is text, a number, a Ratio, or None for what was not measured."""
+        progress()
         shown = [[NOT_MEASURED if cell is None else cell for cell in row] for row in rows]
         print(f"\n{title}\n{table(shown, header)}", flush=True)
         kept = [[asdict(c) if is_dataclass(c) else c for c in row] for row in rows]
@@ -126,29 +141,32 @@ class Report:
 
 
 def conditions() -> dict[str, Any]:
-    """Commit, command, versions and machine."""
+    """Commit, command, threads of torch, versions and machine."""
+    import torch
+
+    threads = f"{THREADS}={os.environ[THREADS]} " if THREADS in os.environ else ""
     return {
         "commit": _commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": threads + shlex.join(["python", *sys.argv]),
+        "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1),
-            "gpu": _gpu(),
+            "gpu": gpus()[0] if gpus() else "no GPU",
         },
     }
 
 
 def _commit() -> str:
-    """Of the working tree, and whether files of the package or the benchmarks differ from it."""
+    """Of the working tree, and whether files of what is measured, or measures, differ from it."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.call(
-            [*git, "diff", "--quiet", "HEAD", "--", "megashear", "benchmarks"]
-        )
+        measured = ("megashear", "benchmarks", "tests")
+        changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", *measured])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"  # an export without git
     return f"{head}, changed" if changed else head
@@ -171,22 +189,76 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _gpu() -> str:
+@cache
+def gpus() -> list[str]:
+    """Names of this machine's, asked for in a fork: who has used CUDA can fork no user of it."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_gpus)
+
+
+def _gpus() -> list[str]:
     from megashear.platform import cuda
 
-    return cuda.device_name(cuda.device_of_rank(0)) if cuda.is_available() else "no GPU"
+    return [cuda.device_name(cuda.device_of_rank(rank)) for rank in range(cuda.device_count())]
 
 
-def parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def devices(asked: str | None) -> list[str]:
+    """What to measure: the CPU, and a GPU where there is one; or that of both which is asked for.
+
+    Raises:
+        PlatformError: a GPU is asked for, and there is none.
+    """
+    if asked == "cuda" and not gpus():
+        raise PlatformError("there is no GPU here; without --device cuda, the CPU is measured")
+    return [asked] if asked else ["cpu", "cuda"] if gpus() else ["cpu"]
+
+
+def parser(about: str | None, rounds: int = 7) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes: --rounds and --out."""
     made = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rounds = defaults.get("rounds", 7)
     made.add_argument(
-        "--rounds", type=int, default=rounds, metavar="N", help=f"of all cases (default: {rounds})"
+        "--rounds",
+        type=_rounds,
+        default=rounds,
+        metavar="N",
+        help=f"of all cases, {LEAST_ROUNDS} or more (default: {rounds})",
     )
     made.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the JSON (default: benchmarks/results/)"
+        "--out", type=_new_file, metavar="FILE", help="of the JSON (default: benchmarks/results/)"
     )
     return made
+
+
+def take_device(made: argparse.ArgumentParser) -> None:
+    """Add --device, for `devices`."""
+    shown = "default: the CPU, and the GPU where there is one"
+    made.add_argument("--device", choices=("cpu", "cuda"), help=shown)
+
+
+def take_directory(made: argparse.ArgumentParser) -> None:
+    """Add --directory, for benchmarks of a disk."""
+    shown = "on the disk to measure (default: TMPDIR)"
+    made.add_argument("--directory", type=_directory, help=shown)
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < LEAST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text}: a spread needs {LEAST_ROUNDS} rounds or more")
+    return int(text)
+
+
+def _directory(text: str) -> Path:
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such directory")
+    if not os.access(text, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text}: nothing can be written there")
+    return Path(text)
+
+
+def _new_file(text: str) -> Path:
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: is a directory, not a file")
+    _directory(os.path.dirname(text) or ".")
+    return Path(text)

@@ -6,8 +6,7 @@ intermediate units, in all as many: the same parameters); and that one padded to
 for engines that want one shape. Prefill is a prompt of 128 tokens, decode 32 tokens after it, by
 greedy choice with a cache, on one thread a core. In brackets: quartiles.
 
-    OMP_NUM_THREADS=1 python benchmarks/inference.py                 # 3 minutes
-    python benchmarks/inference.py --device cuda                     # LLaMA-2-7B to 2.7B, in bf16
+    OMP_NUM_THREADS=1 python benchmarks/inference.py     # 3 minutes; LLaMA-2-7B to 2.7B on a GPU
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from harness import Report, interleaved, parser, ratio
+from harness import Report, devices, interleaved, parser, ratio, take_device
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,7 +30,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.utils import logging
 
 from megashear.console import run
-from megashear.platform import cuda
 
 PROMPT, NEW, BATCHES, TILE = 128, 32, (1, 8), 128
 
@@ -162,23 +160,28 @@ def seconds(model: LlamaForCausalLM, batch: int, decode: bool) -> float:
 def main() -> None:
     """Measure, and ask who takes the models."""
     args = parser(__doc__, rounds=5)
-    args.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    take_device(args)
     given = args.parse_args()
-    if given.device == "cuda" and not cuda.is_available():
-        args.error("--device cuda needs an NVIDIA GPU with 40 GB")
-    report = Report("inference" if given.device == "cpu" else "inference_gpu", __doc__ or "")
+    measured = devices(given.device)
+    report = Report("inference_cuda" if given.device == "cuda" else "inference", __doc__ or "")
     for device in SHAPES:
         _shapes(report, device, variants(device))
-    dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
-    shapes = variants(given.device)
-    models = {name: build(shape, given.device, dtype) for name, shape in shapes.items()}
-    assert all(models[name].num_parameters() == shapes[name].parameters for name in shapes)
-    _speeds(report, models, given.rounds)
-    if given.device == "cpu":
-        _takers(report, models)
-        if not cuda.is_available():
-            report.table("GPU, bf16, LLaMA-2-7B and 2.7B", ("model", "tok/s"), [("all", None)])
+    for device in measured:
+        _device(report, device, given.rounds)
+    if "cuda" not in measured:
+        report.table("cuda, bfloat16: LLaMA-2-7B and 2.7B", ("model", "tok/s"), [("all", None)])
     report.write(given.out)
+
+
+def _device(report: Report, device: str, rounds: int) -> None:
+    """Speeds on it; on the CPU also who takes the models."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shapes = variants(device)
+    models = {name: build(shape, device, dtype) for name, shape in shapes.items()}
+    assert all(models[name].num_parameters() == shapes[name].parameters for name in shapes)
+    _speeds(report, models, rounds)
+    if device == "cpu":
+        _takers(report, models)
 
 
 def _shapes(report: Report, device: str, shapes: dict[str, Shape]) -> None:
@@ -214,7 +217,9 @@ def _speeds(report: Report, models: dict[str, LlamaForCausalLM], rounds: int) ->
                 speed = f"{tokens / median(of):,.0f}"
                 rows.append((what, name, speed, ratio(found["uniform"], of)))
     header = ("what", "model", "tok/s", "speed / uniform")
-    report.table("speed by transformers", header, rows)
+    one = models["uniform"]
+    dtype = str(one.dtype).removeprefix("torch.")
+    report.table(f"{one.device.type}, {dtype}: speed by transformers", header, rows)
 
 
 def _takers(report: Report, models: dict[str, LlamaForCausalLM]) -> None:

@@ -24,8 +24,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from activation_masks import ActivationMasks
 from harness import Report, devices, gpus, interleaved, parser, progress, ratio, take_device
+
+# isort: split
+from activation_masks import ActivationMasks
 from runs import run_config, run_distributed, silence, write_domains
 
 from megashear import console

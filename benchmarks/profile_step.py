@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import Report, parser
 from mask_overhead import SIZES, configure
-from runs import run_distributed
+from runs import run_distributed, silence
 from torch.profiler import ProfilerActivity, profile
 
 from megashear.config.schema import ParallelConfig, RunConfig
@@ -36,12 +36,12 @@ def main() -> None:
     made.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks (default: 1)")
     made.add_argument("--rows", type=int, default=20, metavar="N", help="of the table")
     args = made.parse_args()
+    report = Report("profile_step", __doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         config = configure(
             Path(name) / "profile", SIZES[args.size], ParallelConfig(tensor=args.tensor)
         )
         found = run_distributed(profiled, args.tensor, config, args.rounds)[0]
-    report = Report("profile_step", __doc__ or "")
     header = ["operator", "calls: dense", "prune", "ms: dense", "prune", "more"]
     title = f"{args.size}, tensor {args.tensor}, {SIZES[args.size].tokens} tokens: one step"
     report.table(title, header, compared(found, args.rows))
@@ -51,6 +51,7 @@ def main() -> None:
 def profiled(config: RunConfig, rounds: int) -> dict[str, Operators]:
     """Of each kind of step on this rank, the mean of the rounds."""
     found: dict[str, Operators] = {kind: defaultdict(lambda: [0.0, 0.0]) for kind in KINDS}
+    silence()
     with trainers(config) as made:
         for number in range(2 + rounds):
             for kind, trainer in made.items():
@@ -62,17 +63,14 @@ def profiled(config: RunConfig, rounds: int) -> dict[str, Operators]:
 
 
 def profile_step(trainer: Trainer) -> Operators:
-    """Of one step; on a GPU the self time of its kernels."""
-    on_gpu = trainer.platform.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    """Of one step."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
         trainer.train_step()
         total = 1e3 * (time.perf_counter() - began)
     found: Operators = {}
     for event in profiler.key_averages():
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found[event.key] = [float(event.count), microseconds / 1e3]
+        found[event.key] = [float(event.count), event.self_cpu_time_total / 1e3]
     inside = [sum(values) for values in zip(*found.values(), strict=True)]
     return found | {"all operators": inside, "outside of them": [0.0, total - inside[1]]}
 

@@ -87,9 +87,14 @@ def _train(config: RunConfig) -> None:
     parallel.stop()
 
 
-def begin(config: RunConfig) -> Trainer:
-    """The trainer of this process, a fork, whose output goes nowhere."""
+def silence() -> None:
+    """What this process prints, a fork, goes nowhere; an error goes to the parent by itself."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)  # the traceback of an error goes to the parent by itself
+    os.dup2(nowhere, 2)
+
+
+def begin(config: RunConfig) -> Trainer:
+    """The trainer of this process, a fork, whose output goes nowhere."""
+    silence()
     return Trainer(config, parallel.start(config.platform, config.parallel, config.trainer.seed))

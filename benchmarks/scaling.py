@@ -9,7 +9,7 @@ Step times are ratios to one rank with the same batch. More ranks than cores sha
 tell what a layout costs, and are no curve of scaling. Predictions for GPUs come last.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py                 # 4 minutes on two idle cores
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py --rounds 0      # bytes and predictions alone
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --no-times      # bytes and predictions alone
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from megashear.training.trainer import Trainer
 
 sys.path.insert(0, str(ROOT))  # the processes, the runs and the counter are those of the tests
 from predicted import tables
+from runs import silence
 
 from tests.collectives import counted
 from tests.distributed import run_distributed
@@ -64,13 +65,14 @@ def main() -> None:
     """Count, time, predict."""
     args = parser(__doc__, rounds=3)
     args.add_argument("--layout", action="append", choices=LAYOUTS, help="default: all")
+    args.add_argument("--no-times", action="store_true", help="bytes and predictions alone")
     given = args.parse_args()
     report = Report("scaling", __doc__ or "")
     names = given.layout or list(LAYOUTS)
     with tempfile.TemporaryDirectory() as name:
         runs = {name: _runs(Path(directory), name) for directory, name in _folders(name, names)}
         _bytes(report, runs)
-        if given.rounds:
+        if not given.no_times:
             _times(report, runs, given.rounds)
     tables(report)
     report.write(given.out)
@@ -96,9 +98,7 @@ def _runs(folder: Path, layout: str) -> tuple[int, dict[str, RunConfig]]:
 
 def _trainers(configs: dict[str, RunConfig]) -> tuple[Platform, dict[str, Trainer]]:
     """Of each stage, on this rank, after their first step; what they print goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    silence()
     first = configs[STAGES[0]]
     platform = parallel.start(first.platform, first.parallel, first.trainer.seed)
     trainers = {stage: Trainer(config, platform) for stage, config in configs.items()}

@@ -10,8 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.harness import ROOT, Ratio, Report, interleaved, parser, ratio
+from benchmarks.harness import (
+    ROOT,
+    Ratio,
+    Report,
+    devices,
+    gpus,
+    interleaved,
+    parser,
+    ratio,
+    take_directory,
+)
+from megashear.errors import PlatformError
 
 
 def test_cases_take_turns_in_an_order_that_turns_round() -> None:
@@ -51,18 +63,20 @@ def test_what_was_found_is_printed_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--of", "two words"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     report = Report("some", "What it costs.\n\nMore of it.")
     report.table("On a CPU", ["model", "ratio", "GPU"], [["5M", ratio([3, 4, 5], [2, 2, 2]), None]])
     report.note("as expected")
-    report.write(tmp_path / "new" / "some.json")
+    report.write(tmp_path / "some.json")
 
     printed = capsys.readouterr().out
     assert printed.startswith("What it costs.\n")
     assert "5M     2.000 [1.500, 2.500]  not measured" in printed
-    kept = json.loads((tmp_path / "new" / "some.json").read_text())
+    kept = json.loads((tmp_path / "some.json").read_text())
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True, cwd=ROOT)
     assert head.startswith(kept["commit"].removesuffix(", changed"))
-    assert kept["command"] == "python benchmarks/some.py --of 'two words'"
+    assert kept["command"] == "OMP_NUM_THREADS=1 python benchmarks/some.py --of 'two words'"
+    assert kept["threads"] == torch.get_num_threads()
     assert kept["about"] == "What it costs.\n\nMore of it."
     assert {"python", "torch", "megatron-core"} <= kept["versions"].keys()
     assert kept["machine"].keys() == {"cpu", "cores", "load", "gpu"}
@@ -74,3 +88,33 @@ def test_what_was_found_is_printed_and_kept(
 def test_every_benchmark_takes_rounds_and_a_place_for_its_result() -> None:
     given = parser("about", rounds=5).parse_args(["--out", "here.json"])
     assert (given.rounds, given.out) == (5, Path("here.json"))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("--rounds 2", "--rounds: 2: a spread needs 3 rounds or more"),
+        ("--rounds many", "--rounds: many: a spread needs 3 rounds or more"),
+        ("--out /nowhere/here.json", "--out: /nowhere: there is no such directory"),
+        ("--out /", "--out: /: is a directory, not a file"),
+        ("--directory /nowhere", "--directory: /nowhere: there is no such directory"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_refused_before_anything_is_measured(
+    given: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = parser("about")
+    take_directory(made)
+    with pytest.raises(SystemExit, match="2"):
+        made.parse_args(given.split())
+    assert f"error: argument {problem}\n" in capsys.readouterr().err
+
+
+def test_a_gpu_is_measured_where_there_is_one_and_found_without_using_it() -> None:
+    assert devices("cpu") == ["cpu"]
+    assert devices(None) == ["cpu", *["cuda"] * bool(gpus())]
+    assert len(gpus()) == torch.cuda.device_count()
+    assert not torch.cuda.is_initialized()
+    if not gpus():
+        with pytest.raises(PlatformError, match="there is no GPU here"):
+            devices("cuda")
