@@ -1,7 +1,7 @@
 """What a step does, counted: operators, waits of the host for a device, bytes kept for backward.
 
-None of it depends on the machine, so CPU processes say what a GPU would do. Collectives are counted
-by tests/collectives.py, live memory by tests/planning/measured.py.
+None of it depends on the machine, so CPU processes say what the host does with a GPU. Collectives
+are counted by tests/collectives.py, live memory by tests/planning/measured.py.
 """
 
 from __future__ import annotations
@@ -27,17 +27,26 @@ TO_HOST = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
 
 
 class Operators(TorchDispatchMode):
-    """Calls of operators by name, those of the backward pass too; views among them."""
+    """Calls of operators by name, those of the backward pass too; views among them.
+
+    Attributes:
+        calls: of each.
+        listed: tensors in the lists of multi-tensor calls, for each of which a GPU may start a
+            kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.listed = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Count it, and run it."""
         self.calls[function.__name__] += 1
+        if function.__name__.startswith("_foreach"):
+            self.listed += len(args[0])
         return function(*args, **(kwargs or {}))
 
 

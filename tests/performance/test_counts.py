@@ -108,6 +108,7 @@ def count_steps(trainer: Trainer) -> dict[str, Any]:
     sent = Counter(f"{c.kind} of {c.size}: {c.bytes}" for c in collectives if c.size > 1)
     return {
         "operators": dict(operators.calls),
+        "listed": operators.listed,
         "waits": dict(+waits),
         "collectives": dict(sent),
         "saved": saved_bytes(trainer),
@@ -132,6 +133,8 @@ def test_operators_do_not_grow_with_layers_or_micro_batches(counts: Any) -> None
     assert min(of_steps[1:]) > 2.5 * of_steps[0]  # the dense step's do
     assert more(one, "operators") == more(deep, "operators") == more(long, "operators")
     assert calls(one) < 620  # 589 with torch 2.13
+    of_layers = [found["prune"]["listed"] - found["dense"]["listed"] for found in (one, deep)]
+    assert (of_layers[1] - of_layers[0]) / 6 <= 28  # tensors a layer, in the lists of those calls
     (bf16,) = counts("bf16")
     assert calls(bf16) < 620  # 585
 
