@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import configuration, settings
+
+# A shell's background jobs ignore Ctrl-C, and what they start inherits it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "megashear-hypothesis")
 # Random outside of CI, so that cases never seen before turn up where somebody can look at them.

@@ -45,7 +45,7 @@ def test_a_chain_before_anything_is_there(
         line for line in text.splitlines() if line.split()[:1] == ["total"] and "," in line
     )
     assert 50 < float(total.split()[1]) < 51  # B tokens
-    assert "memory model: within 4% of measured peaks on CPUs; not measured on GPUs" in text
+    assert "memory model: within 6% of measured peaks on CPUs; not measured on GPUs" in text
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str], config_json: Path) -> None:
