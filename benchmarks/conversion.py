@@ -32,7 +32,7 @@ from statistics import median
 
 import psutil
 import torch
-from harness import ROOT, Report, interleaved, parser, ratio, take_directory
+from harness import LLAMA_2, ROOT, Report, interleaved, parser, ratio, take_directory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,14 +55,6 @@ OPEN_LLAMA_3B = ModelShape(
     ffn_hidden_size=8640,
     vocab_size=32000,
     max_position_embeddings=2048,
-)
-LLAMA_70B = ModelShape(
-    num_layers=80,
-    hidden_size=8192,
-    num_attention_heads=64,
-    num_query_groups=8,
-    ffn_hidden_size=28672,
-    vocab_size=32000,
 )
 SMALL = replace(OPEN_LLAMA_3B, num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=128)
 BYTES = 2  # of a bfloat16 number
@@ -249,7 +241,7 @@ def show(
 ) -> None:
     """What was measured, and what it comes to at 70B."""
     measured, large = [], []
-    share_70b = gigabytes(LLAMA_70B) / gigabytes(shape)
+    share_70b = gigabytes(LLAMA_2["70B"]) / gigabytes(shape)
     for small, command in pairs:
         seconds, libraries = found[command.name], found[small.name]
         net = [each - median(libraries) for each in seconds]
@@ -261,8 +253,8 @@ def show(
         measured.append((command.name, *rounded[:5], *ratios, *rounded[5:]))
         expected = median(libraries) + share_70b * median(net)
         copies = share_70b * median(command.copies)
-        peak = peaks[1] + (peaks[0] - peaks[1]) / largest(shape) * largest(LLAMA_70B)
-        limit = 3 * largest(LLAMA_70B) + 1.5
+        peak = peaks[1] + (peaks[0] - peaks[1]) / largest(shape) * largest(LLAMA_2["70B"])
+        limit = 3 * largest(LLAMA_2["70B"]) + 1.5
         row = (expected / 60, expected / copies, peak, limit)
         large.append((command.name, *(round(figure, 2) for figure in row)))
     header = ["", "reads GB", "writes GB", "copy s", "seconds", "of it libraries s", "over a copy"]

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Report, interleaved, parser, ratio
+from harness import LLAMA_2, Report, interleaved, parser, ratio
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -51,22 +51,6 @@ FETCHERS: dict[str, Fetcher] = {
 SMALL = ModelShape(
     num_layers=4, hidden_size=128, num_attention_heads=4, ffn_hidden_size=344, vocab_size=2000
 )
-LLAMA = {
-    "1.3B": ModelShape(
-        num_layers=24,
-        hidden_size=2048,
-        num_attention_heads=16,
-        ffn_hidden_size=5504,
-        vocab_size=VOCAB,
-    ),
-    "7B": ModelShape(
-        num_layers=32,
-        hidden_size=4096,
-        num_attention_heads=32,
-        ffn_hidden_size=11008,
-        vocab_size=VOCAB,
-    ),
-}
 SHARE_OF_PEAK = 0.4
 
 
@@ -137,7 +121,8 @@ def show_need(
     gpu = gpu_of_device("NVIDIA H200")
     assert gpu is not None
     rows = []
-    for model, shape in LLAMA.items():
+    for model in ("1.3B", "7B"):
+        shape = LLAMA_2[model]
         flops = flops_per_token(shape, arguments.seq_length) * arguments.seq_length
         needed = SHARE_OF_PEAK * gpu.bf16_flops / flops
         for (name, workers), found in sorted(rates.items()):

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from megashear.config.schema import ModelShape
 from megashear.console import table
 from megashear.errors import PlatformError
 
@@ -40,6 +41,12 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "num
 # Of optional packages that are not there, at every import of Megatron: here before the imports of
 # the benchmarks, which come after this one's.
 warnings.filterwarnings("ignore", module=r"megatron\.")
+LLAMA_2 = {
+    "1.3B": ModelShape(24, 2048, 16, 5504, 32000),
+    "7B": ModelShape(32, 4096, 32, 11008, 32000),
+    "70B": ModelShape(80, 8192, 64, 28672, 32000, num_query_groups=8),
+}
+"""Layers, hidden size, heads, intermediate size, vocabulary; 1.3B is Sheared LLaMA's."""
 LEAST_ROUNDS = 3
 """Of which there are quartiles."""
 THREADS = "OMP_NUM_THREADS"

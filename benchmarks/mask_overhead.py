@@ -24,7 +24,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import Report, devices, gpus, interleaved, parser, progress, ratio, take_device
+from harness import (
+    LLAMA_2,
+    Report,
+    devices,
+    gpus,
+    interleaved,
+    parser,
+    progress,
+    ratio,
+    take_device,
+)
 
 # isort: split
 from activation_masks import ActivationMasks
@@ -76,8 +86,8 @@ SIZES = {
 }
 """Layers, hidden size, heads, intermediate size, vocabulary; sequence length."""
 GPU_SIZES = {
-    "LLaMA-2 1.3B": Size(ModelShape(24, 2048, 16, 5504, 32000), 4096, 2, 16),
-    "LLaMA-2 7B": Size(ModelShape(32, 4096, 32, 11008, 32000), 4096, 1, 32),
+    "LLaMA-2 1.3B": Size(LLAMA_2["1.3B"], 4096, 2, 16),
+    "LLaMA-2 7B": Size(LLAMA_2["7B"], 4096, 1, 32),
 }
 ROOM = 0.85
 """Of a GPU's memory: what trainers side by side may take by the memory model of `plan`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness import ROOT, Report
+from harness import LLAMA_2, ROOT, Report
 
 from megashear.config.loader import load_config
 from megashear.config.schema import QUERY_HEAD, ModelShape, RunConfig, TargetShape
@@ -31,8 +31,6 @@ from megashear.planning.throughput import (
 from megashear.pruning.counting import flops_per_token
 
 CONFIGS = ROOT / "examples" / "configs"
-LLAMA_2_7B = ModelShape(32, 4096, 32, 11008, 32000)
-LLAMA_2_70B = ModelShape(80, 8192, 64, 28672, 32000, num_query_groups=8)
 TARGET_70B = TargetShape(num_layers=40, hidden_size=4096, num_attention_heads=32,
                          ffn_hidden_size=14336)  # fmt: skip
 CLUSTERS = {  # and the network of a GPU, in Gbit/s
@@ -41,13 +39,13 @@ CLUSTERS = {  # and the network of a GPU, in Gbit/s
     "H200": ("h200-141gb", 400),
 }
 RUNS = {  # model, sequences of 4096 tokens in a step, GPUs
-    "7B": (LLAMA_2_7B, 32, (8, 64)),
-    "70B": (LLAMA_2_70B, 256, (64, 512)),
+    "7B": (LLAMA_2["7B"], 32, (8, 64)),
+    "70B": (LLAMA_2["70B"], 256, (64, 512)),
 }
 COMMUNICATION = (TENSOR, CONTEXT, PIPELINE, DATA)
 PUBLISHED = (  # recipe, stage, model, GPUs, tok/s
-    ("1.3b", "prune", LLAMA_2_7B, 8, 14_750),
-    ("1.3b", "continue", ModelShape(24, 2048, 16, 5504, 32000), 16, 138_945),
+    ("1.3b", "prune", LLAMA_2["7B"], 8, 14_750),
+    ("1.3b", "continue", LLAMA_2["1.3B"], 16, 138_945),
     ("2.7b", "continue", ModelShape(32, 2560, 20, 6912, 32000), 16, 79_306),
 )
 
@@ -62,7 +60,7 @@ def config_of(shape: ModelShape, batch: int) -> RunConfig:
     """Pruning as the paper does it, with batches of this many sequences."""
     config = load_config(CONFIGS / "llama2-7b-to-1.3b" / "prune.yaml", check_files=False)
     config = replace(config, trainer=replace(config.trainer, global_batch_size=batch))
-    if shape == LLAMA_2_70B:
+    if shape == LLAMA_2["70B"]:
         pruning = replace(config.pruning, head_unit=QUERY_HEAD)  # keeps its 8 k/v heads
         config = replace(config, target=TARGET_70B, pruning=pruning)
     return config

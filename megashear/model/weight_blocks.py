@@ -62,14 +62,15 @@ class Blocks:
 
     def __init__(self, matrices: Matrices, pieces: Sequence[_Piece]) -> None:
         self._matrices, self._pieces = matrices, pieces
-        self._blocks = [self._rows(matrices.weights[p.number], p) for p in pieces]
+        self._blocks = [matrices.weights[p.number][_slice(p.rows)] for p in pieces]
         of_rows, of_columns = matrices.factors
         self._factors = []
         if of_rows is not None:
             self._factors.append([of_rows[p.number][_slice(p.rows), None] for p in pieces])
         if of_columns is not None:
             self._factors.append([of_columns[p.number] for p in pieces])
-        self._parts = [block.view(-1)[p.inside] for block, p in self._with_pieces()]
+        pairs = zip(self._blocks, pieces, strict=True)
+        self._parts = [block.view(-1)[piece.inside] for block, piece in pairs]
         self._kept: list[Tensor] = []
         self._gradients: _Gradients | None = None
 
@@ -89,12 +90,6 @@ class Blocks:
                     pieces = []
                 pieces.append(piece)
         return [*found, Blocks(matrices, pieces)] if pieces else found
-
-    def _rows(self, tensor: Tensor, piece: _Piece) -> Tensor:
-        return tensor[_slice(piece.rows)]
-
-    def _with_pieces(self) -> Iterator[tuple[Tensor, _Piece]]:
-        return zip(self._blocks, self._pieces, strict=True)
 
     def keep(self, masters: Sequence[Tensor | None], owned: Sequence[range]) -> None:
         """Let `restore` take the positions from these float32 tensors; from a copy where None is.
