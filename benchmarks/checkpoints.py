@@ -33,7 +33,7 @@ from megashear.config.schema import (
 from megashear.console import run
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 RANKS, STEPS, INTERVAL, USUAL_INTERVAL = 2, 10, 3, TrainerConfig().save_interval
 LAYOUTS = {

@@ -33,8 +33,8 @@ from megashear.config.schema import (
 )
 from megashear.console import run
 from megashear.training.evaluation import cost_of_evaluations
-from tests.distributed import run_distributed
-from tests.runs import write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import write_source
 
 STEPS, BATCH, MICRO_BATCH = 12, 8, 4
 SHAPE = ModelShape(

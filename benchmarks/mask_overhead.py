@@ -58,7 +58,7 @@ from megashear.training.trainer import Trainer
 from tests.performance.counting import saved_bytes
 from tests.performance.steps import half, trainers
 from tests.planning.measured import LiveMemory
-from tests.runs import records
+from tests.support.runs import records
 
 DENSE, PRUNE, ACTIVATIONS = KINDS = ("dense", "prune", "activations")
 FOLD, RESTORE, CHAIN_RULE, UPDATE = PARTS = ("fold", "restore", "chain rule", "penalty, update")

@@ -24,7 +24,7 @@ from megashear.records import METRICS
 from megashear.training.trainer import Trainer
 
 sys.path.insert(0, str(ROOT))
-from tests.distributed import run_distributed  # the processes are those of the tests
+from tests.support.distributed import run_distributed  # the processes are those of the tests
 
 WEIGHTS = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
 """Of the seven domains: those of the paper."""

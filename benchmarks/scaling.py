@@ -38,9 +38,9 @@ sys.path.insert(0, str(ROOT))  # the processes, the runs and the counter are tho
 from predicted import tables
 from runs import silence
 
-from tests.collectives import counted
-from tests.distributed import run_distributed
 from tests.planning.measured import OVERLAPPED, SEQUENCE, Case, config_of
+from tests.support.collectives import counted
+from tests.support.distributed import run_distributed
 
 SHAPE = ModelShape(4, 256, 8, 704, 2048)
 DISTRIBUTED = {"distributed_optimizer": True}

@@ -26,10 +26,10 @@ from megashear import cli
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.config.loader import load_config
 from megashear.config.schema import ParallelConfig
-from tests.distributed import run_distributed
-from tests.hf_models import save_llama
-from tests.make_tokenizer import REPOSITORY as ROOT
-from tests.make_tokenizer import make_tokenizer, real_texts
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import save_llama
+from tests.support.make_tokenizer import REPOSITORY as ROOT
+from tests.support.make_tokenizer import make_tokenizer, real_texts
 from tests.tools import test_megatron_lm as megatron_lm
 
 DOCUMENTS = [
@@ -53,7 +53,7 @@ ELSEWHERE = {
     "make bench": ("Makefile", "bench: $(STAMP)"),
     "make venv": ("Makefile", "venv: $(STAMP)"),
     "pip install -e .": ("Makefile", "pip install -qq -c constraints.txt -e '."),
-    "megashear shear chain.yaml": ("tests/test_shear.py", '"shear", "chain.yaml")'),
+    "megashear shear chain.yaml": ("tests/commands/test_shear.py", '"shear", "chain.yaml")'),
     "python examples/smollm2/run.py": ("tests/examples/test_smollm2.py", '"smollm2/run"'),
     "examples/slurm/submit.sh": ("tests/slurm/test_chain.py", "submit.sh"),
     "sbatch": ("tests/slurm/test_life.py", "prune.sbatch"),

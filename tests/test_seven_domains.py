@@ -21,10 +21,10 @@ from megashear import cli
 from megashear.checkpoint.manager import read_shape
 from megashear.config.loader import load_config
 from megashear.config.schema import Domain
-from tests.distributed import run_distributed
-from tests.hf_models import save_llama
-from tests.make_tokenizer import REPOSITORY, SHARED_DATA, write_jsonl
-from tests.runs import records
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import save_llama
+from tests.support.make_tokenizer import REPOSITORY, SHARED_DATA, write_jsonl
+from tests.support.runs import records
 
 pytestmark = [
     pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no RedPajama sample at {SHARED_DATA}"),

@@ -24,8 +24,8 @@ from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetS
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import single_process
 from megashear.pruning.masks import Masks, resolve_target
-from tests.hf_models import VARIANTS, save_llama, tokens_of
-from tests.reference_llama import random_weights
+from tests.support.hf_models import VARIANTS, save_llama, tokens_of
+from tests.support.reference_llama import random_weights
 
 
 def import_model(source: Path, out: Path) -> None:

@@ -25,8 +25,8 @@ from megashear.errors import CheckpointError, PlatformError, ShearError
 from megashear.platform import parallel
 from megashear.training.run_log import RunLog
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 
 def train(config: RunConfig, steps: int | None) -> dict[str, Any]:

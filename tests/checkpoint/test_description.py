@@ -9,7 +9,7 @@ import yaml
 from megashear.checkpoint.description import model_card
 from megashear.checkpoint.manager import CheckpointInfo, Record
 from megashear.pruning.counting import parameter_count
-from tests.runs import GQA
+from tests.support.runs import GQA
 
 LARGE = replace(GQA, num_layers=6, sliding_window=32)
 

@@ -23,8 +23,8 @@ from megashear.pruning.masks import Masks
 from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
 from tests.checkpoint.test_stream import BIG, peak_of
-from tests.distributed import run_distributed
-from tests.runs import (
+from tests.support.distributed import run_distributed
+from tests.support.runs import (
     GENERATION,
     GQA,
     TARGETS,

@@ -22,8 +22,8 @@ from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.model.build import build_model
 from megashear.platform import parallel
-from tests.distributed import run_distributed
-from tests.hf_models import VARIANTS, assert_same_tensors, load_llama, save_llama
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import VARIANTS, assert_same_tensors, load_llama, save_llama
 
 LAYOUTS = {"tensor": ParallelConfig(tensor=2), "pipeline": ParallelConfig(pipeline=2)}
 TOKENS = torch.randint(95, (2, 17), generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
-from tests.hf_models import (
+from tests.support.hf_models import (
     VARIANTS,
     assert_same_tensors,
     load_llama,

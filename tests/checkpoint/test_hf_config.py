@@ -15,7 +15,7 @@ from megashear.checkpoint.mapping import FAMILIES
 from megashear.config import schema
 from megashear.config.schema import ModelShape, RotaryScaling
 from megashear.errors import CheckpointError
-from tests.hf_models import LLAMA3, SIZES, VARIANTS, WINDOW, YARN, YARN_IN_FULL, config_of
+from tests.support.hf_models import LLAMA3, SIZES, VARIANTS, WINDOW, YARN, YARN_IN_FULL, config_of
 
 SHAPE = ModelShape(
     num_layers=3,

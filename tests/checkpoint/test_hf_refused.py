@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.errors import CheckpointError
-from tests.hf_models import (
+from tests.support.hf_models import (
     change_config,
     change_tensors,
     random_llama,

@@ -20,12 +20,12 @@ from megashear.checkpoint.hf import write_huggingface
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import table
-from tests.hf_models import (
+from tests.support.hf_models import (
     change_config,
     load_llama,
     save_llama,
 )
-from tests.reference_llama import random_weights
+from tests.support.reference_llama import random_weights
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -28,7 +28,7 @@ from megashear.checkpoint.sharded import WeightsReader
 from megashear.errors import CheckpointError
 from tests.checkpoint import hostile
 from tests.checkpoint.hostile import BIN, WEIGHTS, Case, read_header
-from tests.hf_models import random_llama
+from tests.support.hf_models import random_llama
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 CASES = list(hostile.cases())

@@ -23,8 +23,8 @@ from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.table import table
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, run_config, write_domains, write_source
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from megashear.checkpoint.mapping import PARTS, hf_tensors, to_hf, to_megatron
 from megashear.config.schema import FAMILIES, ModelShape, RotaryScaling
 from megashear.errors import CheckpointError
 from megashear.pruning.table import table
-from tests.hf_models import config_of
-from tests.reference_llama import random_weights
+from tests.support.hf_models import config_of
+from tests.support.reference_llama import random_weights
 
 FACTORS = st.floats(1, 40)
 SCALINGS = st.one_of(

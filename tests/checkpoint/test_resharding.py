@@ -21,8 +21,8 @@ from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, MHA, prune_options, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, MHA, prune_options, run_config, write_domains, write_source
 
 SHAPES = {
     "mha": replace(MHA, num_layers=4),

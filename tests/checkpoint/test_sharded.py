@@ -26,9 +26,9 @@ from megashear.model.build import build_model
 from megashear.platform import parallel
 from megashear.pruning.table import table
 from megashear.training.optimizer import WeightOptimizer
-from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import random_weights
+from tests.support.runs import GQA
 
 SHAPE = replace(GQA, tied_embeddings=True)
 EMBEDDING = "embedding.word_embeddings.weight"

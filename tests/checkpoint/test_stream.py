@@ -21,9 +21,9 @@ from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import table
-from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import random_weights
+from tests.support.runs import GQA
 
 TIED = replace(GQA, tied_embeddings=True)
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.config.rules import PRUNE, change, found, only
+from tests.support.config_rules import PRUNE, change, found, only
 
 
 def test_none() -> None:

@@ -10,7 +10,7 @@ import pytest
 from megashear.config.loader import load_config
 from megashear.config.schema import RotaryScaling
 from megashear.errors import ConfigError
-from tests.config.rules import MHA, found, only
+from tests.support.config_rules import MHA, found, only
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megashear.config import validate
 from megashear.config.schema import QUERY_HEAD, ModelShape, TargetShape
-from tests.config.rules import GQA, MHA, PRUNE, change, found, only
+from tests.support.config_rules import GQA, MHA, PRUNE, change, found, only
 
 
 def test_a_target_equal_to_the_source() -> None:

@@ -19,7 +19,7 @@ from megashear.config.schema import (
     TrainerConfig,
 )
 from megashear.config.validate import CHOICES
-from tests.config.rules import GQA, MHA, PRUNE, found, only
+from tests.support.config_rules import GQA, MHA, PRUNE, found, only
 
 
 @pytest.mark.parametrize("world_size", [None, 1, 2, 8])

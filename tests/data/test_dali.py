@@ -30,9 +30,9 @@ from tests.data.test_loader import (
     prefixes,
     read_stream,
 )
-from tests.distributed import run_distributed
-from tests.make_data import write_tokens
-from tests.runs import GQA, records, write_source
+from tests.support.distributed import run_distributed
+from tests.support.make_data import write_tokens
+from tests.support.runs import GQA, records, write_source
 from tests.training.test_resume import prune_run, train
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (megashear[dali])")

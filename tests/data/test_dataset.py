@@ -25,7 +25,7 @@ from megashear.data.dataset import (
 )
 from megashear.data.mixture import Mixture, Segment
 from megashear.errors import DataError
-from tests.make_data import counting_documents, random_documents, write_tokens
+from tests.support.make_data import counting_documents, random_documents, write_tokens
 
 VOCAB = 500
 Weights = tuple[float, ...]

@@ -15,7 +15,7 @@ from megashear.config.schema import DataConfig, Domain
 from megashear.data import dataset, index_cache
 from megashear.data.dataset import DomainDataset, build_train_dataset
 from megashear.data.mixture import Mixture
-from tests.make_data import random_documents, write_tokens
+from tests.support.make_data import random_documents, write_tokens
 
 VOCAB, SEQ = 300, 8
 

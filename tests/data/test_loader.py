@@ -24,8 +24,8 @@ from megashear.data.loader import (
 )
 from megashear.data.mixture import Mixture
 from megashear.errors import DataError
-from tests.distributed import run_distributed
-from tests.make_data import random_documents, write_tokens
+from tests.support.distributed import run_distributed
+from tests.support.make_data import random_documents, write_tokens
 
 VOCAB, SEQ = 300, 8
 NAMES, WEIGHTS = ("a", "b", "c"), (0.5, 0.3, 0.2)

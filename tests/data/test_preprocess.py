@@ -19,7 +19,13 @@ from megashear.data import preprocess
 from megashear.data.preprocess import tokenize_files
 from megashear.data.token_files import Fingerprint
 from megashear.errors import DataError
-from tests.make_tokenizer import REPOSITORY, SHARED_DATA, make_tokenizer, real_texts, write_jsonl
+from tests.support.make_tokenizer import (
+    REPOSITORY,
+    SHARED_DATA,
+    make_tokenizer,
+    real_texts,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from megashear.config.schema import DataConfig, Domain
 from megashear.data.dataset import build_train_dataset
 from megashear.data.loader import TrainLoader
 from megashear.data.mixture import Mixture, Segment
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 TOKENS, SEQ, BATCH = 50_000_000_000, 4096, 256
 PLAN = TOKENS // SEQ // BATCH * BATCH

@@ -21,7 +21,7 @@ from megashear.data.token_files import (
     token_type,
 )
 from megashear.errors import DataError
-from tests.make_data import random_documents, write_tokens
+from tests.support.make_data import random_documents, write_tokens
 
 KNOWN = Fingerprint("5a" * 32, 500, 1, 2, documents=30, tokens=1000, highest_id=499)
 

@@ -25,7 +25,7 @@ from megashear.data.preprocess import tokenize_files
 from megashear.data.token_files import Fingerprint
 from megashear.data.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
-from tests.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts, write_jsonl
+from tests.support.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts, write_jsonl
 
 AWKWARD = [
     "",

@@ -22,7 +22,7 @@ import zstandard
 from megashear.data import jsonl, unfinished
 from megashear.data.preprocess import tokenize_files
 from megashear.errors import DataError
-from tests.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
+from tests.support.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
 
 OUTPUTS = [f"x_{part}.{kind}" for part in ("train", "valid") for kind in ("bin", "idx", "json")]
 

@@ -8,7 +8,7 @@ import pytest
 
 from megashear.data.dataset import DomainDataset
 from megashear.data.loader import ValidBatches
-from tests.make_data import counting_documents, write_tokens
+from tests.support.make_data import counting_documents, write_tokens
 
 VOCAB = 500
 

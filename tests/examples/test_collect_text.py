@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megashear.errors import DataError
-from tests.make_tokenizer import example
+from tests.support.make_tokenizer import example
 
 collect_text = example("demo/collect_text")
 

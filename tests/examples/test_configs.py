@@ -11,8 +11,8 @@ from megashear.config.loader import domains_to_yaml, load_config
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
-from tests.make_tokenizer import REPOSITORY
-from tests.reference.published import LLAMA2_7B
+from tests.support.make_tokenizer import REPOSITORY
+from tests.support.published import LLAMA2_7B
 
 PARAMETERS = {"1.3b": 1_345_423_360, "2.7b": 2_701_560_320}
 START = {

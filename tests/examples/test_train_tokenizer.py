@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from megashear.errors import DataError
-from tests.make_tokenizer import example, make_tokenizer, write_jsonl
+from tests.support.make_tokenizer import example, make_tokenizer, write_jsonl
 
 train_tokenizer = example("demo/train_tokenizer")
 

@@ -21,8 +21,8 @@ from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.config.schema import DataConfig, ParallelConfig, RunConfig
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 FILE = Path(__file__).with_name("losses.json")
 FIELDS = ("loss", "grad_norm", "mask_grad_norm", "penalty", "sparsity", "losses")

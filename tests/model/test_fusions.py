@@ -19,9 +19,9 @@ from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.model import build
 from megashear.platform import parallel
 from megashear.platform.kernels import can_compile
-from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import BIASES, GQA
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import random_weights
+from tests.support.runs import BIASES, GQA
 
 FUSED = {"bias_swiglu_impl": mlp, "fused_vocab_parallel_cross_entropy": language_module}
 """Megatron-Core's functions, and the modules that call them."""

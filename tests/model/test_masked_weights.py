@@ -15,9 +15,9 @@ from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
 from megashear.platform.parallel import single_process
 from megashear.pruning.masks import Masks
-from tests.distributed import run_distributed
-from tests.reference_llama import forward, random_weights
-from tests.runs import BIASES, GQA, GQA_QUERY_HEAD, MHA, QWEN, masks_of
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import forward, random_weights
+from tests.support.runs import BIASES, GQA, GQA_QUERY_HEAD, MHA, QWEN, masks_of
 
 SHAPES = {
     "mha": MHA,

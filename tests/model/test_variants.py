@@ -20,9 +20,9 @@ from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig, 
 from megashear.model.build import build_model
 from megashear.platform import parallel
 from megashear.platform.layers import context_part
-from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.test_reference_llama import hf_weights
+from tests.model.test_reference_llama import hf_weights
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import random_weights
 
 LENGTH, POSITIONS = 48, 512
 TOKENS = torch.randint(64, (2, LENGTH), generator=torch.Generator().manual_seed(0))

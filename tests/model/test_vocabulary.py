@@ -13,9 +13,9 @@ from megashear.checkpoint.load import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.model.build import bound_rows, build_model
 from megashear.platform import parallel
-from tests.distributed import run_distributed
-from tests.reference_llama import forward, random_weights
-from tests.runs import MHA
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import forward, random_weights
+from tests.support.runs import MHA
 
 
 def compute(shape: ModelShape, tensor: int, tokens: Tensor) -> dict[str, Tensor]:

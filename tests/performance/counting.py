@@ -1,7 +1,7 @@
 """What a step does, counted: operators, waits of the host for a device, bytes kept for backward.
 
 None of it depends on the machine, so CPU processes say what the host does with a GPU. Collectives
-are counted by tests/collectives.py, live memory by tests/planning/measured.py.
+are counted by tests/support/collectives.py, live memory by tests/planning/measured.py.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from megashear.config.schema import (
 )
 from megashear.pruning.table import mask_sizes
 from megashear.training.trainer import Trainer
-from tests.collectives import counted
-from tests.distributed import run_distributed
 from tests.performance.counting import Operators, host_waits, saved_bytes
 from tests.performance.steps import half, trainers
-from tests.runs import run_config, write_domains
+from tests.support.collectives import counted
+from tests.support.distributed import run_distributed
+from tests.support.runs import run_config, write_domains
 
 OVERLAPPED = dict.fromkeys(
     ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True

@@ -13,9 +13,9 @@ from statistics import median
 
 from megashear.config.schema import DataConfig, ModelShape, RunConfig, TrainerConfig
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
 from tests.performance.steps import half, trainers
-from tests.runs import run_config, write_domains
+from tests.support.distributed import run_distributed
+from tests.support.runs import run_config, write_domains
 
 SHAPE = ModelShape(2, 512, 8, 1408, 4096)
 ROUNDS, TRIES, BOUND = 5, 3, 1.13

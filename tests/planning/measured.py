@@ -28,8 +28,8 @@ from megashear.planning.setup import CPU, setup_of
 from megashear.platform import parallel
 from megashear.training import trainer as trainer_module
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import run_config, write_domains
+from tests.support.distributed import run_distributed
+from tests.support.runs import run_config, write_domains
 
 MHA = ModelShape(
     num_layers=4,

@@ -16,10 +16,10 @@ from megashear.planning.setup import CPU, TRANSFORMER_ENGINE, setup_of
 from megashear.planning.throughput import Cluster, step_time
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.collectives import counted
-from tests.distributed import run_distributed
 from tests.planning.measured import OVERLAPPED, SEQUENCE, Case, config_of
 from tests.planning.test_memory import SEVEN_B
+from tests.support.collectives import counted
+from tests.support.distributed import run_distributed
 
 SMALL = ModelShape(4, 64, 4, 96, 128)
 TARGET = TargetShape(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64)

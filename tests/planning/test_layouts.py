@@ -14,8 +14,8 @@ from megashear.hardware import GPUS
 from megashear.planning.layouts import Layout, allowed, layout_of, ranked, usable_bytes
 from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE, setup_of
 from megashear.planning.throughput import Cluster, step_time
-from tests.config.rules import GQA, MHA, PRUNE
-from tests.make_tokenizer import REPOSITORY
+from tests.support.config_rules import GQA, MHA, PRUNE
+from tests.support.make_tokenizer import REPOSITORY
 
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
 A100 = Cluster(BY_NAME["a100-80gb"])

@@ -19,7 +19,7 @@ from megashear.config.schema import (
 from megashear.planning.targets import KNOWN, Goal, Known, kv_bytes, propose, weight_bytes, why_none
 from megashear.pruning.counting import parameter_count
 from tests.checkpoint import test_released_configs as released
-from tests.config.rules import PRUNE, found
+from tests.support.config_rules import PRUNE, found
 
 LLAMA_2_7B = ModelShape(32, 4096, 32, 11008, 32000)
 LLAMA_3_8B = ModelShape(

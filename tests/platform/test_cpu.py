@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.platform import parallel
 from megashear.platform.cpu import redirect_cuda
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 DTYPES = {
     torch.float32: "FloatTensor",

@@ -14,7 +14,7 @@ from torch import Tensor
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.platform import layers, parallel
 from megashear.platform.layers import RMSNorm, SDPAttention
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 SEQUENCE, BATCH, CHANNELS = 9, 2, 6
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.errors import PlatformError
 from megashear.platform import parallel
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 CPU = torch.device("cpu")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

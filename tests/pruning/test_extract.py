@@ -14,7 +14,7 @@ from megashear.errors import CheckpointError
 from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.pruning.table import MASKS, mask_sizes, table
-from tests.reference_llama import forward, random_masks, random_weights
+from tests.support.reference_llama import forward, random_masks, random_weights
 
 SHAPES = {
     "mha": ModelShape(4, 48, 6, 60, 50, kv_channels=6, layernorm_epsilon=1e-2),

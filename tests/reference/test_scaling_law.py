@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megashear.errors import DataError
 from megashear.pruning.counting import parameter_count
 from megashear.reference.scaling_law import EXPONENTS, fit, fit_domains
-from tests.reference.published import LOSSES, PARAMETERS, REFERENCES
+from tests.support.published import LOSSES, PARAMETERS, REFERENCES
 
 MODELS = [PARAMETERS[name][1] for name in ("7B", "13B", "70B")]
 

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from megashear.records import SCHEMA, pack
-from tests.reference.published import REFERENCES
+from tests.support.published import REFERENCES
 
 SOURCE = {
     **{"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 32},

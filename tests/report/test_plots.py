@@ -6,7 +6,7 @@ import pytest
 
 from megashear.reference.scaling_law import fit_domains
 from megashear.report import plots
-from tests.reference.published import LOSSES, PARAMETERS
+from tests.support.published import LOSSES, PARAMETERS
 
 SIZES = [PARAMETERS[name][1] for name in ("7B", "13B", "70B")]
 

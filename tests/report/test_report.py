@@ -35,11 +35,11 @@ from megashear.report.series import (
 )
 from megashear.report.tables import overview
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.reference.published import LOSSES, PARAMETERS
 from tests.report.browser import CHROMIUM, visit
 from tests.report.made_runs import SIZES, make_run
-from tests.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.published import LOSSES, PARAMETERS
+from tests.support.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
 
 MEASURE = """(view, page) => {
   const plots = [...page.querySelectorAll(".plotly-graph-div")];

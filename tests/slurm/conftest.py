@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megashear.console import signals_interrupt
-from tests.chains import write_chain
 from tests.slurm.cluster import MISSING, Cluster
+from tests.support.chains import write_chain
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
 SITE = """\

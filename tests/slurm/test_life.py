@@ -14,10 +14,10 @@ import pytest
 from megashear.config.loader import load_config
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import records
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SCRIPTS
+from tests.support.distributed import run_distributed
+from tests.support.runs import records
 
 pytestmark = pytest.mark.slurm
 SIZES = {

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megashear.checkpoint.checksums import FILE, checksum
 from megashear.checkpoint.manager import read_info
-from tests.hf_models import SIZES, save_llama
-from tests.make_tokenizer import make_tokenizer
+from tests.support.hf_models import SIZES, save_llama
+from tests.support.make_tokenizer import make_tokenizer
 from tests.tools.conftest import TOOLS, Tool
 
 

@@ -20,9 +20,9 @@ from megashear.model.build import bound_rows, build_model
 from megashear.platform import parallel
 from megashear.pruning.masks import Masks
 from megashear.pruning.table import HEAD, INTERMEDIATE
-from tests.distributed import run_distributed
-from tests.reference_llama import random_weights
-from tests.runs import GQA, masks_of
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import random_weights
+from tests.support.runs import GQA, masks_of
 from tests.tools.conftest import TOOLS, Tool
 
 SHAPE = replace(GQA, num_layers=4)

@@ -14,9 +14,9 @@ import pytest
 
 from megashear.checkpoint.manager import CheckpointInfo, Record, read_info, write_model
 from megashear.config.schema import RotaryScaling
-from tests.hf_models import save_llama
-from tests.reference_llama import random_weights
-from tests.runs import GQA, masks_of
+from tests.support.hf_models import save_llama
+from tests.support.reference_llama import random_weights
+from tests.support.runs import GQA, masks_of
 from tests.tools.conftest import TOOLS, Tool
 from tests.tools.test_convert import lines
 from tests.tools.test_extract import decided, write_run

@@ -25,8 +25,8 @@ from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.sharded import place_on_disk
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.platform import parallel
-from tests.distributed import run_distributed
-from tests.hf_models import save_llama
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import save_llama
 from tests.tools.conftest import Tool
 from tests.tools.test_convert import lines
 

@@ -17,8 +17,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from megashear.checkpoint.convert import export_huggingface, import_huggingface
-from tests.hf_models import SIZES, VARIANTS, save_llama, tokens_of
-from tests.make_tokenizer import example
+from tests.support.hf_models import SIZES, VARIANTS, save_llama, tokens_of
+from tests.support.make_tokenizer import example
 
 pytest.importorskip("ctranslate2")
 engine = example("smollm2/other_engine")

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from megashear import cli
 from megashear.data.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
-from tests.hf_models import save_llama
-from tests.make_tokenizer import real_texts, write_jsonl
+from tests.support.hf_models import save_llama
+from tests.support.make_tokenizer import real_texts, write_jsonl
 from tests.tools.conftest import Tool
 
 SPEC = importlib.util.find_spec("mistral_common")

@@ -23,9 +23,9 @@ from megashear.platform import parallel
 from megashear.platform.parallel import single_process
 from megashear.training.step import within_documents
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.make_data import random_documents, write_tokens
-from tests.runs import GQA, records, run_config, write_source
+from tests.support.distributed import run_distributed
+from tests.support.make_data import random_documents, write_tokens
+from tests.support.runs import GQA, records, run_config, write_source
 
 EOD, SEQ = 0, 16
 SHAPE = replace(GQA, num_layers=4)

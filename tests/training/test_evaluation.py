@@ -25,10 +25,10 @@ from megashear.errors import TrainingError
 from megashear.platform import parallel
 from megashear.training.evaluation import cost_of_evaluations
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.make_data import write_tokens
-from tests.reference_llama import forward, random_weights
-from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.make_data import write_tokens
+from tests.support.reference_llama import forward, random_weights
+from tests.support.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 SHAPE = replace(GQA, num_layers=4, tied_embeddings=True)
 LENGTH = 16

@@ -26,8 +26,8 @@ from torch import Tensor
 from megashear.config.schema import EvaluationConfig, ParallelConfig, RunConfig, TrainerConfig
 from megashear.platform import parallel, watchdog
 from megashear.training.trainer import Trainer
-from tests.distributed import _free_port, _on_rank, run_distributed
-from tests.runs import GQA, prune_options, records, run_config, write_domains, write_source
+from tests.support.distributed import _free_port, _on_rank, run_distributed
+from tests.support.runs import GQA, prune_options, records, run_config, write_domains, write_source
 
 RUNS = {
     "tp2": (ParallelConfig(tensor=2), False),

@@ -32,8 +32,8 @@ from megashear.errors import RankError
 from megashear.platform import parallel
 from megashear.training import trainer as trainer_module
 from megashear.training.trainer import Trainer
-from tests.distributed import _free_port, _on_rank
-from tests.runs import GQA, records, run_config, write_domains
+from tests.support.distributed import _free_port, _on_rank
+from tests.support.runs import GQA, records, run_config, write_domains
 
 TIMEOUT = 5.0  # seconds
 NOTICED = 0.1 * TIMEOUT  # at most, after the time-out

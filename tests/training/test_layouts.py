@@ -31,8 +31,8 @@ from megashear.platform import parallel
 from megashear.pruning.table import Row, table
 from megashear.training import optimizer
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import (
+from tests.support.distributed import run_distributed
+from tests.support.runs import (
     BIASES,
     GQA,
     GQA_QUERY_HEAD,

@@ -23,10 +23,10 @@ from megashear.errors import ConfigError, DataError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.hf_models import load_llama, save_llama
-from tests.make_data import random_documents, write_tokens
-from tests.runs import GQA, prune_options, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import load_llama, save_llama
+from tests.support.make_data import random_documents, write_tokens
+from tests.support.runs import GQA, prune_options, records, run_config, write_domains, write_source
 
 
 def train(config: RunConfig) -> None:

@@ -18,8 +18,8 @@ from megashear.config.schema import RunConfig
 from megashear.errors import ConfigError
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 ETA, SMOOTHING, INTERVAL, BATCH = 4.0, 1e-4, 4, 8
 REFERENCES = {"first": 6.0, "second": 4.1}  # a random model's loss is above the second alone

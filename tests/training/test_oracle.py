@@ -21,9 +21,9 @@ from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.pruning.masks import Masks
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.reference_llama import forward, random_weights
-from tests.runs import (
+from tests.support.distributed import run_distributed
+from tests.support.reference_llama import forward, random_weights
+from tests.support.runs import (
     GQA,
     GQA_QUERY_HEAD,
     MHA,

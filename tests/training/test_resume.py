@@ -28,8 +28,8 @@ from megashear.errors import CheckpointError
 from megashear.model.build import bound_rows
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import GQA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, TARGETS, records, run_config, write_domains, write_source
 
 
 def prune_run(directory: Path, **changes: Any) -> RunConfig:

@@ -22,7 +22,7 @@ from megashear.errors import CheckpointError, PlatformError
 from megashear.platform import parallel
 from megashear.training import run_lock, trainer
 from megashear.training.run_lock import RunLock
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 assert trainer  # imported before the forks, with all of Megatron-Core that they use
 

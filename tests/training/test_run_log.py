@@ -24,9 +24,9 @@ from megashear.config import validate
 from megashear.config.schema import LogConfig, ParallelConfig, PruningConfig, RunConfig
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
-from tests.config.rules import only
-from tests.distributed import run_distributed
-from tests.runs import GQA, MHA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.config_rules import only
+from tests.support.distributed import run_distributed
+from tests.support.runs import GQA, MHA, TARGETS, records, run_config, write_domains, write_source
 from tests.training.test_resume import prune_run, train
 
 KINDS = {

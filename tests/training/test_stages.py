@@ -25,9 +25,9 @@ from megashear.errors import CheckpointError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.hf_models import save_llama
-from tests.runs import GQA, MHA, TARGETS, records, run_config, write_domains, write_source
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import save_llama
+from tests.support.runs import GQA, MHA, TARGETS, records, run_config, write_domains, write_source
 
 MASKS = ("layer", "hidden", "head", "intermediate")
 

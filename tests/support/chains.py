@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.hf_models import save_llama
-from tests.make_tokenizer import make_tokenizer, real_texts, write_jsonl
+from tests.support.hf_models import save_llama
+from tests.support.make_tokenizer import make_tokenizer, real_texts, write_jsonl
 
 PRUNE = """\
 stage: prune

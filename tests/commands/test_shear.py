@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from megashear import cli
 from megashear.commands.shear import STAGES
 from megashear.errors import ConfigError, ShearError
-from tests.chains import write_chain
-from tests.make_tokenizer import REPOSITORY
+from tests.support.chains import write_chain
+from tests.support.make_tokenizer import REPOSITORY
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 

@@ -22,8 +22,8 @@ from megashear.model.build import build_model
 from megashear.platform import parallel
 from megashear.pruning.table import HIDDEN
 from megashear.training.trainer import Trainer
-from tests.distributed import run_distributed
-from tests.runs import (
+from tests.support.distributed import run_distributed
+from tests.support.runs import (
     BIASES,
     GQA,
     GQA_QUERY_HEAD,

@@ -25,8 +25,8 @@ from megashear.config.schema import (
 )
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.records import METRICS
-from tests.make_data import random_documents, write_tokens
-from tests.reference_llama import random_weights
+from tests.support.make_data import random_documents, write_tokens
+from tests.support.reference_llama import random_weights
 
 MHA = ModelShape(
     num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=64

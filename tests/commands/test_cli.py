@@ -11,7 +11,7 @@ import zstandard
 
 from megashear import cli
 from megashear.data.preprocess import tokenize_files
-from tests.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
+from tests.support.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import torch
 from megashear.commands import doctor as command
 from megashear.platform import machine, pair, software
 from megashear.platform.machine import OK, PROBLEM, WARNING, Finding
-from tests.make_tokenizer import REPOSITORY
+from tests.support.make_tokenizer import REPOSITORY
 
 
 def doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,10 @@ from megashear.config.loader import load_config
 from megashear.config.schema import Domain
 from megashear.errors import ConfigError, DataError
 from megashear.reference.models import read_models
-from tests.distributed import run_distributed
-from tests.hf_models import save_llama
-from tests.make_data import random_documents, write_tokens
-from tests.reference.published import LLAMA2_7B, LOSSES, PARAMETERS, REFERENCES
+from tests.support.distributed import run_distributed
+from tests.support.hf_models import save_llama
+from tests.support.make_data import random_documents, write_tokens
+from tests.support.published import LLAMA2_7B, LOSSES, PARAMETERS, REFERENCES
 
 NAMES = ("7B", "13B", "70B")
 TARGET = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 5504}

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from megashear.cli import execute
-from tests.forks import Forked
+from tests.support.forks import Forked
 
 # Two processes; of the second one the argument says how it ends.
 SCRIPT = """

@@ -17,11 +17,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.forks import Forked
-from tests.hf_models import save_llama
-from tests.make_data import random_documents, write_tokens
+from tests.support.forks import Forked
+from tests.support.hf_models import save_llama
+from tests.support.make_data import random_documents, write_tokens
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_shear.py"
 
 MANY: dict[str, Any] = {

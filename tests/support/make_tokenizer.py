@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = Path(
     os.environ.get("MEGASHEAR_SHARED_DATA", REPOSITORY.parent / "shared" / "data")
 ).resolve()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megashear.config.schema import ModelShape
-from tests.reference_llama import forward, random_weights
+from tests.support.reference_llama import forward, random_weights
 
 
 def hf_weights(shape: ModelShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import pytest
 
 from megashear import stages
 from megashear.errors import ShearError
-from tests.make_tokenizer import REPOSITORY
+from tests.support.make_tokenizer import REPOSITORY
 
 
 def stage(name: str, command: str = "", reads: tuple[Path, ...] = ()) -> stages.Stage:
@@ -105,7 +105,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from megashear.console import run
-from tests.test_stages import go, stage
+from tests.commands.test_stages import go, stage
 # By built-ins alone: a shell whose child dies of the signal would go on.
 waits = stage("b", "test -e b.asleep || { : > b.asleep; exec sleep 60; }")
 run(lambda: go(Path(sys.argv[1]), stage("a"), waits) and 0)
@@ -166,7 +166,7 @@ def test_what_was_made_by_hand_is_told_and_can_be_adopted(tmp_path: Path) -> Non
 
 
 def test_one_process_at_a_time_runs_the_stages(tmp_path: Path) -> None:
-    again = f"{sys.executable} -c 'from tests.test_stages import *; go(Path(sys.argv[1]))'"
+    again = f"{sys.executable} -c 'from tests.commands.test_stages import *; go(Path(sys.argv[1]))'"
     environment = f"PYTHONPATH={REPOSITORY}"
     with pytest.raises(ShearError, match="stage a failed"):
         go(tmp_path, stage("a", f"{environment} {again} {tmp_path}"))
