@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,14 +111,6 @@ def test_every_configuration_is_right(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(copy, check_files=False) == config
-
-
-def test_every_module_has_its_line_in_the_tour() -> None:
-    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([\w/]+\.py)`", tour))
-    files = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
-    assert {file for file in files if not file.endswith("__init__.py")} <= named
-    assert {file for file in named - files if not (ROOT / file).is_file()} == set()
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name)
