@@ -20,7 +20,7 @@ from megashear.config.schema import QUERY_GROUP
 from megashear.model.build import unwrap
 from megashear.platform.layers import RMSNorm
 from megashear.platform.parallel import Platform
-from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, layer_rows
+from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, layer_rules
 
 REPEATED = (HIDDEN, LAYER)
 """Masks of what every tensor-parallel rank has, and has the same gradients of."""
@@ -40,7 +40,7 @@ class ActivationMasks:
         assert platform.layers == "torch", "fused layers have no activation to multiply"
         self._masks: dict[str, Tensor] = {}
         self._leaves: dict[str, Tensor] = {}
-        of_layer = {row.name: row for row in layer_rows(self.model.shape, 0, QUERY_GROUP)}
+        of_layer = {rule.name: rule for rule in layer_rules(self.model.shape, 0, QUERY_GROUP)}
         place = (platform.tensor_rank, platform.tensor_size)
         second = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
         self._units = [

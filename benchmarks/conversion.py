@@ -45,7 +45,7 @@ from megashear.console import run
 from megashear.files import flush
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import Masks
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 
 TOOLS = ROOT / "tools" / "checkpoint"
 OPEN_LLAMA_3B = ModelShape(
@@ -151,7 +151,7 @@ def gigabytes(shape: ModelShape) -> float:
 
 def largest(shape: ModelShape) -> float:
     """GB of the largest tensor, as Megatron has it: never smaller than Hugging Face's."""
-    return BYTES * max(prod(row.shape()) for row in table(shape)) / 1e9
+    return BYTES * max(prod(rule.shape()) for rule in param_rules(shape)) / 1e9
 
 
 def commands(folder: Path, shape: ModelShape) -> list[Command]:
@@ -178,9 +178,9 @@ def commands(folder: Path, shape: ModelShape) -> list[Command]:
 def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model: pieces of one block of random numbers, which is soon made."""
     block = torch.randn(2**24).bfloat16()
-    for row in table(shape):
-        numel = prod(row.shape())
-        yield row.name, block.repeat(-(-numel // len(block)))[:numel].view(row.shape())
+    for rule in param_rules(shape):
+        numel = prod(rule.shape())
+        yield rule.name, block.repeat(-(-numel // len(block)))[:numel].view(rule.shape())
 
 
 def write_pruned(directory: Path, shape: ModelShape) -> None:

@@ -101,7 +101,7 @@ def export_huggingface(
 def _checked(info: CheckpointInfo) -> Generator[tuple[str, Tensor], None, None]:
     """The tensors of a checkpoint; where it is damaged they end in the error."""
     with reading_weights(info) as reader:
-        yield from _read(reader.read, list(reader.rows), "exporting")
+        yield from _read(reader.read, list(reader.rules), "exporting")
 
 
 def _read(

@@ -40,7 +40,7 @@ from megashear.checkpoint.shards import DTYPES, dtype_names
 from megashear.checkpoint.whole import whole_directory
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 
 SINGLE = (shards.SINGLE, "pytorch_model.bin")
 INDICES = (shards.INDEX, "pytorch_model.bin.index.json")
@@ -110,8 +110,8 @@ class HuggingFaceReader:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the table, in its order, one in memory at a time."""
-        for row in table(self.shape):
-            yield row.name, self.read(row.name)
+        for rule in param_rules(self.shape):
+            yield rule.name, self.read(rule.name)
 
     @functools.cached_property
     def _held(self) -> Found:
@@ -269,7 +269,7 @@ def write_huggingface(
     Args:
         directory: where it is to lie.
         shape: of the model.
-        weights: every tensor of `table(shape)`, under its name; one is held at a time.
+        weights: every tensor of `param_rules(shape)`, under its name; one is held at a time.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
         tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
         generation: what its source says of special tokens and generation.
@@ -304,7 +304,7 @@ def _hf_tensors_of(
     shape: ModelShape, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of Hugging Face's names and layouts, each checked."""
-    expected = {row.name: row.shape() for row in table(shape)}
+    expected = {rule.name: rule.shape() for rule in param_rules(shape)}
     for name, whole in weights:
         if expected.pop(name, None) != tuple(whole.shape):
             text = f"{name} {list(whole.shape)} is unexpected, comes twice or has another shape"

@@ -18,9 +18,9 @@ from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.manager import INFO, CheckpointInfo, is_huggingface, read_info
 from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.model.build import bound_rows, unwrap
+from megashear.model.build import bound_rules, unwrap
 from megashear.platform.parallel import Platform
-from megashear.pruning.table import outer_rows
+from megashear.pruning.table import outer_rules
 
 
 @torch.no_grad()
@@ -37,14 +37,14 @@ def fill_from_reader(
     Raises:
         CheckpointError: a tensor has another shape than the model's.
     """
-    rows = list(bound_rows(chunks))
-    for bound in progress(rows, "loading", len(rows), "tensors", speaks=platform.rank == 0):
-        whole = read(bound.row.name)
-        if tuple(whole.shape) != bound.row.shape():
+    rules = list(bound_rules(chunks))
+    for bound in progress(rules, "loading", len(rules), "tensors", speaks=platform.rank == 0):
+        whole = read(bound.rule.name)
+        if tuple(whole.shape) != bound.rule.shape():
             raise CheckpointError(
-                f"{bound.row.name} is {tuple(whole.shape)}; the model needs {bound.row.shape()}"
+                f"{bound.rule.name} is {tuple(whole.shape)}; the model needs {bound.rule.shape()}"
             )
-        shard = bound.row.shard(whole, platform.tensor_rank, platform.tensor_size)
+        shard = bound.rule.shard(whole, platform.tensor_rank, platform.tensor_size)
         bound.parameter.copy_(shard)
 
 
@@ -90,8 +90,8 @@ def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
 def _without_padding(chunk: Any) -> dict[str, Any]:
     """The sharded state dict of a chunk, with a vocabulary that is padded in memory alone."""
     state = sharded.without_extra_state(chunk.sharded_state_dict())
-    rows = outer_rows(unwrap(chunk).shape)
-    sizes = {row.name: row.axes[0].units for row in rows if row.axes[0].vocabulary}
+    rules = outer_rules(unwrap(chunk).shape)
+    sizes = {rule.name: rule.axes[0].units for rule in rules if rule.axes[0].vocabulary}
     for name, entry in state.items():
         if entry.key in sizes:
             state[name] = _cut(entry, sizes[entry.key])

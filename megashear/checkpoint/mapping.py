@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megashear.config.schema import ModelShape
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
@@ -197,7 +197,7 @@ def to_hf(shape: ModelShape, name: str, whole: Tensor) -> Iterator[tuple[str, Te
 def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for row in table(shape):
-        whole = torch.empty(row.shape(), device="meta")
-        shapes |= {name: tuple(part.shape) for name, part in to_hf(shape, row.name, whole)}
+    for rule in param_rules(shape):
+        whole = torch.empty(rule.shape(), device="meta")
+        shapes |= {name: tuple(part.shape) for name, part in to_hf(shape, rule.name, whole)}
     return shapes

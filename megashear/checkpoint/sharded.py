@@ -35,7 +35,7 @@ from megashear.checkpoint.shards import dtype_names
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.platform.checkpoints import layout_of_newer_release, weights_only
-from megashear.pruning.table import Row, table
+from megashear.pruning.table import ParamRule, param_rules
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)")
@@ -186,10 +186,10 @@ def _stored_weights(metadata: Metadata, num_layers: int) -> dict[str, _Stored]:
     return stored
 
 
-def _fits(row: Row, shape: tuple[int, ...]) -> bool:
+def _fits(rule: ParamRule, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape holds the parameter; the vocabulary may be padded there."""
-    expected = row.shape()
-    if row.axes[0].vocabulary and shape >= expected:
+    expected = rule.shape()
+    if rule.axes[0].vocabulary and shape >= expected:
         shape = expected[:1] + shape[1:]
     return shape == expected
 
@@ -218,13 +218,13 @@ class WeightsReader:
         if shape.num_layers > len(self._stored):  # and never list what a wrong number implies
             text = f"{len(self._stored)} tensors are not a model of {shape.num_layers} layers"
             raise CheckpointError(f"{directory}: {text}")
-        self.rows = {row.name: row for row in table(shape)}
+        self.rules = {rule.name: rule for rule in param_rules(shape)}
         problems = []
-        for name in {**self.rows, **self._stored}:
-            row, found = self.rows.get(name), self._stored.get(name)
-            if row is None or found is None or not _fits(row, found.shape):
+        for name in {**self.rules, **self._stored}:
+            rule, found = self.rules.get(name), self._stored.get(name)
+            if rule is None or found is None or not _fits(rule, found.shape):
                 is_there = found.shape if found else "missing"
-                problems.append(f"{name}: {is_there}, expected {row.shape() if row else 'none'}")
+                problems.append(f"{name}: {is_there}, expected {rule.shape() if rule else 'none'}")
         if problems:
             what = "does not hold the tensors of the model's shape"
             raise CheckpointError(f"{directory}: {what}:\n  " + "\n  ".join(problems))
@@ -233,7 +233,7 @@ class WeightsReader:
     def dtypes(self) -> list[str]:
         """Types of its tensors."""
         stored: Any = self._metadata.state_dict_metadata
-        held = (stored[self._stored[name].key] for name in self.rows)
+        held = (stored[self._stored[name].key] for name in self.rules)
         return dtype_names(entry.properties.dtype for entry in held)
 
     def read(self, name: str) -> Tensor:
@@ -244,7 +244,7 @@ class WeightsReader:
         """
         key, layer, _ = self._stored[name]
         entry: Any = self._metadata.state_dict_metadata[key]
-        shape, dtype = self.rows[name].shape(), entry.properties.dtype
+        shape, dtype = self.rules[name].shape(), entry.properties.dtype
         offsets = torch.Size((*layer, *(0 for _ in shape)))
         whole = torch.Size((*(1 for _ in layer), *shape))
         items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, whole)])
@@ -271,7 +271,7 @@ class WeightsReader:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the table, in its order."""
-        for name in self.rows:
+        for name in self.rules:
             yield name, self.read(name)
 
 

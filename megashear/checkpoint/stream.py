@@ -37,7 +37,7 @@ from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.files import flush
 from megashear.platform.parallel import single_process
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 
 FILE_NUMEL = 2**27
 """Elements in a file (512 MiB in fp32); a tensor that has more gets a file of its own."""
@@ -69,15 +69,15 @@ def shared_directory(directory: Path, **options: Any) -> Iterator[Path]:
 
 def files(shape: ModelShape) -> dict[str, str]:
     """The file of each tensor, in the order of the table; the same for any number of processes."""
-    rows = list(table(shape))
-    sizes = [prod(row.shape()) for row in rows]
+    rules = list(param_rules(shape))
+    sizes = [prod(rule.shape()) for rule in rules]
     number, held = 1, 0  # Megatron-Core may have written a file 0
     names = {}
-    for row, size in zip(rows, sizes, strict=True):
+    for rule, size in zip(rules, sizes, strict=True):
         if held and held + size > FILE_NUMEL:
             number, held = number + 1, 0
         held += size
-        names[row.name] = f"__0_{number}.distcp"
+        names[rule.name] = f"__0_{number}.distcp"
     return names
 
 
@@ -114,8 +114,10 @@ def write_weights(
         shares = on_each_process(files_of_mine.checksums)
     written = {entry.name: entry for entries, _ in parts for entry in entries}
     problems = [problem for _, found in parts for problem in found]
-    problems += [f"{row.name} is missing" for row in table(shape) if row.name not in written]
-    entries = [written[row.name] for row in table(shape) if row.name in written]
+    problems += [
+        f"{rule.name} is missing" for rule in param_rules(shape) if rule.name not in written
+    ]
+    entries = [written[rule.name] for rule in param_rules(shape) if rule.name in written]
     problems += _mixed_types(entries)
     if problems:
         raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
@@ -138,7 +140,9 @@ class _Files:
         self, directory: Path, home: dict[str, str], shape: ModelShape, mine: Container[str]
     ) -> None:
         self.directory, self.home = directory, home
-        self.expected = {row.name: row.shape() for row in table(shape) if row.name in mine}
+        self.expected = {
+            rule.name: rule.shape() for rule in param_rules(shape) if rule.name in mine
+        }
         self.sums: dict[Path, Checksum] = {}
         self._beside = ThreadPoolExecutor(2)
         self._sealing: dict[Path, tuple[Future[None], Future[Checksum]]] = {}
@@ -231,7 +235,7 @@ def _enter(directory: Path, shape: ModelShape, entries: Iterable[_Entry]) -> Non
     """Put tensors into the table of contents."""
     metadata = sharded.check_metadata(directory)
     vars(metadata).pop("all_local_plans", None)  # Megatron-Core's note on how it wrote nothing
-    sizes = {row.name: row.shape() for row in table(shape)}
+    sizes = {rule.name: rule.shape() for rule in param_rules(shape)}
     for name, properties, place in entries:
         key, layer = sharded.place_on_disk(name)
         stacked, size = tuple(shape.num_layers for _ in layer), sizes[name]

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megashear.config.schema import QUERY_GROUP, ModelShape, ParallelConfig, RotaryScaling
-from megashear.model.masked_gpt import BoundRow, MaskedGPTModel
+from megashear.model.masked_gpt import BoundRule, MaskedGPTModel
 from megashear.model.specs import block_spec
 from megashear.platform.kernels import can_compile
 from megashear.platform.parallel import Platform
@@ -32,7 +32,7 @@ def transformer_config(
     compiled = can_compile(platform.device)
     on_cpu, bf16 = platform.device.type == "cpu", platform.dtype == torch.bfloat16
     window = shape.sliding_window
-    assert shape.qkv_bias or not shape.proj_bias  # Megatron-Core would add a bias of no row
+    assert shape.qkv_bias or not shape.proj_bias  # Megatron-Core would add a bias without a rule
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -191,7 +191,7 @@ def unwrap(model: Any) -> MaskedGPTModel:
     return model
 
 
-def bound_rows(chunks: Iterable[Any], head_unit: str = QUERY_GROUP) -> Iterator[BoundRow]:
-    """Every row of the table whose parameter this rank holds, over all chunks of its model."""
+def bound_rules(chunks: Iterable[Any], head_unit: str = QUERY_GROUP) -> Iterator[BoundRule]:
+    """Every rule whose parameter this rank holds, over all chunks of its model."""
     for chunk in chunks:
-        yield from unwrap(chunk).bound_rows(head_unit)
+        yield from unwrap(chunk).bound_rules(head_unit)

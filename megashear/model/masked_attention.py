@@ -28,7 +28,7 @@ class MaskedSelfAttention(SelfAttention):
         super().__init__(config=config, **arguments)
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Rows that the table may have, by their names within a layer, and what holds them."""
+        """Names that the table may have, within a layer, and the modules that hold them."""
         modules = {
             "self_attention.linear_qkv.weight": self.linear_qkv,
             "self_attention.linear_qkv.bias": self.linear_qkv,

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from megashear.config.schema import QUERY_GROUP, ModelShape
 from megashear.model.masked_attention import MaskedSelfAttention
 from megashear.model.masked_mlp import MaskedMLP
-from megashear.pruning.table import Row, layer_rows, outer_rows
+from megashear.pruning.table import ParamRule, layer_rules, outer_rules
 
 
 @dataclass(frozen=True)
-class BoundRow:
-    """A row of the table with the parameter that holds it on this rank.
+class BoundRule:
+    """A rule of the table with the parameter that holds it on this rank.
 
     Attributes:
-        row: how masks act on the parameter.
+        rule: how masks act on the parameter.
         parameter: this tensor-parallel rank's shard.
         module: holds the parameter; for a norm it also holds `eps`.
         copy: whether another stage holds the same parameter as its own (a tied embedding).
     """
 
-    row: Row
+    rule: ParamRule
     parameter: nn.Parameter
     module: nn.Module
     copy: bool = False
@@ -44,19 +44,19 @@ class MaskedTransformerLayer(TransformerLayer):
     mlp: MaskedMLP
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Rows of the table, by their names within a layer, and the modules that hold them."""
+        """Names in the table, within a layer, and the modules that hold them."""
         modules = {**self.self_attention.masked_modules(), **self.mlp.masked_modules()}
         modules.setdefault("self_attention.linear_qkv.layer_norm_weight", self.input_layernorm)
         modules.setdefault("mlp.linear_fc1.layer_norm_weight", self.pre_mlp_layernorm)
         return modules
 
-    def bound_rows(self, shape: ModelShape, head_unit: str) -> Iterator[BoundRow]:
-        """The layer's rows of the table, each with its parameter."""
+    def bound_rules(self, shape: ModelShape, head_unit: str) -> Iterator[BoundRule]:
+        """The layer's rules, each with its parameter."""
         number = self.layer_number - 1  # Megatron counts layers from 1
         modules = self.masked_modules()
         prefix = f"decoder.layers.{number}."
-        for row in layer_rows(shape, number, head_unit):
-            yield _bind(row, modules[row.name.removeprefix(prefix)])
+        for rule in layer_rules(shape, number, head_unit):
+            yield _bind(rule, modules[rule.name.removeprefix(prefix)])
 
 
 class MaskedGPTModel(GPTModel):
@@ -67,14 +67,14 @@ class MaskedGPTModel(GPTModel):
     @property
     def tokens(self) -> int:
         """Rows of the vocabulary on this rank; those after them are padding, and stay 0."""
-        vocabulary = outer_rows(self.shape)[0].axes[0]
+        vocabulary = outer_rules(self.shape)[0].axes[0]
         return len(vocabulary.share(self.tp_group.rank(), self.tp_group.size()))
 
     @torch.no_grad()
     def clear_padding(self) -> None:
         """Set padding to 0: no gradient will change it."""
-        for bound in self.bound_rows():
-            if bound.row.axes[0].vocabulary:
+        for bound in self.bound_rules():
+            if bound.rule.axes[0].vocabulary:
                 bound.parameter[self.tokens :] = 0
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class MaskedGPTModel(GPTModel):
         logits.detach()[..., self.tokens :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
 
-    def bound_rows(self, head_unit: str = QUERY_GROUP) -> Iterator[BoundRow]:
-        """Every row of the table whose parameter this rank holds, each once."""
-        outer = {row.name: row for row in outer_rows(self.shape)}
+    def bound_rules(self, head_unit: str = QUERY_GROUP) -> Iterator[BoundRule]:
+        """Every rule whose parameter this rank holds, each once."""
+        outer = {rule.name: rule for rule in outer_rules(self.shape)}
         if self.pre_process:
             name = "embedding.word_embeddings.weight"
             yield _bind(outer[name], self.embedding.word_embeddings)
         for layer in self.decoder.layers:
-            yield from layer.bound_rows(self.shape, head_unit)
+            yield from layer.bound_rules(self.shape, head_unit)
         if self.post_process:
             yield _bind(outer["decoder.final_layernorm.weight"], self.decoder.final_layernorm)
             if not self.shape.tied_embeddings:
@@ -103,10 +103,10 @@ class MaskedGPTModel(GPTModel):
                 yield _bind(outer[name], self.output_layer, copy=True)
 
 
-def _bind(row: Row, module: nn.Module, copy: bool = False) -> BoundRow:
-    attribute = row.name.rpartition(".")[2]
-    if not hasattr(module, attribute):  # a norm of its own, where the row is named as if fused
+def _bind(rule: ParamRule, module: nn.Module, copy: bool = False) -> BoundRule:
+    attribute = rule.name.rpartition(".")[2]
+    if not hasattr(module, attribute):  # a norm of its own, where the rule is named as if fused
         attribute = "weight"
     parameter = getattr(module, attribute)
     assert isinstance(parameter, nn.Parameter)
-    return BoundRow(row, parameter, module, copy)
+    return BoundRule(rule, parameter, module, copy)

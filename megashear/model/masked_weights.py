@@ -17,37 +17,37 @@ import torch
 from torch import Tensor, nn
 
 from megashear.config.schema import QUERY_GROUP, ModelShape
-from megashear.model.build import bound_rows, unwrap
-from megashear.model.masked_gpt import BoundRow
+from megashear.model.build import bound_rules, unwrap
+from megashear.model.masked_gpt import BoundRule
 from megashear.model.weight_blocks import Blocks, Matrices
 from megashear.platform.parallel import Platform
 from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER
 
 
 class _Group:
-    """The rows of one name in all layers of this rank (one, outside the layers).
+    """The rules of one name in all layers of this rank (one, outside the layers).
 
     Their factors are computed together, so that autograd's graph does not grow with the layers.
 
     Attributes:
-        bound: the rows.
+        bound: the rules.
         matrices: their parameters, and the values of their factors.
         scales: the factors themselves, differentiable in the masks, while a step lasts.
     """
 
-    def __init__(self, bound: Sequence[BoundRow], platform: Platform) -> None:
-        self.bound, self.row = bound, bound[0].row
+    def __init__(self, bound: Sequence[BoundRule], platform: Platform) -> None:
+        self.bound, self.rule = bound, bound[0].rule
         device, tensor = platform.device, (platform.tensor_rank, platform.tensor_size)
-        layers = [b.row.layer for b in bound if b.row.layer is not None]
+        layers = [b.rule.layer for b in bound if b.rule.layer is not None]
         self._layers = torch.tensor(layers, dtype=torch.int64, device=device)
         self._units = [
             axis.unit_of_position(*tensor).to(device) if axis.scaled and axis.parallel else None
-            for axis in self.row.axes  # None is all units, in order
+            for axis in self.rule.axes  # None is all units, in order
         ]
         weights = [_matrix(b.parameter.detach()) for b in bound]
         factors = [
             torch.empty(len(bound), length, device=device) if axis.scaled else None
-            for axis, length in zip(self.row.axes, weights[0].shape, strict=False)
+            for axis, length in zip(self.rule.axes, weights[0].shape, strict=False)
         ]
         self.matrices = Matrices(weights, (factors[0], factors[1] if len(factors) > 1 else None))
         self.scales: list[Tensor | None] = [None, None]
@@ -56,13 +56,13 @@ class _Group:
         # A parameter counts once. A shard does on every tensor-parallel rank; a whole one (a norm,
         # the bias of linear_proj), whose gradient Megatron has made equal everywhere, on the
         # first; a tied embedding on the first stage alone.
-        is_whole = not self.row.parallel
+        is_whole = not self.rule.parallel
         self._counts = not bound[0].copy and (platform.tensor_rank == 0 or not is_whole)
 
     def compute(self, z: Mapping[str, Tensor], share: float) -> None:
         """Take up the factors of masks z, of which a share of the hidden dimensions is not 0."""
         self.scales = [None, None]
-        for number, (axis, positions) in enumerate(zip(self.row.axes, self._units, strict=True)):
+        for number, (axis, positions) in enumerate(zip(self.rule.axes, self._units, strict=True)):
             if not axis.scaled:
                 continue
             assert axis.mask is not None
@@ -71,9 +71,9 @@ class _Group:
                 scale = scale.index_select(0, self._layers)
             if positions is not None:
                 scale = scale.index_select(1, positions)
-            if number == 0 and self.row.scaled_by_layer:
+            if number == 0 and self.rule.scaled_by_layer:
                 scale = scale * z[LAYER][0].index_select(0, self._layers)[:, None]
-            if self.row.norm:
+            if self.rule.norm:
                 scale = scale * share**0.5
             values = self.matrices.factors[number]
             assert values is not None
@@ -127,13 +127,13 @@ class MaskedWeights:
     ) -> None:
         self.shape: ModelShape = unwrap(chunks[0]).shape
         self.platform = platform
-        named: dict[tuple[str, bool], list[BoundRow]] = {}
-        for bound in bound_rows(chunks, head_unit):
-            if bound.row.scaled:
-                name = bound.row.name.removeprefix(f"decoder.layers.{bound.row.layer}.")
+        named: dict[tuple[str, bool], list[BoundRule]] = {}
+        for bound in bound_rules(chunks, head_unit):
+            if bound.rule.scaled:
+                name = bound.rule.name.removeprefix(f"decoder.layers.{bound.rule.layer}.")
                 named.setdefault((name, bound.copy), []).append(bound)
-        self._groups = [_Group(rows, platform) for rows in named.values()]
-        self._norms = [b.module for group in self._groups for b in group.bound if b.row.norm]
+        self._groups = [_Group(rules, platform) for rules in named.values()]
+        self._norms = [b.module for group in self._groups for b in group.bound if b.rule.norm]
         self._is_bound = False
         for group in self._groups:
             parameters = [bound.parameter for bound in group.bound]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
-from megashear.pruning.table import Row, layer_rows, mask_sizes, outer_rows
+from megashear.pruning.table import ParamRule, layer_rules, mask_sizes, outer_rules
 
 CPU, TORCH, TRANSFORMER_ENGINE = BACKENDS = ("cpu", "torch", "transformer_engine")
 """What computes: torch layers on a CPU (norms in several operations), torch layers or Transformer
@@ -124,20 +124,20 @@ def sizes_of_stage(shape: ModelShape, tensor: int, layers: int, first: bool, las
         first: whether it has the embedding.
         last: whether it has the output head: of tied embeddings a copy, unless it has them.
     """
-    embedding, norm, *head = outer_rows(shape)
-    rows = [(row, layers) for row in layer_rows(shape, 0)]
-    rows += [(embedding, 1)] if first or (last and not head) else []
-    rows += [(row, 1) for row in (norm, *head)] if last else []
-    numbers = [(_number(row, tensor), row.scaled, count) for row, count in rows]
+    embedding, norm, *head = outer_rules(shape)
+    rules = [(rule, layers) for rule in layer_rules(shape, 0)]
+    rules += [(embedding, 1)] if first or (last and not head) else []
+    rules += [(rule, 1) for rule in (norm, *head)] if last else []
+    numbers = [(_number(rule, tensor), rule.scaled, count) for rule, count in rules]
     return Sizes(
         parameters=sum(number * count for number, _, count in numbers),
         scaled=sum(number * count for number, scaled, count in numbers if scaled),
         largest=max(number for number, *_ in numbers),
         most_scaled=max((number * count for number, scaled, count in numbers if scaled), default=0),
-        replicated=sum(_number(row, 1) * count for row, count in rows if not row.parallel),
+        replicated=sum(_number(rule, 1) * count for rule, count in rules if not rule.parallel),
         qk_norms=2 * shape.kv_channels * layers if shape.qk_norm else 0,
     )
 
 
-def _number(row: Row, tensor: int) -> int:
-    return math.prod(row.shape(tensor))
+def _number(rule: ParamRule, tensor: int) -> int:
+    return math.prod(rule.shape(tensor))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from megashear.config.schema import QUERY_GROUP, ModelShape
-from megashear.pruning.table import LAYER, Row, layer_rows, outer_rows
+from megashear.pruning.table import LAYER, ParamRule, layer_rules, outer_rules
 
 
 def parameter_count(shape: ModelShape) -> int:
     """Parameters of a dense model, whose layers are alike; a tied embedding counts once."""
     outer, layer = (
-        sum(math.prod(row.shape()) for row in rows)
-        for rows in (outer_rows(shape), layer_rows(shape, 0))
+        sum(math.prod(rule.shape()) for rule in rules)
+        for rules in (outer_rules(shape), layer_rules(shape, 0))
     )
     return outer + shape.num_layers * layer
 
@@ -42,7 +42,7 @@ def expected_parameter_count(
 
     Units are independent, so the expectation of a product is the product of expectations: sums over
     the units of each axis, multiplied; a layer's parameters go with the layer. All layers of a
-    source are alike, so the rows of one stand for all, as vectors over the layers.
+    source are alike, so the rules of one stand for all, as vectors over the layers.
 
     Args:
         shape: the source model's.
@@ -51,16 +51,16 @@ def expected_parameter_count(
     """
     p = {mask: kept.double() for mask, kept in probability_kept.items()}
     layer_L = p[LAYER][0]
-    outer = sum((_expected(row, p) for row in outer_rows(shape)), torch.zeros(()))
-    rows = layer_rows(shape, 0, head_unit)
-    per_layer_L = sum((_expected(row, p) for row in rows), torch.zeros(()))
+    outer = sum((_expected(rule, p) for rule in outer_rules(shape)), torch.zeros(()))
+    rules = layer_rules(shape, 0, head_unit)
+    per_layer_L = sum((_expected(rule, p) for rule in rules), torch.zeros(()))
     return outer.sum() + (layer_L * per_layer_L).sum()
 
 
-def _expected(row: Row, probability_kept: dict[str, Tensor]) -> Tensor:
-    """Expected parameters of a row, given its layer: [1], or [L] where masks differ by layer."""
+def _expected(rule: ParamRule, probability_kept: dict[str, Tensor]) -> Tensor:
+    """Expected size of a parameter whose layer is kept: [1], or [L] where masks differ by layer."""
     count = torch.ones(1, dtype=torch.float64, device=probability_kept[LAYER].device)
-    for axis in row.axes:
+    for axis in rule.axes:
         if axis.mask is None:
             count = count * axis.length()
         else:

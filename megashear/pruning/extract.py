@@ -18,7 +18,7 @@ from megashear.errors import CheckpointError
 from megashear.pruning import hard_concrete
 from megashear.pruning.lagrangian import MODEL, constraint_targets, constraints
 from megashear.pruning.masks import Masks
-from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, Row, table
+from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER, ParamRule, param_rules
 
 
 def uniform_shape(
@@ -100,39 +100,37 @@ def extract(
     """
     target = uniform_shape(source, z, head_unit)
     kept_layers = set(_kept(z[LAYER][0]).tolist())
-    rows = (
-        row for row in table(source, head_unit) if row.layer is None or row.layer in kept_layers
-    )
-    for row, result in zip(rows, table(target), strict=True):
+    rules = (r for r in param_rules(source, head_unit) if r.layer is None or r.layer in kept_layers)
+    for rule, result in zip(rules, param_rules(target), strict=True):
         if names is None or result.name in names:  # and no name holds on to what was read:
-            yield result.name, _fold_and_cut(row, _checked(row, read(row.name)), z)
+            yield result.name, _fold_and_cut(rule, _checked(rule, read(rule.name)), z)
 
 
-def _checked(row: Row, weight: Tensor) -> Tensor:
-    if tuple(weight.shape) != row.shape():
-        found = f"has shape {tuple(weight.shape)}, and the model's shape says {row.shape()}"
-        raise CheckpointError(f"{row.name} {found}")
+def _checked(rule: ParamRule, weight: Tensor) -> Tensor:
+    if tuple(weight.shape) != rule.shape():
+        found = f"has shape {tuple(weight.shape)}, and the model's shape says {rule.shape()}"
+        raise CheckpointError(f"{rule.name} {found}")
     return weight
 
 
-def _fold_and_cut(row: Row, weight: Tensor, z: dict[str, Tensor]) -> Tensor:
+def _fold_and_cut(rule: ParamRule, weight: Tensor, z: dict[str, Tensor]) -> Tensor:
     """What is left of a parameter, times its masks; computed in float32 at least.
 
     A norm's sqrt(n/d) is not folded: it stands for the dimensions that are missing from here on.
     """
     dtype, z_layer = weight.dtype, z[LAYER][0]
-    for dim, axis in enumerate(row.axes):
+    for dim, axis in enumerate(rule.axes):
         if axis.mask is None:
             continue
-        units = row.units(axis, z).to(weight.device)
+        units = rule.units(axis, z).to(weight.device)
         always = units.new_ones(1)  # for the positions of no unit, whose number is -1
         values = torch.cat((units, always))[axis.unit_of_position().to(weight.device)]
         positions = _kept(values)
         weight = weight.index_select(dim, positions)
         if axis.scaled:
             scale = values[positions]
-            if dim == 0 and row.scaled_by_layer:
-                scale = scale * z_layer[row.layer].to(weight.device)
+            if dim == 0 and rule.scaled_by_layer:
+                scale = scale * z_layer[rule.layer].to(weight.device)
             scale = scale.view(-1, *[1] * (weight.dim() - dim - 1))
             weight = weight.to(torch.promote_types(dtype, torch.float32)) * scale
     return weight.to(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.pruning import hard_concrete
-from megashear.pruning.table import HEAD, INTERMEDIATE, MASKS, mask_sizes
+from megashear.pruning.table import HEAD, INTERMEDIATE, MASK_KINDS, mask_sizes
 
 
 def resolve_target(
@@ -39,7 +39,7 @@ class Masks(nn.Module):
         source: shape of the model that is pruned.
         target: shape to reach; a kind of mask whose size it leaves alone is not masked. None (a
             constraint on the size of the whole model) masks all four kinds.
-        head_unit: what a unit of the head mask is (see `table.MASKS`).
+        head_unit: what a unit of the head mask is (see `table.MASK_KINDS`).
 
     Attributes:
         log_alpha: float32 [rows, units] per masked kind.
@@ -129,11 +129,11 @@ class Masks(nn.Module):
         return f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
 
     def _with_unmasked(self, masked: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All four kinds, in the order of MASKS; ones for the kinds that are not masked."""
+        """All four kinds, in the order of MASK_KINDS; ones for the kinds that are not masked."""
         device = next((value.device for value in masked.values()), None)
         return {
             mask: masked[mask]
             if mask in masked
             else torch.ones(self.all_sizes[mask], device=device)
-            for mask in MASKS
+            for mask in MASK_KINDS
         }

@@ -1,6 +1,6 @@
 """The table: which axis of which parameter is indexed by which units, and which axes are scaled.
 
-One statement drives masking, mask gradients, extraction and the shapes of the result. A row is
+One statement drives masking, mask gradients, extraction and the shapes of the result. A rule is
 bound to a tensor-parallel shard by asking its axes for the units of that shard (DESIGN section 2).
 
 Parameters go by their names in a Megatron-Core checkpoint, with the layer number written out, as in
@@ -19,7 +19,7 @@ from torch.nn import functional
 from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape
 
 LAYER, HIDDEN, HEAD, INTERMEDIATE = "layer", "hidden", "head", "intermediate"
-MASKS = (LAYER, HIDDEN, HEAD, INTERMEDIATE)
+MASK_KINDS = (LAYER, HIDDEN, HEAD, INTERMEDIATE)
 """The four kinds of mask.
 
 `pruning.head_unit` says what a unit of the head mask is: a query group (its query heads with their
@@ -107,8 +107,8 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter's line in the table.
+class ParamRule:
+    """How masks act on one parameter: its line in the table.
 
     Attributes:
         name: checkpoint name, the layer number written out.
@@ -157,40 +157,42 @@ class Row:
         return masks[axis.mask].view(-1, axis.units)[self.layer if per_layer else 0]
 
 
-def layer_rows(shape: ModelShape, layer: int, head_unit: str = QUERY_GROUP) -> tuple[Row, ...]:
-    """The rows of one transformer layer, in the order of Megatron's modules."""
+def layer_rules(
+    shape: ModelShape, layer: int, head_unit: str = QUERY_GROUP
+) -> tuple[ParamRule, ...]:
+    """The rules of one transformer layer, in the order of Megatron's modules."""
     ffn = shape.ffn_hidden_size
     prefix = f"decoder.layers.{layer}."
     cut = Axis(HIDDEN, shape.hidden_size)
     residual = Axis(HIDDEN, shape.hidden_size, scaled=True)
     qkv, heads = _head_axes(shape, head_unit)
 
-    def row(name: str, *axes: Axis, **flags: bool) -> Row:
-        return Row(prefix + name, axes, layer, **flags)
+    def rule(name: str, *axes: Axis, **flags: bool) -> ParamRule:
+        return ParamRule(prefix + name, axes, layer, **flags)
 
-    rows = [
-        row("self_attention.linear_qkv.layer_norm_weight", residual, norm=True),
-        row("self_attention.linear_qkv.weight", qkv, cut),
+    rules = [
+        rule("self_attention.linear_qkv.layer_norm_weight", residual, norm=True),
+        rule("self_attention.linear_qkv.weight", qkv, cut),
     ]
     if shape.qkv_bias:
-        rows.append(row("self_attention.linear_qkv.bias", qkv))
+        rules.append(rule("self_attention.linear_qkv.bias", qkv))
     if shape.qk_norm:
         channels = Axis(None, shape.kv_channels)  # one norm for all heads
-        rows.append(row("self_attention.q_layernorm.weight", channels))
-        rows.append(row("self_attention.k_layernorm.weight", channels))
-    rows.append(row("self_attention.linear_proj.weight", residual, heads, scaled_by_layer=True))
+        rules.append(rule("self_attention.q_layernorm.weight", channels))
+        rules.append(rule("self_attention.k_layernorm.weight", channels))
+    rules.append(rule("self_attention.linear_proj.weight", residual, heads, scaled_by_layer=True))
     if shape.proj_bias:
-        rows.append(row("self_attention.linear_proj.bias", residual, scaled_by_layer=True))
+        rules.append(rule("self_attention.linear_proj.bias", residual, scaled_by_layer=True))
     gate_and_up = Axis(INTERMEDIATE, ffn, tile=2, parallel=True)
-    rows.append(row("mlp.linear_fc1.layer_norm_weight", residual, norm=True))
-    rows.append(row("mlp.linear_fc1.weight", gate_and_up, cut))
+    rules.append(rule("mlp.linear_fc1.layer_norm_weight", residual, norm=True))
+    rules.append(rule("mlp.linear_fc1.weight", gate_and_up, cut))
     if shape.mlp_bias:
-        rows.append(row("mlp.linear_fc1.bias", gate_and_up))
+        rules.append(rule("mlp.linear_fc1.bias", gate_and_up))
     intermediate = Axis(INTERMEDIATE, ffn, scaled=True, parallel=True)
-    rows.append(row("mlp.linear_fc2.weight", residual, intermediate, scaled_by_layer=True))
+    rules.append(rule("mlp.linear_fc2.weight", residual, intermediate, scaled_by_layer=True))
     if shape.mlp_bias:
-        rows.append(row("mlp.linear_fc2.bias", residual, scaled_by_layer=True))
-    return tuple(rows)
+        rules.append(rule("mlp.linear_fc2.bias", residual, scaled_by_layer=True))
+    return tuple(rules)
 
 
 def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:
@@ -205,23 +207,25 @@ def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:
     return qkv, Axis(HEAD, groups, repeat=per_group * size, scaled=True, parallel=True)
 
 
-def outer_rows(shape: ModelShape) -> tuple[Row, ...]:
-    """The rows outside the transformer layers: embedding, final norm and output head."""
+def outer_rules(shape: ModelShape) -> tuple[ParamRule, ...]:
+    """The rules outside the transformer layers: embedding, final norm and output head."""
     vocabulary = Axis(None, shape.vocab_size, parallel=True)
     residual = Axis(HIDDEN, shape.hidden_size, scaled=True)
-    rows = [
-        Row("embedding.word_embeddings.weight", (vocabulary, residual)),
-        Row("decoder.final_layernorm.weight", (residual,), norm=True),
+    rules = [
+        ParamRule("embedding.word_embeddings.weight", (vocabulary, residual)),
+        ParamRule("decoder.final_layernorm.weight", (residual,), norm=True),
     ]
     if not shape.tied_embeddings:
-        rows.append(Row("output_layer.weight", (vocabulary, Axis(HIDDEN, shape.hidden_size))))
-    return tuple(rows)
+        rules.append(
+            ParamRule("output_layer.weight", (vocabulary, Axis(HIDDEN, shape.hidden_size)))
+        )
+    return tuple(rules)
 
 
-def table(shape: ModelShape, head_unit: str = QUERY_GROUP) -> Iterator[Row]:
+def param_rules(shape: ModelShape, head_unit: str = QUERY_GROUP) -> Iterator[ParamRule]:
     """Every parameter of a model: embedding, layers, final norm, output head."""
-    embedding, *rest = outer_rows(shape)
+    embedding, *rest = outer_rules(shape)
     yield embedding
     for layer in range(shape.num_layers):
-        yield from layer_rows(shape, layer, head_unit)
+        yield from layer_rules(shape, layer, head_unit)
     yield from rest

@@ -20,7 +20,7 @@ from megashear.model.build import build_model
 from megashear.platform import parallel
 from megashear.pruning.extract import extract
 from megashear.pruning.masks import Masks
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from megashear.training.trainer import Trainer
 from tests.checkpoint.test_stream import BIG, peak_of
 from tests.support.distributed import run_distributed
@@ -159,7 +159,7 @@ def peaks(directory: Path) -> tuple[int, int]:
 
 def test_a_model_is_extracted_with_memory_for_a_few_tensors(tmp_path: Path) -> None:
     run_distributed(save_big, 2, tmp_path)
-    sizes = [4 * torch.Size(row.shape()).numel() for row in table(BIG)]
+    sizes = [4 * torch.Size(rule.shape()).numel() for rule in param_rules(BIG)]
     extracting, reading = run_distributed(peaks, 1, tmp_path)[0]
     assert reading > 0.8 * sum(sizes) > 20 * max(sizes)
     assert extracting < 8 * max(sizes)  # 2 to 3 are held; the heap gives some back late

@@ -19,7 +19,7 @@ from torch import Tensor
 from megashear.checkpoint.hf import write_huggingface
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from tests.support.hf_models import (
     change_config,
     load_llama,
@@ -108,7 +108,7 @@ def test_values_too_large_for_the_type_are_refused(tmp_path: Path) -> None:
 
 
 def test_unexpected_weight_and_weight_given_twice(tmp_path: Path) -> None:
-    names = [row.name for row in table(SHAPE)]
+    names = [rule.name for rule in param_rules(SHAPE)]
     for name in ("decoder.layers.2.mlp.linear_fc2.weight", names[0]):
         stream = [*weights(), (name, torch.ones(40, 16))]
         with pytest.raises(CheckpointError, match="is unexpected"):

@@ -19,9 +19,9 @@ from megashear.checkpoint.manager import find, read_info, read_shape
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rules
 from megashear.platform import parallel
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from megashear.training.trainer import Trainer
 from tests.support.distributed import run_distributed
 from tests.support.runs import GQA, TARGETS, run_config, write_domains, write_source
@@ -57,13 +57,13 @@ def state(config: RunConfig, steps: int) -> dict[str, Any]:
         trainer.train_step()
     if steps:
         trainer.save()
-    bound = list(bound_rows(trainer.optimizer.chunks))
+    bound = list(bound_rules(trainer.optimizer.chunks))
     moments = trainer.optimizer.megatron.optimizer.state
     found = {
         "place": (trainer.platform.tensor_rank, trainer.platform.tensor_size),
         "step": trainer.step,
-        "weights": {b.row.name: b.parameter.detach().clone() for b in bound},
-        "moments": {b.row.name: moments[b.parameter]["exp_avg_sq"].clone() for b in bound},
+        "weights": {b.rule.name: b.parameter.detach().clone() for b in bound},
+        "moments": {b.rule.name: moments[b.parameter]["exp_avg_sq"].clone() for b in bound},
         "objective": trainer.objective.state(),
     }
     parallel.stop()
@@ -73,7 +73,7 @@ def state(config: RunConfig, steps: int) -> dict[str, Any]:
 def test_a_run_on_tp_2_goes_on_in_any_layout(tmp_path: Path, source: Path) -> None:
     config = pruning(tmp_path, source)
     saved = run_distributed(state, 2, replace(config, parallel=ParallelConfig(tensor=2)), 2)
-    rows = {row.name: row for row in table(GQA)}
+    rules = {rule.name: rule for rule in param_rules(GQA)}
     reader = WeightsReader(read_info(tmp_path / "run").model_directory, GQA)
     layouts = {"one": (1, 1), "dp2": (2, 1), "tp2": (2, 2), "tp4": (4, 4)}
     loaded = {
@@ -89,7 +89,7 @@ def test_a_run_on_tp_2_goes_on_in_any_layout(tmp_path: Path, source: Path) -> No
         assert found["step"] == 2
         for kind in ("weights", "moments"):
             for name, tensor in whole[kind].items():
-                shard = rows[name].shard(tensor, *found["place"])
+                shard = rules[name].shard(tensor, *found["place"])
                 assert torch.equal(found[kind][name], shard), (kind, name)
         assert_equal(found["objective"], whole["objective"])
     assert all(moment.any() for moment in whole["moments"].values())

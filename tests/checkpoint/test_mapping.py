@@ -15,7 +15,7 @@ from megashear.checkpoint.hf_config import hf_config, shape_from_hf_config
 from megashear.checkpoint.mapping import PARTS, hf_tensors, to_hf, to_megatron
 from megashear.config.schema import FAMILIES, ModelShape, RotaryScaling
 from megashear.errors import CheckpointError
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from tests.support.hf_models import config_of
 from tests.support.reference_llama import random_weights
 
@@ -116,8 +116,8 @@ def test_there_and_back_is_the_same(shape: ModelShape, seed: int) -> None:
         for hf_name, tensor in to_hf(shape, name, whole)
     }
     assert set(hf) == set(hf_tensors(shape))
-    for row in table(shape):
-        assert torch.equal(to_megatron(shape, row.name, hf.__getitem__), weights[row.name])
+    for rule in param_rules(shape):
+        assert torch.equal(to_megatron(shape, rule.name, hf.__getitem__), weights[rule.name])
 
 
 @given(shapes(), st.integers(0, 99))

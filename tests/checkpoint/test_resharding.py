@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megashear.checkpoint.optimizer_state import rectangles
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rules
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.support.distributed import run_distributed
@@ -110,8 +110,8 @@ def steps(config: RunConfig, until: int) -> dict[str, Any]:
         trainer.train_step()
     trainer.save()
     trainer.checkpoints.finish()
-    bound = bound_rows(trainer.optimizer.chunks)
-    found["weights"] = {b.row.name: b.parameter.detach().clone() for b in bound}
+    bound = bound_rules(trainer.optimizer.chunks)
+    found["weights"] = {b.rule.name: b.parameter.detach().clone() for b in bound}
     found["objective"] = trainer.objective.state()
     found["data"] = platform.data_rank
     trainer.loader.close()

@@ -24,7 +24,7 @@ from megashear.config.schema import ModelShape, OptimizerConfig, ParallelConfig,
 from megashear.errors import CheckpointError
 from megashear.model.build import build_model
 from megashear.platform import parallel
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from megashear.training.optimizer import WeightOptimizer
 from tests.support.distributed import run_distributed
 from tests.support.reference_llama import random_weights
@@ -133,11 +133,11 @@ def test_megatron_lms_own_checkpoint_is_read_up_to_the_vocabulary(
     for vocabulary in (shape.vocab_size, 65, 5):
         reader = WeightsReader(tmp_path / "out", replace(shape, vocab_size=vocabulary))
         found = dict(reader.items())
-        for row in table(shape):
-            expected = random_weights(shape, seed=0)[row.name]
-            if row.axes[0].vocabulary:
+        for rule in param_rules(shape):
+            expected = random_weights(shape, seed=0)[rule.name]
+            if rule.axes[0].vocabulary:
                 expected = expected[:vocabulary]
-            assert torch.equal(found[row.name], expected), row.name
+            assert torch.equal(found[rule.name], expected), rule.name
 
 
 OTHERS = {
@@ -156,7 +156,9 @@ def test_nothing_in_a_checkpoint_is_left_out_silently(what: str, tmp_path: Path)
     with pytest.raises(CheckpointError) as refused:
         WeightsReader(tmp_path / "model", replace(shape, **changes))
     lines = str(refused.value).splitlines()[1:]
-    expected = [row.name for row in table(shape) if any(name in row.name for name in names)]
+    expected = [
+        rule.name for rule in param_rules(shape) if any(name in rule.name for name in names)
+    ]
     if what == "larger vocabulary":
         expected += ["output_layer.weight"]
     assert sorted(line.split(":")[0].strip() for line in lines) == sorted(expected)

@@ -20,7 +20,7 @@ from megashear.checkpoint.manager import CheckpointInfo, write_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
-from megashear.pruning.table import table
+from megashear.pruning.table import param_rules
 from tests.support.distributed import run_distributed
 from tests.support.reference_llama import random_weights
 from tests.support.runs import GQA
@@ -37,12 +37,12 @@ def weights_of(shape: ModelShape, dtype: torch.dtype = torch.float32) -> dict[st
 def save_by_megatron(directory: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     """All tensors at once, through Megatron-Core's own writer."""
     state = {}
-    for row in table(shape):
-        tensor, key, offsets = weights_of(shape, dtype)[row.name], row.name, []
-        if row.layer is not None:
-            key = row.name.replace(f".{row.layer}.", ".", 1)
-            offsets = [(0, row.layer, shape.num_layers)]
-        state[row.name] = ShardedTensor.from_rank_offsets(
+    for rule in param_rules(shape):
+        tensor, key, offsets = weights_of(shape, dtype)[rule.name], rule.name, []
+        if rule.layer is not None:
+            key = rule.name.replace(f".{rule.layer}.", ".", 1)
+            offsets = [(0, rule.layer, shape.num_layers)]
+        state[rule.name] = ShardedTensor.from_rank_offsets(
             key, tensor, *offsets, prepend_axis_num=len(offsets)
         )
     with stream.processes():
@@ -236,7 +236,7 @@ def peaks(directory: Path) -> tuple[int, int, int]:
     info = CheckpointInfo(BIG, "imported")
 
     def made() -> Weights:
-        return ((row.name, torch.randn(row.shape())) for row in table(BIG))
+        return ((rule.name, torch.randn(rule.shape())) for rule in param_rules(BIG))
 
     def write_all(weights: Weights) -> None:
         write_model(directory, info, weights, overwrite=True)
@@ -252,8 +252,8 @@ def peaks(directory: Path) -> tuple[int, int, int]:
 
 
 def test_a_model_is_written_and_read_with_memory_for_a_few_tensors(tmp_path: Path) -> None:
-    tensor = 4 * max(torch.Size(row.shape()).numel() for row in table(BIG))
-    model = 4 * sum(torch.Size(row.shape()).numel() for row in table(BIG))
+    tensor = 4 * max(torch.Size(rule.shape()).numel() for rule in param_rules(BIG))
+    model = 4 * sum(torch.Size(rule.shape()).numel() for rule in param_rules(BIG))
     writing, reading, holding = run_distributed(peaks, 1, tmp_path / "model")[0]
     assert holding > 0.8 * model > 20 * tensor  # it can be measured
     assert writing < 4 * tensor  # one is held; the heap gives some back late

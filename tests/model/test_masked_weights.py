@@ -69,7 +69,7 @@ def compute(shape: ModelShape) -> dict[str, Tensor | dict[str, Tensor]]:
             parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # as Megatron's DDP
         masked_weights.backward()
         found["logits"] = logits.detach()
-        found["weights"] = {b.row.name: b.parameter.main_grad for b in model.bound_rows()}  # type: ignore
+        found["weights"] = {b.rule.name: b.parameter.main_grad for b in model.bound_rules()}  # type: ignore
         found["masks"] = {name: p.grad for name, p in masks.log_alpha.items()}  # type: ignore[misc]
 
     masks, z = sampled_masks(shape)
@@ -134,7 +134,7 @@ def fold_and_fail(shape: ModelShape) -> list[bool]:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             pass
-        same = [torch.equal(b.parameter, weights[b.row.name]) for b in model.bound_rows()]
+        same = [torch.equal(b.parameter, weights[b.rule.name]) for b in model.bound_rules()]
         eps = model.decoder.final_layernorm.eps == shape.layernorm_epsilon
         return [changed, eps, *same]
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from megashear.checkpoint.load import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
-from megashear.model.build import bound_rows, build_model
+from megashear.model.build import bound_rules, build_model
 from megashear.platform import parallel
 from tests.support.distributed import run_distributed
 from tests.support.reference_llama import forward, random_weights
@@ -23,8 +23,8 @@ def compute(shape: ModelShape, tensor: int, tokens: Tensor) -> dict[str, Tensor]
     layout = ParallelConfig(tensor=tensor)
     platform = parallel.start(PlatformConfig(device="cpu", precision="fp32"), layout, seed=0)
     chunks = build_model(shape, platform, layout, tokens.shape[1])
-    rows = [bound for bound in bound_rows(chunks) if bound.row.axes[0].vocabulary]
-    found = {bound.row.name: bound.parameter.detach().clone() for bound in rows}
+    rules = [bound for bound in bound_rules(chunks) if bound.rule.axes[0].vocabulary]
+    found = {bound.rule.name: bound.parameter.detach().clone() for bound in rules}
     fill_from_reader(chunks, random_weights(shape, seed=0).__getitem__, platform)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():

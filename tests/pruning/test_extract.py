@@ -13,7 +13,7 @@ from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetS
 from megashear.errors import CheckpointError
 from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
 from megashear.pruning.masks import Masks, resolve_target
-from megashear.pruning.table import MASKS, mask_sizes, table
+from megashear.pruning.table import MASK_KINDS, mask_sizes, param_rules
 from tests.support.reference_llama import forward, random_masks, random_weights
 
 SHAPES = {
@@ -108,7 +108,7 @@ def test_every_parameter_is_what_slicing_by_hand_gives(source: ModelShape, seed:
     weights, z = random_weights(source, seed), _masks(source, seed)
     extracted = _extract(source, z, weights)
     expected = _in_numpy(source, z, weights)
-    assert list(extracted) == [row.name for row in table(_target(source))]
+    assert list(extracted) == [rule.name for rule in param_rules(_target(source))]
     assert set(extracted) == set(expected)
     for name, value in extracted.items():
         assert value.dtype == torch.float32
@@ -159,7 +159,7 @@ def test_deterministic_masks_of_a_run_extract_to_its_target(name: str) -> None:
     assert uniform_shape(source, z, masks.head_unit) == target
     weights = random_weights(source, 5)
     shapes = {name: tuple(w.shape) for name, w in _extract(source, z, weights).items()}
-    assert shapes == {row.name: row.shape() for row in table(target)}
+    assert shapes == {rule.name: rule.shape() for rule in param_rules(target)}
 
 
 def test_half_precision_is_folded_in_float32_and_rounded_once() -> None:
@@ -232,7 +232,7 @@ def test_layers_that_are_off_do_not_count() -> None:
     assert uniform_shape(source, z) == target
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", MASK_KINDS)
 def test_nothing_left_is_refused(mask: str) -> None:
     source = SHAPES["gqa"]
     z = {name: torch.ones(size) for name, size in mask_sizes(source).items()}

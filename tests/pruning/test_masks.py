@@ -11,7 +11,7 @@ import torch
 
 from megashear.config.schema import QUERY_HEAD, ModelShape, TargetShape
 from megashear.pruning.masks import Masks, resolve_target
-from megashear.pruning.table import MASKS, mask_sizes
+from megashear.pruning.table import MASK_KINDS, mask_sizes
 
 SOURCE = ModelShape(4, 48, 8, 60, 50, num_query_groups=4, kv_channels=6)
 TARGET = resolve_target(SOURCE, TargetShape(3, 32, 6, 40))
@@ -61,7 +61,7 @@ def test_a_kind_that_keeps_its_size_is_not_masked() -> None:
     assert set(masks.sizes) == set(masks.log_alpha) == {"layer", "hidden"}
     given = (masks.sample(0, 0), masks.deterministic("target"), masks.probability_kept())
     for z in given:
-        assert tuple(z) == MASKS
+        assert tuple(z) == MASK_KINDS
         assert {mask: tuple(value.shape) for mask, value in z.items()} == mask_sizes(SOURCE)
         assert (z["head"] == 1).all()
         assert (z["intermediate"] == 1).all()
@@ -72,8 +72,8 @@ def test_samples_are_a_function_of_seed_and_step_alone() -> None:
     masks, again = (_random(Masks(SOURCE, TARGET), seed=2) for _ in range(2))
     torch.manual_seed(99)  # the global generator has no say
     z = masks.sample(seed=3, step=10)
-    assert all(torch.equal(z[mask], again.sample(3, 10)[mask]) for mask in MASKS)
-    assert any(not torch.equal(z[mask], again.sample(3, 11)[mask]) for mask in MASKS)
+    assert all(torch.equal(z[mask], again.sample(3, 10)[mask]) for mask in MASK_KINDS)
+    assert any(not torch.equal(z[mask], again.sample(3, 11)[mask]) for mask in MASK_KINDS)
     assert not torch.equal(z["head"][0], z["head"][1])
 
 
@@ -111,10 +111,10 @@ def test_current_masks_keep_what_is_expected_by_now(target: ModelShape | None, s
 
 def test_without_a_target_shape_all_four_kinds_are_masked_and_target_means_current() -> None:
     masks = _random(Masks(SOURCE, None), seed=5)
-    assert set(masks.log_alpha) == set(MASKS)
+    assert set(masks.log_alpha) == set(MASK_KINDS)
     assert masks.target_units == masks.target_sparsity == {}
     target, current = masks.deterministic("target"), masks.deterministic("current")
-    assert all(torch.equal(target[mask], current[mask]) for mask in MASKS)
+    assert all(torch.equal(target[mask], current[mask]) for mask in MASK_KINDS)
 
 
 def test_expected_sparsity_is_the_mean_of_each_row() -> None:
@@ -128,11 +128,11 @@ def test_expected_sparsity_is_the_mean_of_each_row() -> None:
 def test_state_goes_out_and_in_as_plain_tensors() -> None:
     masks = _random(Masks(SOURCE, TARGET), seed=7)
     state = masks.state_dict()
-    assert set(state) == {f"log_alpha.{mask}" for mask in MASKS}
+    assert set(state) == {f"log_alpha.{mask}" for mask in MASK_KINDS}
     again = Masks(SOURCE, TARGET)
     again.load_state_dict({name: value.clone() for name, value in state.items()})
     z, expected = again.sample(1, 1), masks.sample(1, 1)
-    assert all(torch.equal(z[mask], expected[mask]) for mask in MASKS)
+    assert all(torch.equal(z[mask], expected[mask]) for mask in MASK_KINDS)
 
 
 def test_query_heads_are_a_row_for_each_group_and_keep_every_group() -> None:

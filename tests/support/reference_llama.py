@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megashear.config.schema import ModelShape
-from megashear.pruning.table import mask_sizes, table
+from megashear.pruning.table import mask_sizes, param_rules
 
 Weights = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
@@ -127,7 +127,7 @@ def random_weights(
             return (0.5 * values).to(dtype)
         return (1 + 0.2 * values if len(size) == 1 else values / size[-1] ** 0.5).to(dtype)
 
-    return {row.name: draw(row.name, *row.shape()) for row in table(shape)}
+    return {rule.name: draw(rule.name, *rule.shape()) for rule in param_rules(shape)}
 
 
 def random_masks(

@@ -16,7 +16,7 @@ from megashear.checkpoint.load import load_model
 from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
 from megashear.checkpoint.sharded import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig
-from megashear.model.build import bound_rows, build_model
+from megashear.model.build import bound_rules, build_model
 from megashear.platform import parallel
 from megashear.pruning.masks import Masks
 from megashear.pruning.table import HEAD, INTERMEDIATE
@@ -112,8 +112,8 @@ def parts(checkpoint: Path, layout: ParallelConfig) -> bool:
     reader = WeightsReader(info.model_directory, info.shape)
     place = platform.tensor_rank, platform.tensor_size
     same = [
-        torch.equal(bound.parameter, bound.row.shard(reader.read(bound.row.name), *place))
-        for bound in bound_rows(chunks)
+        torch.equal(bound.parameter, bound.rule.shard(reader.read(bound.rule.name), *place))
+        for bound in bound_rules(chunks)
     ]
     parallel.stop()
     return len(same) > 3 and all(same)

@@ -26,9 +26,9 @@ from megashear.config.schema import (
     RotaryScaling,
     RunConfig,
 )
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rules
 from megashear.platform import parallel
-from megashear.pruning.table import Row, table
+from megashear.pruning.table import ParamRule, param_rules
 from megashear.training import optimizer
 from megashear.training.trainer import Trainer
 from tests.support.distributed import run_distributed
@@ -147,7 +147,7 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
         leave_saturation(objective)
 
     def weights() -> dict[str, Tensor]:
-        return {b.row.name: b.parameter for b in bound_rows(trainer.optimizer.chunks)}
+        return {b.rule.name: b.parameter for b in bound_rules(trainer.optimizer.chunks)}
 
     def step_and_keep_gradients() -> float:
         if "gradients" not in found:
@@ -210,9 +210,9 @@ def leave_saturation(objective: Any) -> None:
         multipliers.fill_(0.5)
 
 
-def assert_all_owned(row: Row, ranks: list[dict[str, Any]]) -> None:
+def assert_all_owned(rule: ParamRule, ranks: list[dict[str, Any]]) -> None:
     """The parts that ranks own make up the parameter on every tensor-parallel rank."""
-    name = row.name
+    name = rule.name
     for place in {found["rank"] for found in ranks}:
         owned = {
             found["owned"][name]
@@ -220,7 +220,7 @@ def assert_all_owned(row: Row, ranks: list[dict[str, Any]]) -> None:
             if found["rank"] == place and name in found["owned"]
         }
         count = sum(stop - start for start, stop in owned)
-        assert count == math.prod(row.shape(place[1])), (name, owned)
+        assert count == math.prod(rule.shape(place[1])), (name, owned)
 
 
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -271,10 +271,10 @@ def test_layout_computes_what_one_process_computes(
     platform_config = replace(config.platform, precision=precision)
     config = replace(config, parallel=parallel_config, platform=platform_config)
     ranks = run_distributed(three_steps, world_size, config)
-    rows = {row.name: row for row in table(SHAPES[shape_name])}
-    assert all(any(name in found["weights"] for found in ranks) for name in rows)
-    for row in rows.values():
-        assert_all_owned(row, ranks)
+    rules = {rule.name: rule for rule in param_rules(SHAPES[shape_name])}
+    assert all(any(name in found["weights"] for found in ranks) for name in rules)
+    for rule in rules.values():
+        assert_all_owned(rule, ranks)
     for found in ranks:
         buckets, early = found["early"].tolist()
         # In the first step Megatron only counts the gradients that each bucket waits for.
@@ -289,7 +289,7 @@ def test_layout_computes_what_one_process_computes(
         ):
             assert_close(torch.tensor(found[kind]), torch.tensor(expected[kind]), tolerance, kind)
         for name, gradient in found["gradients"].items():
-            shard = rows[name].shard(expected["gradients"][name], *place)
+            shard = rules[name].shard(expected["gradients"][name], *place)
             mine = slice(*found["owned"][name])
             part = shard.flatten().clone()
             part[mine] = gradient.flatten()[mine]
@@ -299,10 +299,10 @@ def test_layout_computes_what_one_process_computes(
             assert expected_gradient.any(), f"{name} has no gradient: nothing is compared"
             assert_close(gradient, expected_gradient, of_gradients, f"mask gradient {name}")
         for name, weight in found["weights"].items():
-            shard = rows[name].shard(expected["weights"][name], *place)
+            shard = rules[name].shard(expected["weights"][name], *place)
             assert_close(weight.float(), shard, of_weights, f"{name} after three steps")
-            if rows[name].axes[0].vocabulary:
-                padding = slice(len(rows[name].axes[0].share(*place)), None)
+            if rules[name].axes[0].vocabulary:
+                padding = slice(len(rules[name].axes[0].share(*place)), None)
                 assert not weight[padding].any()
                 assert not found["gradients"][name][padding].any()
         for name, value in found["state"].items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megashear.config.schema import ModelShape, RunConfig
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rules
 from megashear.platform import parallel
 from megashear.pruning.masks import Masks
 from megashear.training.trainer import Trainer
@@ -60,8 +60,8 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
     trainer.log.step = lambda record: losses.append(record["loss"])  # type: ignore
     for _ in range(STEPS):
         trainer.train_step()
-    rows = bound_rows(trainer.optimizer.chunks)
-    weights = {b.row.name: b.parameter.detach().clone() for b in rows}
+    rules = bound_rules(trainer.optimizer.chunks)
+    weights = {b.rule.name: b.parameter.detach().clone() for b in rules}
     parallel.stop()
     return {"losses": losses, "batches": batches, "weights": weights, **trainer.objective.state()}
 

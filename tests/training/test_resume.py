@@ -25,7 +25,7 @@ from megashear.config.schema import (
     TargetShape,
 )
 from megashear.errors import CheckpointError
-from megashear.model.build import bound_rows
+from megashear.model.build import bound_rules
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
 from tests.support.distributed import run_distributed
@@ -67,8 +67,8 @@ def train(config: RunConfig, stop_at: int | None) -> dict[str, Any]:
     finally:
         trainer.loader.close()
         parallel.stop()
-    bound = bound_rows(trainer.optimizer.chunks)
-    weights = {b.row.name: b.parameter.detach().clone() for b in bound}
+    bound = bound_rules(trainer.optimizer.chunks)
+    weights = {b.rule.name: b.parameter.detach().clone() for b in bound}
     return {"began": began, "weights": weights, **trainer.objective.state()}
 
 
