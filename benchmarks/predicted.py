@@ -17,7 +17,7 @@ from harness import LLAMA_2, ROOT, Report
 from megashear.config.loader import load_config
 from megashear.config.schema import QUERY_HEAD, ModelShape, RunConfig, TargetShape
 from megashear.hardware import GPUS
-from megashear.planning.communication import CONTEXT, DATA, MASKS, PIPELINE, TENSOR
+from megashear.planning.communication import CONTEXT, DATA, MASK_GRADIENTS, PIPELINE, TENSOR
 from megashear.planning.layouts import Layout, allowed, layout_of, ranked, usable_bytes
 from megashear.planning.setup import TRANSFORMER_ENGINE
 from megashear.planning.throughput import (
@@ -91,7 +91,7 @@ def tables(report: Report) -> None:
         (*run, "tokens a step", "layout", "GiB", "s/step", "tok/s", "MFU"),
         speeds,
     )
-    kinds = ("arithmetic", "weights", "update", "bubble", *COMMUNICATION, MASKS)
+    kinds = ("arithmetic", "weights", "update", "bubble", *COMMUNICATION, MASK_GRADIENTS)
     header = (*run, *kinds, "communication visible", *(f"{kind} GB" for kind in COMMUNICATION))
     report.table(
         "predicted: seconds of that step by what they go into (communication: what no arithmetic "
@@ -153,7 +153,7 @@ def _speed(layout: Layout, cluster: Cluster, gpus: int) -> tuple[str, ...]:
 def _parts(layout: Layout, cluster: Cluster) -> tuple[str, ...]:
     time, sent = layout.time, layout.sent
     exposed = exposed_seconds(layout.setup, cluster)
-    kinds = ("arithmetic", "weights", "update", "bubble", *COMMUNICATION, MASKS)
+    kinds = ("arithmetic", "weights", "update", "bubble", *COMMUNICATION, MASK_GRADIENTS)
     return (
         *(f"{getattr(time, kind):.3f}" for kind in kinds),
         f"{sum(exposed.values()) / time.total:.1%}",
@@ -162,13 +162,13 @@ def _parts(layout: Layout, cluster: Cluster) -> tuple[str, ...]:
 
 
 def _masks(layout: Layout, cluster: Cluster) -> tuple[str, ...]:
-    sent, seconds = layout.sent, exposed_seconds(layout.setup, cluster)[MASKS]
+    sent, seconds = layout.sent, exposed_seconds(layout.setup, cluster)[MASK_GRADIENTS]
     traffic = mask_bytes(layout.setup) / cluster.gpu.memory_bandwidth
     kernels = mask_kernels(layout.setup) * KERNEL
     faster = step_time(layout.setup, replace(cluster, mfu=0.5))
     return (
-        f"{sent[MASKS] / 1e6:.2f}",
-        f"{sent[MASKS] / sum(sent.values()):.3%}",
+        f"{sent[MASK_GRADIENTS] / 1e6:.2f}",
+        f"{sent[MASK_GRADIENTS] / sum(sent.values()):.3%}",
         f"{seconds * 1e3:.2f}",
         f"{traffic * 1e3:.2f}",
         f"{kernels * 1e3:.2f}",

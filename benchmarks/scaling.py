@@ -28,7 +28,7 @@ from harness import ROOT, Report, interleaved, parser, ratio
 
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.console import run
-from megashear.planning.communication import COLLECTIVES, MASKS, transfers
+from megashear.planning.communication import COLLECTIVES, MASK_GRADIENTS, transfers
 from megashear.planning.setup import CPU, setup_of
 from megashear.platform import parallel
 from megashear.platform.parallel import Platform
@@ -163,7 +163,7 @@ def _rows(
         error = f"{planned / total - 1:+.3%}" if total else "-"
         masks = ["", ""]
         if stage == "prune":
-            of_masks = sum(each.sent for each in every if each.kind == MASKS)
+            of_masks = sum(each.sent for each in every if each.kind == MASK_GRADIENTS)
             masks = [_kb(total - sum(sent["pretrain"].values())), _kb(of_masks)]
         by_collective = (_kb(sent[stage].get(collective, 0)) for collective in COLLECTIVES)
         rows.append((label, stage, *by_collective, _kb(total), _kb(planned), error, *masks))

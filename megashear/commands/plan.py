@@ -20,7 +20,7 @@ from megashear.errors import CheckpointError, ConfigError
 from megashear.hardware import GPUS
 
 if TYPE_CHECKING:
-    from megashear.planning.stage import Stage
+    from megashear.planning.run import PlannedRun
     from megashear.planning.targets import Goal
     from megashear.planning.throughput import Cluster
 
@@ -97,17 +97,17 @@ def run(args: argparse.Namespace) -> int:
     if not files:
         _wrong("CONFIG", "is missing: name a run's YAML file, or --source and a size")
     from megashear.planning import text
-    from megashear.planning.stage import plan
+    from megashear.planning.run import plan
 
     cluster = _cluster(args)
     source = args.source_shape or source
-    stages = _stages(files, overrides, _gpus(args.gpus, len(files)), source)
-    plans = [plan(stage, cluster, args.reserve) for stage in stages]
+    runs = _planned_runs(files, overrides, _gpus(args.gpus, len(files)), source)
+    plans = [plan(each, cluster, args.reserve) for each in runs]
     if args.json:
         print(json.dumps([each.facts() for each in plans], indent=1))
     else:
         for file, each in zip(files, plans, strict=True):
-            print(text.stage_text(file, each), end="\n\n")
+            print(text.run_text(file, each), end="\n\n")
         if len(plans) > 1:
             print(text.totals_text(files, plans), end="\n\n")
         print(text.assumptions_text(cluster, args.reserve))
@@ -150,22 +150,22 @@ def _gpus(text: str, count: int) -> list[int]:
     return [int(word) for word in words] * (count if len(words) == 1 else 1)
 
 
-def _stages(
+def _planned_runs(
     files: Sequence[Path], overrides: Sequence[str], gpus: Sequence[int], source: Path | None
-) -> list[Stage]:
-    from megashear.planning.stage import Stage, count_domains, shape_after
+) -> list[PlannedRun]:
+    from megashear.planning.run import PlannedRun, count_domains, shape_after
 
-    stages: list[Stage] = []
+    runs: list[PlannedRun] = []
     for file, number in zip(files, gpus, strict=True):
         config = _load(file, overrides)
-        shape = config.model or shape_after(stages, config.init_from or "")
+        shape = config.model or shape_after(runs, config.init_from or "")
         if shape is None:
             shape = read_source(source or Path(config.init_from or "."))
         found = problems(config, shape, check_files=False)
         if found := [problem for problem in found if problem[0] not in _FREE]:
             raise ConfigError(str(file), found)
-        stages.append(Stage(config, shape, number, count_domains(config, stages)))
-    return stages
+        runs.append(PlannedRun(config, shape, number, count_domains(config, runs)))
+    return runs
 
 
 def _load(file: Path, overrides: Sequence[str]) -> RunConfig:

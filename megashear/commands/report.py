@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> None:
     from megashear.files import write_whole
     from megashear.records import utc
     from megashear.report.page import render
-    from megashear.report.runs import Run, refuse_strangers
+    from megashear.report.runs import RecordedRun, reject_unrelated_directories
 
     directories = list({path.resolve(): path for path in args.runs}.values())
     if lacking := [str(path) for path in directories if not path.is_dir()]:
         raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
-    refuse_strangers(directories)
+    reject_unrelated_directories(directories)
     out = args.out or Path(directories[0] if len(directories) == 1 else ".", "report.html")
-    runs = [Run.read(directory) for directory in directories]
+    runs = [RecordedRun.read(directory) for directory in directories]
     page = render(runs, __version__, utc())
     try:
         write_whole(out, page)

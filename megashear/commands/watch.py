@@ -40,16 +40,16 @@ def run(args: argparse.Namespace) -> None:
     from rich.live import Live
 
     from megashear.report.frame import frame, is_over
-    from megashear.report.runs import Run, refuse_strangers
+    from megashear.report.runs import RecordedRun, reject_unrelated_directories
 
     console = Console()
-    runs = [Run(directory) for directory in args.runs]
+    runs = [RecordedRun(directory) for directory in args.runs]
     follow = sys.stdout.isatty() and not args.once
     absent = [str(directory) for directory in args.runs if not directory.is_dir()]
     if absent and not follow:  # else they may come: a job may wait in its queue
         raise DataError(f"no directory of a run: {', '.join(absent)}")
 
-    refuse_strangers(args.runs)
+    reject_unrelated_directories(args.runs)
 
     def look() -> Any:
         for each in runs:

@@ -34,7 +34,7 @@ from megashear.errors import ConfigError, ShearError
 DOMAINS_FILE = "domains.yaml"
 """In a run directory: the domains with their weights of the last save, for `data.domains_from`."""
 
-MOST_LAYERS = 2**14
+MAX_LAYERS = 2**14
 """Of a stored shape; a larger number is damage, and would make lists of as many tensors."""
 
 FREE_OPTIONS = (
@@ -195,8 +195,8 @@ def _no_shape(shape: ModelShape) -> list[Problem]:
     """Why no model can have a shape."""
     sizes = {name: value for name, value in vars(shape).items() if type(value) is int}
     found = [(name, f"= {size} must be >= 1") for name, size in sizes.items() if size < 1]
-    if shape.num_layers > MOST_LAYERS:  # whose tensors are listed
-        found.append(("num_layers", f"= {shape.num_layers} must be <= {MOST_LAYERS}"))
+    if shape.num_layers > MAX_LAYERS:  # whose tensors are listed
+        found.append(("num_layers", f"= {shape.num_layers} must be <= {MAX_LAYERS}"))
     if shape.family not in FAMILIES:
         found.append(("family", f"= {show(shape.family)} is none of {FAMILIES}"))
     if shape.rotary_scaling and shape.rotary_scaling.rope_type not in ROPE_TYPES:

@@ -198,6 +198,11 @@ class PlatformConfig:
     loader: str = "torch"  # torch | dali: what fetches training batches ahead
     timeout_minutes: float = 10.0  # without progress: more than a load or a save takes
 
+    def precision_on(self, cuda: bool) -> str:
+        """Return the precision that `auto` stands for on this kind of device, or the one given."""
+        auto = "bf16" if cuda else "fp32"
+        return auto if self.precision == "auto" else self.precision
+
 
 @dataclass(frozen=True)
 class LogConfig:

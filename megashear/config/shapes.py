@@ -8,18 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape
+from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, RunConfig
 from megashear.config.values import (
-    SIZES,
+    PRUNED_SIZES,
     Check,
+    CheckContext,
     Faulty,
     Problem,
-    Run,
     divisors,
     either,
     multiples,
     show,
 )
+
+
+def shape_problems(
+    config: RunConfig, source: ModelShape, world_size: int | None = None
+) -> list[Problem]:
+    """Return every rule for sizes that a configuration without faulty values breaks.
+
+    The rules about the number of processes are skipped where `world_size` is None.
+    """
+    run = CheckContext(config, source, world_size, check_files=False)
+    return [problem for check in CHECKS for problem in check(run)]
 
 
 def allowed_layouts(shape: ModelShape) -> dict[str, list[int]]:
@@ -43,7 +54,7 @@ def _stages(shape: ModelShape) -> list[int]:
     return divisors(shape.num_layers)
 
 
-def _model(run: Run) -> Iterator[Problem]:
+def _model(run: CheckContext) -> Iterator[Problem]:
     """The shape to initialise fits together."""
     model = run.config.model
     if model is None or min(model.num_attention_heads, model.num_query_groups) < 1:
@@ -60,14 +71,14 @@ def _model(run: Run) -> Iterator[Problem]:
         yield "model.kv_channels", text
 
 
-def _biases(run: Run) -> Iterator[Problem]:
+def _biases(run: CheckContext) -> Iterator[Problem]:
     """Megatron-Core gives linear_qkv a bias wherever linear_proj has one."""
     model = run.config.model
     if model is not None and model.proj_bias and not model.qkv_bias:
         yield "model.proj_bias", "= true needs model.qkv_bias = true. Write that, or false here"
 
 
-def _rotary_scaling(run: Run) -> Iterator[Problem]:
+def _rotary_scaling(run: CheckContext) -> Iterator[Problem]:
     """What Megatron-Core has of rotary embeddings for longer texts."""
     scaling = run.config.model.rotary_scaling if run.config.model is not None else None
     if scaling is None:
@@ -86,15 +97,15 @@ def _rotary_scaling(run: Run) -> Iterator[Problem]:
         yield "model.rotary_scaling.attention_factor", text
 
 
-def _target(run: Run) -> Iterator[Problem]:
+def _target(run: CheckContext) -> Iterator[Problem]:
     """The target is no larger than the source, and its heads are what the head unit leaves."""
     target, source = run.config.target, run.source
     if target is None or source is None or run.config.stage != "prune":
         return
-    wanted = {name: getattr(target, name) or getattr(source, name) for name in SIZES}
+    wanted = {name: getattr(target, name) or getattr(source, name) for name in PRUNED_SIZES}
     if any(isinstance(size, Faulty) or size < 1 for size in wanted.values()):
         return
-    larger = [name for name in SIZES if wanted[name] > getattr(source, name)]
+    larger = [name for name in PRUNED_SIZES if wanted[name] > getattr(source, name)]
     for name in larger:
         text = f"= {wanted[name]} is larger than the source's {getattr(source, name)}. "
         yield f"target.{name}", text + f"Use at most {getattr(source, name)}"
@@ -102,13 +113,13 @@ def _target(run: Run) -> Iterator[Problem]:
     if "num_attention_heads" not in larger and heads % unit:
         text = f"= {heads} is not a multiple of the source's {what}. "
         yield "target.num_attention_heads", text + f"Use {multiples(heads, unit)}"
-    elif wanted == {name: getattr(source, name) for name in SIZES} and any(
-        getattr(target, name) is not None for name in SIZES
+    elif wanted == {name: getattr(source, name) for name in PRUNED_SIZES} and any(
+        getattr(target, name) is not None for name in PRUNED_SIZES
     ):
         yield "target", "is the source's shape. Make at least one size smaller"
 
 
-def _heads_together(run: Run, source: ModelShape) -> tuple[int, str]:
+def _heads_together(run: CheckContext, source: ModelShape) -> tuple[int, str]:
     """The number that heads are pruned by, and what it is of the source."""
     groups, per_group = source.num_query_groups, source.heads_per_group
     if run.config.pruning.head_unit == QUERY_HEAD and per_group > 1:
@@ -116,7 +127,7 @@ def _heads_together(run: Run, source: ModelShape) -> tuple[int, str]:
     return per_group, f"{per_group} heads per query group"
 
 
-def _head_unit(run: Run) -> Iterator[Problem]:
+def _head_unit(run: CheckContext) -> Iterator[Problem]:
     """Single query heads can be pruned where several share a key and value."""
     source, head_unit = run.source, run.config.pruning.head_unit
     if run.config.stage != "prune" or source is None or source.heads_per_group > 1:
@@ -126,7 +137,7 @@ def _head_unit(run: Run) -> Iterator[Problem]:
         yield "pruning.head_unit", text + f"Use {show(QUERY_GROUP)}, which prunes its single heads"
 
 
-def _tensor_parallel(run: Run) -> Iterator[Problem]:
+def _tensor_parallel(run: CheckContext) -> Iterator[Problem]:
     """What tensor parallelism splits evenly divides by its ranks, in source and target."""
     tensor = run.config.parallel.tensor
     axes = list(_split_axes(run))
@@ -140,7 +151,7 @@ def _tensor_parallel(run: Run) -> Iterator[Problem]:
             yield path, f"{text} not divisible by parallel.tensor = {tensor}. {advice}{change}"
 
 
-def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
+def _split_axes(run: CheckContext) -> Iterator[tuple[str, str, int]]:
     """(path, beginning of the message, size) of what tensor parallelism splits evenly."""
     config, source, shape = run.config, run.source, _trained(run)
     if shape is not None:
@@ -166,7 +177,7 @@ def _split_axes(run: Run) -> Iterator[tuple[str, str, int]]:
         yield "target.ffn_hidden_size", f"= {size} is", size
 
 
-def _pipeline(run: Run) -> Iterator[Problem]:
+def _pipeline(run: CheckContext) -> Iterator[Problem]:
     """Every chunk of every pipeline stage has the same number of layers."""
     config, shape = run.config, _trained(run)
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
@@ -182,7 +193,7 @@ def _pipeline(run: Run) -> Iterator[Problem]:
         yield "parallel.pipeline", text
 
 
-def _sequence(run: Run) -> Iterator[Problem]:
+def _sequence(run: CheckContext) -> Iterator[Problem]:
     """What shares a sequence divides it evenly, and sequence parallelism has ranks to split over.
 
     Context parallelism gives each rank two blocks, one from either end of the sequence.
@@ -203,7 +214,7 @@ def _sequence(run: Run) -> Iterator[Problem]:
         yield "data.seq_length", text + f"Use {multiples(length, unit)}"
 
 
-def _overlap(run: Run) -> Iterator[Problem]:
+def _overlap(run: CheckContext) -> Iterator[Problem]:
     """Gathering weights behind the forward pass is the distributed optimizer's."""
     parallel = run.config.parallel
     missing = [
@@ -216,12 +227,12 @@ def _overlap(run: Run) -> Iterator[Problem]:
         yield "parallel.overlap_param_gather", text
 
 
-def _trained(run: Run) -> ModelShape | None:
+def _trained(run: CheckContext) -> ModelShape | None:
     """The shape that the run trains, where it is known."""
     return run.config.model if run.config.stage == "pretrain" else run.source
 
 
-def _positions(run: Run) -> Iterator[Problem]:
+def _positions(run: CheckContext) -> Iterator[Problem]:
     config, shape = run.config, _trained(run)
     if shape is not None and config.data.seq_length > shape.max_position_embeddings:
         most = shape.max_position_embeddings
@@ -229,7 +240,7 @@ def _positions(run: Run) -> Iterator[Problem]:
         yield "data.seq_length", f"{text} = {most}. Use at most {most}"
 
 
-def _context(run: Run) -> Iterator[Problem]:
+def _context(run: CheckContext) -> Iterator[Problem]:
     """What the layers of a model cannot do where ranks share a sequence."""
     config, shape = run.config, _trained(run)
     context = config.parallel.context
@@ -247,7 +258,7 @@ def _context(run: Run) -> Iterator[Problem]:
         yield "parallel.context", text + f"the model's sliding window = {window}"
 
 
-def _packed_documents(run: Run) -> Iterator[Problem]:
+def _packed_documents(run: CheckContext) -> Iterator[Problem]:
     """Transformer Engine splits a sequence over ranks without a mask."""
     context, layers = run.config.parallel.context, run.config.platform.layers
     if run.config.data.reset_attention_mask and context > 1 and layers != "torch":
@@ -255,7 +266,7 @@ def _packed_documents(run: Run) -> Iterator[Problem]:
         yield "data.reset_attention_mask", text
 
 
-def _world(run: Run) -> Iterator[Problem]:
+def _world(run: CheckContext) -> Iterator[Problem]:
     parallel, ranks = run.config.parallel, run.world_size
     sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context")}
     if ranks is None or min(sizes.values()) < 1 or ranks % parallel.model_ranks == 0:
@@ -269,7 +280,7 @@ def _world(run: Run) -> Iterator[Problem]:
     yield where, text + f"Use {advice}, or start other processes"
 
 
-def _batches(run: Run) -> Iterator[Problem]:
+def _batches(run: CheckContext) -> Iterator[Problem]:
     """A global batch is whole micro-batches on every data-parallel rank, in rounds of the stages.
 
     Without a number of processes, one data-parallel rank is the least that there can be.

@@ -26,11 +26,11 @@ from megashear.config.schema import (
     RunConfig,
 )
 from megashear.config.values import (
-    SIZES,
+    PRUNED_SIZES,
     Check,
+    CheckContext,
     Faulty,
     Problem,
-    Run,
     Unreadable,
     either,
     field,
@@ -88,12 +88,12 @@ def problems(
     *,
     check_files: bool = True,
 ) -> list[Problem]:
-    """Every rule that the configuration breaks, in the order of the checks; arguments as in `Run`.
+    """Return every rule that the configuration breaks, in the order of the checks.
 
-    Fields that could not be read hold a `Faulty`. What needs `source` or `world_size` is left out
-    where that is None.
+    The arguments are those of `CheckContext`; fields that could not be read hold a `Faulty`.
+    Rules that need `source` or `world_size` are skipped where that is None.
     """
-    run = Run(config, source, world_size, check_files)
+    run = CheckContext(config, source, world_size, check_files)
     found: list[Problem] = []
     for check in _CHECKS:
         try:
@@ -104,7 +104,7 @@ def problems(
     return found
 
 
-def _choices(run: Run) -> Iterator[Problem]:
+def _choices(run: CheckContext) -> Iterator[Problem]:
     for path, value in given(run.config, CHOICES):
         choices = CHOICES[path]
         if value not in choices:
@@ -113,7 +113,7 @@ def _choices(run: Run) -> Iterator[Problem]:
             yield path, f"= {show(value)} is no choice. {hint}Use {either(choices)}"
 
 
-def _bounds(run: Run) -> Iterator[Problem]:
+def _bounds(run: CheckContext) -> Iterator[Problem]:
     bounded = {rule: list(paths) for rule, paths in _BOUNDS.items()}
     for path, kind in options(RunConfig):
         if kind in _NUMBERS and path not in _BOUNDS[">= 0"]:
@@ -125,7 +125,7 @@ def _bounds(run: Run) -> Iterator[Problem]:
                 yield path, f"= {show(value)} must be {rule}"
 
 
-def _stage(run: Run) -> Iterator[Problem]:
+def _stage(run: CheckContext) -> Iterator[Problem]:
     """Which of model, init_from, target and target_sparsity each stage takes."""
     config = run.config
     stage = config.stage
@@ -146,14 +146,16 @@ def _stage(run: Run) -> Iterator[Problem]:
         if len(goals) != 1:
             how = "give one of them" if not goals else "both are given; leave one out"
             yield "target", f"stage prune needs either target or target_sparsity: {how}"
-        elif goals == ["target"] and all(field(config, f"target.{n}") is None for n in SIZES):
-            yield "target", f"names no size. Give one or more of {', '.join(SIZES)}"
+        elif goals == ["target"] and all(
+            field(config, f"target.{n}") is None for n in PRUNED_SIZES
+        ):
+            yield "target", f"names no size. Give one or more of {', '.join(PRUNED_SIZES)}"
     else:
         for name in goals:
             yield name, f"stage {stage} does not prune. Leave it out"
 
 
-def _steps(run: Run) -> Iterator[Problem]:
+def _steps(run: CheckContext) -> Iterator[Problem]:
     steps = run.config.trainer.steps
     paths = ["optimizer.warmup_steps"]
     if run.config.stage == "prune":
@@ -163,7 +165,7 @@ def _steps(run: Run) -> Iterator[Problem]:
             yield path, f"= {value} is more than trainer.steps = {steps}. Use at most {steps}"
 
 
-def _domain_names(run: Run) -> Iterator[Problem]:
+def _domain_names(run: CheckContext) -> Iterator[Problem]:
     domains = run.config.data.domains
     if not domains and run.config.data.domains_from is None:
         yield "data.domains", "is empty. Give at least one domain, or a run as data.domains_from"
@@ -176,14 +178,14 @@ def _domain_names(run: Run) -> Iterator[Problem]:
             yield f"data.domains[{index}].name", text
 
 
-def _domain_weights(run: Run) -> Iterator[Problem]:
+def _domain_weights(run: CheckContext) -> Iterator[Problem]:
     domains = run.config.data.domains
     total = sum(domain.weight for domain in domains)
     if domains and abs(total - 1) > 1e-3:
         yield "data.domains", f"weights sum to {total:.6g}; they must sum to 1"
 
 
-def _weight_bounds(run: Run) -> Iterator[Problem]:
+def _weight_bounds(run: CheckContext) -> Iterator[Problem]:
     """Each weight begins within its bounds, and there are weights within all bounds."""
     domains = run.config.data.domains
     for index, domain in enumerate(domains):
@@ -201,7 +203,7 @@ def _weight_bounds(run: Run) -> Iterator[Problem]:
         yield "data.domains", f"max_weight sums to {most:.6g}; at least 1 can be kept to"
 
 
-def _references(run: Run) -> Iterator[Problem]:
+def _references(run: CheckContext) -> Iterator[Problem]:
     """Rules that move the weights need every domain's reference loss."""
     data = run.config.data
     for index, domain in enumerate(data.domains):
@@ -216,7 +218,7 @@ def _references(run: Run) -> Iterator[Problem]:
         yield "data.domains", text
 
 
-def _data_files(run: Run) -> Iterator[Problem]:
+def _data_files(run: CheckContext) -> Iterator[Problem]:
     if not run.check_files:
         return
     for index, domain in enumerate(run.config.data.domains):
@@ -232,7 +234,7 @@ def _data_files(run: Run) -> Iterator[Problem]:
                 yield f"data.domains[{index}].{name}", text
 
 
-def _paths(run: Run) -> Iterator[Problem]:
+def _paths(run: CheckContext) -> Iterator[Problem]:
     if not run.config.run_dir:
         yield "run_dir", "is empty. Name a directory for the run"
     elif Path(run.config.run_dir).is_file():
@@ -243,7 +245,7 @@ def _paths(run: Run) -> Iterator[Problem]:
                 yield path, f"= {show(value)} does not exist"
 
 
-def _packages(run: Run) -> Iterator[Problem]:
+def _packages(run: CheckContext) -> Iterator[Problem]:
     """What is asked for by name is installed, and can run on the device asked for."""
     platform = run.config.platform
     asked = []
@@ -263,7 +265,7 @@ def _packages(run: Run) -> Iterator[Problem]:
         yield f"platform.{name}", f"= {show(getattr(platform, name))}: {text}"
 
 
-def _loader(run: Run) -> Iterator[Problem]:
+def _loader(run: CheckContext) -> Iterator[Problem]:
     if run.config.platform.loader != "dali" or (find_spec("nvidia") and find_spec("nvidia.dali")):
         return
     text = "NVIDIA DALI is not installed. Install it by `pip install megashear[dali]`, or where "
@@ -271,7 +273,7 @@ def _loader(run: Run) -> Iterator[Problem]:
     yield "platform.loader", f"= 'dali': {text}"
 
 
-def _views(run: Run) -> Iterator[Problem]:
+def _views(run: CheckContext) -> Iterator[Problem]:
     log = run.config.log
     asked = {"tensorboard": log.tensorboard, "wandb": log.wandb in ("offline", "online")}
     for name, wanted in asked.items():

@@ -14,7 +14,7 @@ from megashear.config.schema import ModelShape, RunConfig
 Problem = tuple[str, str]
 """Path of the field, and what is wrong with it together with the way out."""
 
-SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+PRUNED_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
 """The sizes that pruning changes."""
 
 
@@ -38,7 +38,7 @@ class Faulty:
 
 
 @dataclass(frozen=True)
-class Run:
+class CheckContext:
     """All that checks look at."""
 
     config: RunConfig
@@ -47,7 +47,7 @@ class Run:
     check_files: bool  # whether data files and checkpoints have to be there
 
 
-Check = Callable[[Run], Iterator[Problem]]
+Check = Callable[[CheckContext], Iterator[Problem]]
 """A rule: what it finds wrong with a run."""
 
 

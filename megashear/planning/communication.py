@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 from megashear.planning.setup import TRANSFORMER_ENGINE, Setup, Sizes, sizes_of_stage
 
-TENSOR, CONTEXT, PIPELINE, DATA, MASKS = KINDS = ("tensor", "context", "pipeline", "data", "masks")
+TENSOR, CONTEXT, PIPELINE, DATA, MASK_GRADIENTS = KINDS = (
+    "tensor",
+    "context",
+    "pipeline",
+    "data",
+    "masks",
+)
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = COLLECTIVES = (
     *("all-reduce", "all-gather"),
     *("reduce-scatter", "send"),
@@ -161,4 +167,6 @@ def _masks(setup: Setup) -> Iterator[Transfer]:
     ranks = parallel.tensor * parallel.pipeline
     if parallel.distributed_optimizer:
         ranks *= parallel.context * setup.data_size
-    yield Transfer(MASKS, ALL_REDUCE, 4 * setup.masked_units, 1 if setup.masked else 0, ranks, 1)
+    yield Transfer(
+        MASK_GRADIENTS, ALL_REDUCE, 4 * setup.masked_units, 1 if setup.masked else 0, ranks, 1
+    )

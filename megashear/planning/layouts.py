@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
-from megashear.config.shapes import CHECKS, allowed_layouts
-from megashear.config.values import Problem, Run
+from megashear.config.shapes import allowed_layouts, shape_problems
 from megashear.planning.communication import KINDS, transfers
 from megashear.planning.memory import RESERVE, Memory, peak_memory
 from megashear.planning.setup import Setup, setup_of
@@ -127,14 +126,8 @@ def _candidates(
             )
             trainer = replace(config.trainer, micro_batch_size=micro)
             changed = replace(config, parallel=parallel, trainer=trainer)
-            if trainer.global_batch_size % (micro * data) == 0 and not layout_problems(
+            if trainer.global_batch_size % (micro * data) == 0 and not shape_problems(
                 changed, shape, gpus
             ):
                 for recompute in RECOMPUTE:
                     yield replace(changed, parallel=replace(parallel, recompute=recompute))
-
-
-def layout_problems(config: RunConfig, shape: ModelShape, gpus: int) -> list[Problem]:
-    """Why a run that is right by itself cannot have its layout on so many GPUs."""
-    run = Run(config, shape, gpus, check_files=False)
-    return [problem for check in CHECKS for problem in check(run)]

@@ -75,9 +75,6 @@ def setup_of(config: RunConfig, shape: ModelShape, gpus: int, backend: str) -> S
     parallel, trainer = config.parallel, config.trainer
     data_size = gpus // parallel.model_ranks
     sizes = mask_sizes(shape, config.pruning.head_unit).values()
-    precision = config.platform.precision
-    if precision == "auto":
-        precision = "fp32" if backend == CPU else "bf16"
     return Setup(
         shape=shape,
         parallel=parallel,
@@ -88,7 +85,7 @@ def setup_of(config: RunConfig, shape: ModelShape, gpus: int, backend: str) -> S
         masked=config.stage == "prune",
         masked_units=sum(rows * units for rows, units in sizes) if config.stage == "prune" else 0,
         backend=backend,
-        precision=precision,
+        precision=config.platform.precision_on(backend != CPU),
     )
 
 

@@ -15,8 +15,8 @@ from megashear.config.schema import (
     RunConfig,
     TargetShape,
 )
-from megashear.config.shapes import CHECKS, allowed_layouts
-from megashear.config.values import Run, either
+from megashear.config.shapes import allowed_layouts, shape_problems
+from megashear.config.values import either
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 
@@ -178,9 +178,8 @@ def _passes(proposal: Proposal, source: ModelShape, tensor: int) -> bool:
         pruning=PruningConfig(head_unit=proposal.head_unit),
         parallel=ParallelConfig(tensor=tensor),
     )
-    run = Run(config, source, None, check_files=False)
-    rules = (problem for check in CHECKS for problem in check(run))
-    return all(path == "data.seq_length" for path, _ in rules)  # a run's own choice
+    found = shape_problems(config, source)
+    return all(path == "data.seq_length" for path, _ in found)  # a run's own choice
 
 
 def _candidates(source: ModelShape, goal: Goal, tensor: int) -> Iterator[Proposal]:

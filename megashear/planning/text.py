@@ -10,30 +10,30 @@ from typing import Any
 from megashear import console
 from megashear.config.schema import QUERY_HEAD, ModelShape
 from megashear.planning.memory import ERROR_TEXT
-from megashear.planning.stage import StagePlan
+from megashear.planning.run import RunPlan
 from megashear.planning.targets import Proposal, kv_bytes, weight_bytes
 from megashear.planning.throughput import LINK_SHARE, MFU, MFU_SOURCE, Cluster
 from megashear.pruning.counting import parameter_count
 
-GIB, MOST = 2**30, 6
+GIB, MAX_LAYOUTS = 2**30, 6
 COLUMNS = ("tensor", "pipeline", "virtual", "context", "data", "micro-batch", "recompute")
 
 
-def stage_text(file: Path, plan: StagePlan) -> str:
-    """A stage's part of the page."""
-    stage, facts = plan.stage, plan.facts()
+def run_text(file: Path, plan: RunPlan) -> str:
+    """The part of the text for one run."""
+    run, facts = plan.run, plan.facts()
     usable, own = f"{facts['usable_bytes'] / GIB:.1f} GiB", facts["configured"]
-    lines = [f"{file}: {facts['stage']} on {stage.gpus} x {facts['gpu']}"]
-    lines.append(f"  model   {parameter_count(stage.shape):,} parameters ({_sizes(stage.shape)})")
+    lines = [f"{file}: {facts['stage']} on {run.gpus} x {facts['gpu']}"]
+    lines.append(f"  model   {parameter_count(run.shape):,} parameters ({_sizes(run.shape)})")
     if (target := facts["target_parameters"]) is not None:
-        sizes = f" ({_sizes(stage.target)})" if stage.target else ""
+        sizes = f" ({_sizes(run.target)})" if run.target else ""
         lines.append(f"  target  {target:,} parameters{sizes}")
-    lines.append(f"  tokens  {stage.tokens / 1e9:.3g} B in {facts['steps']:,} steps")
-    share = f"{stage.evaluation_share():.1%}" if stage.domains else "domains unknown, not counted"
+    lines.append(f"  tokens  {run.tokens / 1e9:.3g} B in {facts['steps']:,} steps")
+    share = f"{run.evaluation_share():.1%}" if run.domains else "domains unknown, not counted"
     lines.append(f"  evaluations add {share} to the computation")
     sizes_on_disk = (f"{what} {size / 1e9:.3g} GB" for what, size in facts["disk_bytes"].items())
     lines.append(f"  disk    {', '.join(sizes_on_disk)}")
-    if stage.config.platform.device == "cpu":
+    if run.config.platform.device == "cpu":
         lines.append("  platform.device = cpu: memory and times are those of GPUs")
     lines += [f"  cannot run as configured: {path} {text}" for path, text in plan.problems]
     if own is not None:
@@ -44,7 +44,7 @@ def stage_text(file: Path, plan: StagePlan) -> str:
     if not facts["layouts"]:
         return "\n".join([*lines, f"  none: {facts['why_none']}"])
     rows = [(*_row(own), "configured")] if plan.fits else []
-    rows += [(*_row(layout), "") for layout in facts["layouts"][:MOST]]
+    rows += [(*_row(layout), "") for layout in facts["layouts"][:MAX_LAYOUTS]]
     lines.append(_indented(rows, (*COLUMNS, "GiB", "tok/s", "hours", "GPU-hours", "")))
     lines.append(f"  the first as options: {facts['layouts'][0]['options']}")
     chosen = own if plan.fits else facts["layouts"][0]
@@ -83,16 +83,16 @@ def _indented(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> s
     return "\n".join(f"  {line}" for line in console.table(rows, header).splitlines())
 
 
-def totals_text(files: Sequence[Path], plans: Sequence[StagePlan]) -> str:
-    """The chain: each stage in its own layout where that fits, else in the fastest that does."""
+def totals_text(files: Sequence[Path], plans: Sequence[RunPlan]) -> str:
+    """The chain: each run in its own layout where that fits, else in the fastest that does."""
     rows, sums = [], [0.0, 0.0, 0.0, 0.0]
     for file, plan in zip(files, plans, strict=True):
         chosen = plan.chosen
-        hours = plan.stage.hours(chosen) if chosen else math.nan
-        disk = sum(plan.stage.disk_bytes().values())
-        values = (plan.stage.tokens / 1e9, hours, hours * plan.stage.gpus, disk / 1e9)
+        hours = plan.run.hours(chosen) if chosen else math.nan
+        disk = sum(plan.run.disk_bytes().values())
+        values = (plan.run.tokens / 1e9, hours, hours * plan.run.gpus, disk / 1e9)
         sums = [total + value for total, value in zip(sums, values, strict=True)]
-        rows.append((str(file), plan.stage.gpus, *map(_figure, values)))
+        rows.append((str(file), plan.run.gpus, *map(_figure, values)))
     rows.append(("total", "", *map(_figure, sums)))
     header = ("stage", "GPUs", "tokens (B)", "hours", "GPU-hours", "disk (GB)")
     return "the chain, as configured or, where that does not fit, in the fastest layout\n" + (

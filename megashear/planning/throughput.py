@@ -16,7 +16,7 @@ from megashear.planning.communication import (
     CONTEXT,
     DATA,
     KINDS,
-    MASKS,
+    MASK_GRADIENTS,
     PIPELINE,
     TENSOR,
     Transfer,
@@ -117,7 +117,7 @@ def step_time(setup: Setup, cluster: Cluster) -> StepTime:
         bubble=busy / count * (parallel.pipeline - 1) / parallel.virtual_pipeline,
         pipeline=exposed[PIPELINE],
         data=exposed[DATA],
-        masks=exposed[MASKS] + mask_bytes(setup) / memory + mask_kernels(setup) * KERNEL,
+        masks=exposed[MASK_GRADIENTS] + mask_bytes(setup) / memory + mask_kernels(setup) * KERNEL,
         update=UPDATE_BYTES * sizes.parameters / setup.owners / memory,
     )
 

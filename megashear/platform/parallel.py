@@ -251,7 +251,7 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
             raise RankError(f"{what}: {str(error).splitlines()[0]}") from error
         raise
     seed_all(seed, dist.get_rank())
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = config.precision_on(device.type == "cuda") == "bf16"
     return Platform(device, torch.bfloat16 if bf16 else torch.float32, layers, kernels)
 
 

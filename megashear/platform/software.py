@@ -149,9 +149,7 @@ def used(config: PlatformConfig) -> Finding:
     device, layers, kernels = json.loads(said.splitlines()[-1])
     there = "a GPU is there" if device == "cuda" else "there is no GPU torch can use"
     why = there if config.device == "auto" else f"platform.device = {config.device}"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+    precision = config.precision_on(device == "cuda")
     text = f"{device} ({why}), {precision}, {layers} layers, {kernels} kernels"
     return Finding(OK, "will be used", text)
 

@@ -10,12 +10,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 from megashear.report.series import Series
 
 Style = Mapping[str, str | float]
 """Of a line: color, dash, width."""
-Runs = Mapping[str, Run]
+Runs = Mapping[str, RecordedRun]
 """By the names that the report has for them."""
 
 # Okabe and Ito's colours, told apart by all eyes; the last is too pale for thin lines.

@@ -29,7 +29,7 @@ from megashear.report.drawing import (
     plain,
     styles,
 )
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 from megashear.report.series import (
     STRETCHES,
     Series,
@@ -71,7 +71,7 @@ def losses(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
     return panels
 
 
-def _losses(run: Run, domain: str) -> Series:
+def _losses(run: RecordedRun, domain: str) -> Series:
     return series(run, "evaluation", "losses", domain)
 
 
@@ -184,7 +184,7 @@ def _mask(runs: Runs, name: str) -> Panel:
     return Panel(name, f"Expected sparsity at last: {'; '.join(said)}", figure)
 
 
-def _multipliers(run: Run, name: str, number: int) -> dict[str, Series]:
+def _multipliers(run: RecordedRun, name: str, number: int) -> dict[str, Series]:
     """The one line of a shared multiplier; of one for each row, the least and the greatest."""
     rows: list[Series] = []
     while len((row := series(run, "step", "multipliers", name, number, len(rows)))[0]):
@@ -196,7 +196,7 @@ def _multipliers(run: Run, name: str, number: int) -> dict[str, Series]:
     return {end: thin((rows[0][0], of_rows)) for end, of_rows in ends.items()}
 
 
-def maps(label: str, run: Run, is_one_of_several: bool) -> list[Panel]:
+def maps(label: str, run: RecordedRun, is_one_of_several: bool) -> list[Panel]:
     """Units that the masks keep, a row for each layer; of wide layers their shares by stretches."""
     kept_layers = np.array(part(run.masks, "layer", 0) or [], dtype=bool)
     by_query_head = part(run.config, "pruning", "head_unit") == QUERY_HEAD

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 from megashear.report.series import labels, last, mapping, number, part, seconds_since_1970
 from megashear.report.tables import duration, how_it_ended, show
 
@@ -23,7 +23,7 @@ _STEPS = 100
 """The newest ones, whose pace the time left is told by."""
 
 
-def frame(runs: Sequence[Run], now: float, width: int) -> RenderableType:
+def frame(runs: Sequence[RecordedRun], now: float, width: int) -> RenderableType:
     """One run with all that it tells, or a line for each of several.
 
     Args:
@@ -39,7 +39,7 @@ def frame(runs: Sequence[Run], now: float, width: int) -> RenderableType:
     return _table(header, rows, width, rather_without=(1, 5, 6, 4, 3), left=(0, 1, 7))
 
 
-def state(run: Run, now: float) -> tuple[str, str]:
+def state(run: RecordedRun, now: float) -> tuple[str, str]:
     """What a run does, and the style to say it in."""
     newest = run.newest
     if not newest:
@@ -55,12 +55,12 @@ def state(run: Run, now: float) -> tuple[str, str]:
     return ("running" if silent < 60 else f"running, {said}"), "green"
 
 
-def is_over(run: Run) -> bool:
+def is_over(run: RecordedRun) -> bool:
     """Whether nothing more is to come."""
     return run.newest.get("kind") == "end" and run.newest.get("reason") == "complete"
 
 
-def _patience(run: Run) -> float:
+def _patience(run: RecordedRun) -> float:
     """Seconds without a record after which a run that is alive would have ended itself."""
     timeout = number(part(run.config, "platform", "timeout_minutes"))
     minutes = DEFAULT_TIMEOUT_MINUTES if math.isnan(timeout) else timeout
@@ -68,7 +68,7 @@ def _patience(run: Run) -> float:
     return 60 * minutes + max((seconds for seconds in longest if seconds > 0), default=0.0)
 
 
-def seconds_left(run: Run) -> float:
+def seconds_left(run: RecordedRun) -> float:
     """At the pace of the newest steps since the last start, evaluations and saves included."""
     steps, began = number(run.steps), number(run.start.get("step"))
     newest = [r for r in run.records["step"][-_STEPS:] if not r["step"] <= began]
@@ -83,7 +83,7 @@ def seconds_left(run: Run) -> float:
     return (steps - run.step) * pace
 
 
-def _whole(run: Run, now: float, width: int) -> RenderableType:
+def _whole(run: RecordedRun, now: float, width: int) -> RenderableType:
     word, style = state(run, now)
     head = Table.grid(expand=True)
     head.add_row(
@@ -98,7 +98,7 @@ def _whole(run: Run, now: float, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _progress(run: Run) -> RenderableType:
+def _progress(run: RecordedRun) -> RenderableType:
     steps = number(run.steps)
     line = Table.grid(padding=(0, 1), expand=True)
     line.add_column(no_wrap=True)
@@ -114,7 +114,7 @@ def _progress(run: Run) -> RenderableType:
     return line
 
 
-def _facts(run: Run) -> list[Text]:
+def _facts(run: RecordedRun) -> list[Text]:
     start, newest = run.start, run.last("step")
     layout = mapping(start, "layout")
     parts = [f"{name} {show(size)}" for name, size in layout.items() if size != 1]
@@ -147,14 +147,14 @@ def _facts(run: Run) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def _saved(run: Run) -> str:
+def _saved(run: RecordedRun) -> str:
     save = run.last("save")
     if not save:
         return "nothing saved"
     return f"saved at step {save['step']:,}, in {show(save.get('seconds'), ',.1f')} s"
 
 
-def _domains(run: Run, width: int) -> Table | None:
+def _domains(run: RecordedRun, width: int) -> Table | None:
     """Newest losses of each domain, and how the weights moved at the newest evaluation."""
     newest = run.last("evaluation")
     before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
@@ -179,7 +179,7 @@ def _domains(run: Run, width: int) -> Table | None:
     return _table(header, rows, width, rather_without=(1, 6, 3, 2)) if rows else None
 
 
-def _masks(run: Run, width: int) -> Table | None:
+def _masks(run: RecordedRun, width: int) -> Table | None:
     """Expected sparsity against its target of now, and the units that the masks keep."""
     newest, kept = run.last("step"), mapping(run.last("evaluation"), "kept")
     sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
@@ -201,7 +201,7 @@ def _masks(run: Run, width: int) -> Table | None:
     return _table(header, rows, width, rather_without=(1, 4, 5)) if rows else None
 
 
-def _line(run: Run, now: float) -> tuple[Any, ...]:
+def _line(run: RecordedRun, now: float) -> tuple[Any, ...]:
     word, style = state(run, now)
     steps, left = number(run.steps), seconds_left(run)
     newest = run.last("step")

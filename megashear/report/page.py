@@ -11,8 +11,8 @@ from plotly.offline import get_plotlyjs
 from megashear.records import METRICS
 from megashear.report import figures, tables
 from megashear.report.drawing import Panel, Runs, Style, styles
-from megashear.report.runs import Run
-from megashear.report.series import MOST_POINTS, domains, is_long, labels, missing_steps, part
+from megashear.report.runs import RecordedRun
+from megashear.report.series import MAX_POINTS, domains, is_long, labels, missing_steps, part
 from megashear.report.tables import Table
 
 STYLE = """
@@ -68,13 +68,13 @@ def document(title: str, head: str, content: str) -> str:
     )
 
 
-def render(found: Sequence[Run], version: str, now: str) -> str:
+def render(found: Sequence[RecordedRun], version: str, now: str) -> str:
     """The page of these runs, as megashear `version` made it at the time `now`."""
     runs: Runs = dict(zip(labels([run.directory for run in found]), found, strict=True))
     bodies = {heading: body for heading, body in _bodies(runs) if body}
     links = "".join(f'<a href="#{heading.lower()}">{heading}</a>' for heading in bodies)
     thinned = (
-        f" Of a line with more than {MOST_POINTS:,} points, the least and the greatest of each "
+        f" Of a line with more than {MAX_POINTS:,} points, the least and the greatest of each "
         "stretch of steps are drawn; tables and sums are of all."
     )
     made = f"Made {now} by megashear {version}.{thinned if any(map(is_long, found)) else ''}"
@@ -148,7 +148,7 @@ def _masks(runs: Runs) -> str:
     return body
 
 
-def _configuration(label: str, run: Run) -> str:
+def _configuration(label: str, run: RecordedRun) -> str:
     if not run.config:
         return ""
     text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
@@ -210,7 +210,7 @@ def _table(table: Table, words: bool = False) -> str:
     )
 
 
-def _of_runs(title: str, runs: Runs, facts: Callable[[Run], Mapping[str, str]]) -> Table:
+def _of_runs(title: str, runs: Runs, facts: Callable[[RecordedRun], Mapping[str, str]]) -> Table:
     return tables.of_runs(title, {label: facts(run) for label, run in runs.items()})
 
 

@@ -25,7 +25,7 @@ KINDS = ("start", "step", "evaluation", "save", "end")
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """What a run has recorded so far.
 
     Attributes:
@@ -51,7 +51,7 @@ class Run:
     _redone: set[str] = field(default_factory=set)  # kinds that may go back since a start
 
     @classmethod
-    def read(cls, directory: Path) -> Run:
+    def read(cls, directory: Path) -> RecordedRun:
         """Read all that is there.
 
         Raises:
@@ -91,7 +91,7 @@ class Run:
     def _begin_again(self, file: int) -> None:
         config, masks = self.config, self.masks
         others = [problem for problem in self.problems if not problem.startswith(METRICS)]
-        fresh = Run(self.directory, config=config, masks=masks, problems=others)
+        fresh = RecordedRun(self.directory, config=config, masks=masks, problems=others)
         self.__dict__.update(vars(fresh))
         self._file = file
 
@@ -177,7 +177,7 @@ class Run:
         return self.start.get("steps", configured)
 
 
-def refuse_strangers(directories: Sequence[Path]) -> None:
+def reject_unrelated_directories(directories: Sequence[Path]) -> None:
     """Tell of directories that hold something else; what is empty or not there may become a run.
 
     Raises:

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megashear.records import METRICS
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps, and a value at each."""
 
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 """Of a line that is drawn: about two for each pixel of a wide screen."""
 STRETCHES = 100
 """Of a noisy line, whose means are drawn over it."""
@@ -47,7 +47,7 @@ def mapping(tree: Any, *path: str | int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def series(run: Run, kind: str, *path: str | int) -> Series:
+def series(run: RecordedRun, kind: str, *path: str | int) -> Series:
     """A field over the steps; `run.problems` tells of values that are no numbers."""
     steps, values, wrong = [], [], []
     for record in run.records[kind]:
@@ -65,19 +65,19 @@ def series(run: Run, kind: str, *path: str | int) -> Series:
     return np.array(steps, np.int64), np.array(values, np.float64)
 
 
-def tell(run: Run, problem: str) -> None:
+def tell(run: RecordedRun, problem: str) -> None:
     """Add to a run's problems, once."""
     if problem not in run.problems:
         run.problems.append(problem)
 
 
-def last(run: Run, kind: str, *path: str | int) -> float:
+def last(run: RecordedRun, kind: str, *path: str | int) -> float:
     """The newest number of a field; NaN where there is none."""
     values = (number(part(record, *path)) for record in reversed(run.records[kind]))
     return next((value for value in values if not math.isnan(value)), math.nan)
 
 
-def thin(line: Series, most: int = MOST_POINTS) -> Series:
+def thin(line: Series, most: int = MAX_POINTS) -> Series:
     """Few enough points to draw: of each stretch of steps its least and its greatest, and the ends.
 
     What is left are points of the line, so that no peak is lost or moved.
@@ -99,9 +99,9 @@ def means(line: Series) -> Series:
     return steps, np.array([stretch.mean() for stretch in of_values])
 
 
-def is_long(run: Run) -> bool:
+def is_long(run: RecordedRun) -> bool:
     """Whether its lines are thinned."""
-    return len(run.records["step"]) > MOST_POINTS
+    return len(run.records["step"]) > MAX_POINTS
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
@@ -114,7 +114,7 @@ def labels(directories: Sequence[Path]) -> list[str]:
     return names
 
 
-def domains(runs: Sequence[Run]) -> list[str]:
+def domains(runs: Sequence[RecordedRun]) -> list[str]:
     """Names of domains, in the order in which the runs have them."""
     names: dict[str, None] = {}
     for run in runs:
@@ -124,7 +124,7 @@ def domains(runs: Sequence[Run]) -> list[str]:
     return list(names)
 
 
-def tokens_per_step(run: Run) -> float:
+def tokens_per_step(run: RecordedRun) -> float:
     """As the run states it, or as its records came to; NaN where nothing tells."""
     stated = number(run.start.get("tokens_per_step"))
     steps, tokens = series(run, "step", "tokens")
@@ -133,7 +133,7 @@ def tokens_per_step(run: Run) -> float:
     return stated
 
 
-def data_used(run: Run) -> dict[str, float]:
+def data_used(run: RecordedRun) -> dict[str, float]:
     """Tokens that were drawn of each domain: the weights of each step times its tokens.
 
     A step that does not tell its weights was drawn by those of the evaluation before it.
@@ -155,7 +155,7 @@ def data_used(run: Run) -> dict[str, float]:
     return used
 
 
-def missing_steps(run: Run) -> str:
+def missing_steps(run: RecordedRun) -> str:
     """The first steps between others that have no record, in words; empty where all have one."""
     steps = np.array([record["step"] for record in run.records["step"]])
     gaps = np.flatnonzero(np.diff(steps) > 1)
@@ -176,7 +176,7 @@ def seconds_since_1970(text: Any) -> float:
         return math.nan
 
 
-def time_spent(run: Run) -> dict[str, float]:
+def time_spent(run: RecordedRun) -> dict[str, float]:
     """Seconds by what they went to, in the order of a step; without what was not recorded."""
 
     def total(kind: str, field: str) -> float:
@@ -197,7 +197,7 @@ def time_spent(run: Run) -> dict[str, float]:
     return {what: seconds for what, seconds in spent.items() if seconds > 0}
 
 
-def _sessions(run: Run) -> tuple[float, float]:
+def _sessions(run: RecordedRun) -> tuple[float, float]:
     """Seconds from each start to the last sign of life before the next one, and those between."""
     starts = sorted(
         time for r in run.records["start"] if (time := seconds_since_1970(r.get("time"))) > 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 from megashear.report.series import (
     data_used,
     last,
@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
 
 
-def overview(run: Run) -> dict[str, str]:
+def overview(run: RecordedRun) -> dict[str, str]:
     """What the run is, how far it is, and what it came to."""
     start = run.start
     spent = time_spent(run)
@@ -104,7 +104,7 @@ def _hosts(start: Mapping[str, Any]) -> str:
     return f"{len(hosts)} hosts: {show(hosts[:2])}, ..."
 
 
-def state(run: Run) -> str:
+def state(run: RecordedRun) -> str:
     """How far it is, and how it ended."""
     steps = number(run.steps)
     at = f"{run.step:,}" if math.isnan(steps) else f"{run.step:,} of {steps:,.0f}"
@@ -112,7 +112,7 @@ def state(run: Run) -> str:
     return f"{how_it_ended(run) or unsaid}: step {at}"
 
 
-def how_it_ended(run: Run) -> str:
+def how_it_ended(run: RecordedRun) -> str:
     """As its last record says; empty where that is of no end."""
     if run.newest.get("kind") != "end":
         return ""
@@ -120,7 +120,7 @@ def how_it_ended(run: Run) -> str:
     return "complete" if reason == "complete" else f"stopped by {show(reason)}"
 
 
-def losses(label: str, run: Run, domains: Sequence[str]) -> Table:
+def losses(label: str, run: RecordedRun, domains: Sequence[str]) -> Table:
     """First and last losses, reference, gap, weights and tokens of each domain."""
     used = data_used(run)
     total = sum(used.values())
@@ -153,7 +153,7 @@ def _ends(values: Sequence[float] | np.ndarray) -> tuple[str, str]:
     return first, rest[-1] if rest else first
 
 
-def masks(label: str, run: Run) -> Table:
+def masks(label: str, run: RecordedRun) -> Table:
     """Of each constraint: units kept, sparsities and multipliers."""
     newest = run.last("step")
     kept = mapping(run.last("evaluation"), "kept")
@@ -191,7 +191,7 @@ def _mean(multipliers: Any, at: int) -> float:
         return math.nan
 
 
-def times(run: Run) -> dict[str, str]:
+def times(run: RecordedRun) -> dict[str, str]:
     """Durations, and their shares of all."""
     spent = time_spent(run)
     total = sum(spent.values())
@@ -204,7 +204,7 @@ SIZES = (
 )
 
 
-def shapes(label: str, run: Run) -> dict[str, dict[str, str]]:
+def shapes(label: str, run: RecordedRun) -> dict[str, dict[str, str]]:
     """Columns of sizes and parameters: the model's, and in stage prune the target's."""
     start, config = run.start, run.config
     model = mapping(start, "source") or mapping(config, "model")
@@ -222,7 +222,7 @@ def shapes(label: str, run: Run) -> dict[str, dict[str, str]]:
     return columns
 
 
-def events(label: str, run: Run) -> Table:
+def events(label: str, run: RecordedRun) -> Table:
     """Starts, resumes and ends in the order of time."""
     rows = []
     for kind in ("start", "end"):
@@ -242,6 +242,6 @@ def _where(start: Mapping[str, Any]) -> str:
     return "; ".join(parts + ([f"job {show(start['job'])}"] if start.get("job") else []))
 
 
-def versions(run: Run) -> dict[str, str]:
+def versions(run: RecordedRun) -> dict[str, str]:
     """Of the packages, at the last start."""
     return {show(name): show(version) for name, version in mapping(run.start, "versions").items()}

@@ -25,7 +25,7 @@ from rich.console import Console
 from megashear import cli
 from megashear.errors import DataError
 from megashear.report.frame import frame
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 
 BEGAN = 1_795_412_800.0
 
@@ -78,7 +78,7 @@ def write(directory: Path, records: list[Any]) -> Path:
 def text(*directories: Path, after: float = 52.0, width: int = 120) -> str:
     """A frame, so many seconds after the begin."""
     console = Console(file=io.StringIO(), width=width)
-    console.print(frame([Run.read(each) for each in directories], BEGAN + after, width))
+    console.print(frame([RecordedRun.read(each) for each in directories], BEGAN + after, width))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= width for line in shown.splitlines())
     return str(shown)
@@ -156,7 +156,7 @@ def test_damage_is_told_and_passed_over(tmp_path: Path) -> None:
 
 def test_a_run_is_followed_through_a_resume(tmp_path: Path) -> None:
     """Whether the file has become shorter or longer meanwhile."""
-    run = Run.read(write(tmp_path / "run", FIVE))
+    run = RecordedRun.read(write(tmp_path / "run", FIVE))
     more = [step(number) for number in range(3, 15)]
     for dropped in ([start(0), step(1), start(1)], [start(0), step(1), step(2), start(2), *more]):
         write(tmp_path / "run", dropped)
@@ -195,7 +195,7 @@ def test_steps_go_back_to_a_start_only(
 ) -> None:
     """A number that is damaged costs its own record, and it is told."""
     lines = [start(0), *(start(int(n)) if isinstance(n, str) else step(n) for n in written)]
-    run = Run.read(write(tmp_path / "run", lines))
+    run = RecordedRun.read(write(tmp_path / "run", lines))
     assert [record["step"] for record in run.records["step"]] == kept
     assert len(run.problems) == (problem is not None)
     assert not problem or run.problems[0].startswith(f"metrics.jsonl, {problem}")

@@ -11,7 +11,7 @@ import pytest
 
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig, TargetShape
 from megashear.hardware import GPUS
-from megashear.planning.communication import COLLECTIVES, KINDS, MASKS, TENSOR, transfers
+from megashear.planning.communication import COLLECTIVES, KINDS, MASK_GRADIENTS, TENSOR, transfers
 from megashear.planning.setup import CPU, TRANSFORMER_ENGINE, setup_of
 from megashear.planning.throughput import Cluster, step_time
 from megashear.platform import parallel
@@ -83,12 +83,14 @@ def test_a_rank_sends_what_the_plan_says(name: str) -> None:
 
 def test_the_masks_of_7b_are_one_sum_whatever_the_layout() -> None:
     """357,408 units (32 + 4096 + 32 x 32 + 32 x 11008), 4 bytes each, over all 8 GPUs."""
-    masks = [each for each in transfers(SEVEN_B, 0) if each.kind == MASKS]
+    masks = [each for each in transfers(SEVEN_B, 0) if each.kind == MASK_GRADIENTS]
     assert [(each.bytes, each.count, each.ranks) for each in masks] == [(4 * 357_408, 1, 8)]
     dense = replace(SEVEN_B, masked=False, masked_units=0)
-    assert transfers(dense, 0) == [each for each in transfers(SEVEN_B, 0) if each.kind != MASKS]
+    assert transfers(dense, 0) == [
+        each for each in transfers(SEVEN_B, 0) if each.kind != MASK_GRADIENTS
+    ]
     without = replace(SEVEN_B, parallel=ParallelConfig(tensor=4, sequence=True))
-    assert [each.ranks for each in transfers(without, 0) if each.kind == MASKS] == [4]
+    assert [each.ranks for each in transfers(without, 0) if each.kind == MASK_GRADIENTS] == [4]
 
 
 def test_sequence_parallelism_gathers_the_inputs_of_two_products_again() -> None:

@@ -22,9 +22,9 @@ from megashear.reference.scaling_law import fit_domains
 from megashear.report.drawing import BLUE
 from megashear.report.figures import losses
 from megashear.report.plots import scaling_laws
-from megashear.report.runs import Run
+from megashear.report.runs import RecordedRun
 from megashear.report.series import (
-    MOST_POINTS,
+    MAX_POINTS,
     STRETCHES,
     data_used,
     labels,
@@ -206,7 +206,7 @@ def test_the_tables_say_what_the_records_say(directory: Path) -> None:
 
 
 def test_data_used_is_what_was_drawn(large: Path) -> None:
-    used = data_used(Run.read(large))
+    used = data_used(RecordedRun.read(large))
     weights = [list(record["weights"].values()) for record in records(large, "step")]
     assert list(used.values()) == pytest.approx(131_072 * np.sum(weights, 0), rel=1e-12)
     assert sum(used.values()) == pytest.approx(131_072 * 3200)
@@ -220,11 +220,11 @@ def test_without_weights_of_steps_those_of_evaluations_count(tmp_path: Path) -> 
         *({"kind": "step", "step": step, "tokens": 100 * step} for step in (3, 4)),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert data_used(Run.read(tmp_path)) == {"a": 250, "b": 150}
+    assert data_used(RecordedRun.read(tmp_path)) == {"a": 250, "b": 150}
 
 
 def test_all_time_is_accounted_for(large: Path) -> None:
-    spent = time_spent(Run.read(large))
+    spent = time_spent(RecordedRun.read(large))
     assert spent["waiting for data"] == pytest.approx(320)
     assert spent["forward and backward"] == pytest.approx(25600)
     assert spent["optimizer and rest of the step"] == pytest.approx(0.8 * 3200)
@@ -252,7 +252,7 @@ def test_a_long_run_gives_a_page_of_a_few_megabytes(large: Path, tmp_path: Path)
     text = (tmp_path / "large.html").read_text()
     assert 4.5e6 < len(text) < 6e6
     assert text.count("plotly.js v") == 1
-    assert f"more than {MOST_POINTS:,} points" in text
+    assert f"more than {MAX_POINTS:,} points" in text
     assert "To be known first" not in text
     for name, (rows, units, keep) in SIZES.items():
         assert f"{name}: {rows * keep:,} of {rows * units:,} kept" in text
@@ -324,7 +324,7 @@ def test_an_unfinished_run_says_where_it_is(lines: int | None, state: str, tmp_p
     run = make_run(tmp_path / "run", "continue", 60, names=("a", "b"), every=20)
     file = run / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
-    assert overview(Run.read(run))["state"] == state
+    assert overview(RecordedRun.read(run))["state"] == state
 
 
 def test_masks_that_are_off_their_targets_are_told_first_and_whole(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_many_hosts_are_counted_and_all_of_them_stand_with_the_starts(tmp_path: 
 
 
 def test_a_long_noisy_line_has_its_mean(large: Path) -> None:
-    run = Run.read(large)
+    run = RecordedRun.read(large)
     panel = losses({"large": run}, {"cc": {"color": BLUE}})[0]
     lines = {trace.name: trace for trace in panel.figure.data}
     training = series(run, "step", "domain_losses", "cc")[1]
@@ -415,4 +415,6 @@ def test_steps_without_a_record_are_told(tmp_path: Path) -> None:
     steps = [1, 2, 6, 7, 9]
     lines = [json.dumps({"kind": "step", "step": step}) + "\n" for step in steps]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert missing_steps(Run.read(tmp_path)).endswith("no record of 4 steps, the first from 3 to 5")
+    assert missing_steps(RecordedRun.read(tmp_path)).endswith(
+        "no record of 4 steps, the first from 3 to 5"
+    )

@@ -1,4 +1,4 @@
-"""What a stage of the chain will take: memory, time, disk."""
+"""What a run will take: memory, time, disk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from megashear.config.chain import EXTRACTED
 from megashear.config.schema import ModelShape, RunConfig
+from megashear.config.shapes import shape_problems
 from megashear.config.values import Problem
 from megashear.planning.layouts import (
     Layout,
     allowed,
     layout_of,
-    layout_problems,
     ranked,
     usable_bytes,
 )
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedRun:
     """A run of the chain, and what is known of it before it runs.
 
     Attributes:
@@ -55,7 +55,7 @@ class Stage:
 
     @property
     def target_parameters(self) -> int | None:
-        """Of what the stage leaves, where that is not the model that it trains."""
+        """Parameters of the model that pruning leaves; None in other stages."""
         if self.config.target_sparsity is not None:
             return round((1 - self.config.target_sparsity) * parameter_count(self.shape))
         return parameter_count(self.target) if self.target else None
@@ -86,7 +86,7 @@ class Stage:
 
     def disk_bytes(self) -> dict[str, int]:
         """Of what lies on disk, at most."""
-        bf16 = self.config.platform.precision != "fp32"
+        bf16 = self.config.platform.precision_on(cuda=True) == "bf16"
         element, moments = (2, 12) if bf16 else (4, 8)  # with bf16, fp32 weights as well
         number = parameter_count(self.shape)
         checkpoint = number * (element + moments)
@@ -97,11 +97,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """A stage in its own layout and in others.
+class RunPlan:
+    """A run in its own layout and in others.
 
     Attributes:
-        stage: what is planned.
+        run: what is planned.
         cluster: where.
         problems: why its own layout cannot be; then there is no `configured`.
         configured: its own layout.
@@ -110,7 +110,7 @@ class StagePlan:
         reserve: share of a GPU's memory that is left free.
     """
 
-    stage: Stage
+    run: PlannedRun
     cluster: Cluster
     problems: list[Problem]
     configured: Layout | None
@@ -132,12 +132,12 @@ class StagePlan:
     @property
     def why_none(self) -> str | None:
         """What leaves no layout that fits; None where one does."""
-        batch, least = self.stage.config.trainer.global_batch_size, self.least
+        batch, least = self.run.config.trainer.global_batch_size, self.least
         if self.layouts:
             return None
         if least is None:
             text = f"trainer.global_batch_size = {batch} cannot be shared evenly by"
-            text += f" {self.stage.gpus:,} GPUs, however the model is split"
+            text += f" {self.run.gpus:,} GPUs, however the model is split"
             return f"{text}. Take fewer GPUs, or another batch"
         total, part = least.memory.total / GIB, max(asdict(least.memory).items(), key=itemgetter(1))
         text = f"the least takes {total:.1f} GiB, {part[1] / GIB:.1f} of it {part[0]}"
@@ -145,18 +145,18 @@ class StagePlan:
 
     def facts(self) -> dict[str, Any]:
         """All that is known, as plain values: what --json prints, and the text is made of."""
-        stage = self.stage
+        run = self.run
         return {
-            "stage": stage.config.stage,
-            "run_dir": stage.config.run_dir,
-            "gpus": stage.gpus,
+            "stage": run.config.stage,
+            "run_dir": run.config.run_dir,
+            "gpus": run.gpus,
             "gpu": self.cluster.gpu.name,
-            "source": {"parameters": parameter_count(stage.shape), **asdict(stage.shape)},
-            "target_parameters": stage.target_parameters,
-            "target": asdict(stage.target) if stage.target else None,
-            "steps": stage.config.trainer.steps,
-            "tokens": stage.tokens,
-            "evaluation_share": stage.evaluation_share() if stage.domains else None,
+            "source": {"parameters": parameter_count(run.shape), **asdict(run.shape)},
+            "target_parameters": run.target_parameters,
+            "target": asdict(run.target) if run.target else None,
+            "steps": run.config.trainer.steps,
+            "tokens": run.tokens,
+            "evaluation_share": run.evaluation_share() if run.domains else None,
             "usable_bytes": usable_bytes(self.cluster, self.reserve),
             "memory_model": ERROR_TEXT,
             "problems": self.problems,
@@ -165,11 +165,11 @@ class StagePlan:
             "layouts": [self._facts(layout) for layout in self.layouts],
             "why_none": self.why_none,
             "mfu": self.cluster.mfu,
-            "disk_bytes": stage.disk_bytes(),
+            "disk_bytes": run.disk_bytes(),
         }
 
     def _facts(self, layout: Layout) -> dict[str, Any]:
-        hours, parallel = self.stage.hours(layout), layout.setup.parallel
+        hours, parallel = self.run.hours(layout), layout.setup.parallel
         return {
             "options": layout.options,
             "tensor": parallel.tensor,
@@ -185,35 +185,35 @@ class StagePlan:
             "mask_overhead": layout.mask_overhead,
             "tokens_per_second": layout.tokens_per_second,
             "hours": hours,
-            "gpu_hours": hours * self.stage.gpus,
+            "gpu_hours": hours * self.run.gpus,
         }
 
 
-def plan(stage: Stage, cluster: Cluster, reserve: float = RESERVE) -> StagePlan:
-    """Plan a stage in its own layout, and in all others."""
-    arguments = (stage.config, stage.shape, stage.gpus)
-    problems = layout_problems(*arguments)
-    own = None if problems else layout_of(*arguments, cluster, stage.backend)
-    every = list(allowed(*arguments, cluster, stage.backend))
+def plan(run: PlannedRun, cluster: Cluster, reserve: float = RESERVE) -> RunPlan:
+    """Plan a run in its own layout and in all others."""
+    arguments = (run.config, run.shape, run.gpus)
+    problems = shape_problems(*arguments)
+    own = None if problems else layout_of(*arguments, cluster, run.backend)
+    every = list(allowed(*arguments, cluster, run.backend))
     least = min(every, key=lambda layout: layout.memory.total, default=None)
     layouts = ranked(every, usable_bytes(cluster, reserve))
-    return StagePlan(stage, cluster, problems, own, layouts, least, reserve)
+    return RunPlan(run, cluster, problems, own, layouts, least, reserve)
 
 
-def shape_after(stages: Sequence[Stage], path: str) -> ModelShape | None:
-    """The shape of what an earlier stage of the chain will leave at a path; None if none does."""
-    for stage in stages:
-        run_dir = Path(stage.config.run_dir)
-        if stage.target is not None and Path(path) == run_dir / EXTRACTED:
-            return stage.target
+def shape_after(runs: Sequence[PlannedRun], path: str) -> ModelShape | None:
+    """Return the shape of the model that an earlier run will leave at a path; None if none does."""
+    for run in runs:
+        run_dir = Path(run.config.run_dir)
+        if run.target is not None and Path(path) == run_dir / EXTRACTED:
+            return run.target
         if Path(path) == run_dir:
-            return stage.shape
+            return run.shape
     return None
 
 
-def count_domains(config: RunConfig, stages: Sequence[Stage]) -> int:
-    """Domains of a run: its own, or those of the stage that it takes them from; 0 if not known."""
+def count_domains(config: RunConfig, runs: Sequence[PlannedRun]) -> int:
+    """Return the number of domains: its own, or those of the run it names; 0 if not known."""
     own = len(config.data.domains)
     source = config.data.domains_from
-    of = [s.domains for s in stages if source and Path(s.config.run_dir) == Path(source)]
+    of = [run.domains for run in runs if source and Path(run.config.run_dir) == Path(source)]
     return own or next(iter(of), 0)
