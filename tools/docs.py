@@ -63,7 +63,7 @@ Made by `python tools/docs.py` of `megashear/config/schema.py`.
 One YAML file is a whole run. Behind it on the command line `key.sub=value` overrides an option,
 such as `trainer.steps=100`, `data.domains.0.weight=0.5` or `target=null`. Every problem of a file
 is told at once, before anything is loaded. An option without a default has to be given. What a run
-may change when it goes on is in docs/design.md, section 5.
+may change when it goes on is in docs/checkpoint-design.md.
 """
 
 
