@@ -31,17 +31,17 @@ def main() -> None:
 
     # Imported late, so that --help answers at once.
     from megashear.config.loader import load_config
-    from megashear.platform import parallel
+    from megashear.platform import launched, parallel
 
-    rank = parallel.launched_rank()
+    rank = launched.launched_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with parallel.said_once():
+    with launched.report_once():
         config = load_config(
             arguments.config,
             arguments.overrides,
             source_shape=_shape_at,
-            world_size=parallel.world_size(),
+            world_size=launched.world_size(),
         )
     from megashear.training.trainer import Trainer
 

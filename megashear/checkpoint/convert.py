@@ -22,7 +22,7 @@ from megashear.checkpoint.manager import (
 from megashear.checkpoint.stream import processes, share
 from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.platform.parallel import launched_rank
+from megashear.platform.launched import launched_rank
 
 
 def import_huggingface(

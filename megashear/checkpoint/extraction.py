@@ -25,7 +25,7 @@ from megashear.config.schema import QUERY_GROUP
 from megashear.console import progress
 from megashear.console import table as text_table
 from megashear.errors import CheckpointError
-from megashear.platform.parallel import launched_rank
+from megashear.platform.launched import launched_rank
 from megashear.pruning.extract import (
     OffTarget,
     extract,

@@ -77,12 +77,12 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every model and print its table."""
-    from megashear.platform import parallel
+    from megashear.platform import launched
 
-    with parallel.said_once():
+    with launched.report_once():
         check_outputs([args.json] if args.json else [], args.overwrite)
     config, measured = measure_all(args.models, args)
-    if parallel.launched_rank() > 0:
+    if launched.launched_rank() > 0:
         return
     for each in measured:
         print(f"\n{measured_table(each, config)}")
@@ -102,14 +102,14 @@ def measure_all(
     Raises:
         ShearError: something is wrong with options, models or validation sets.
     """
-    from megashear.platform import parallel
+    from megashear.platform import launched, parallel
     from megashear.training.measure import check, measure
 
-    with parallel.said_once():
+    with launched.report_once():
         model = Path(models[0])
         run = model.absolute().parent.parent if model.name.startswith("step-") else model
         args.domains = args.domains or run
-        config = configuration(args, parallel.world_size())
+        config = configuration(args, launched.world_size())
         check(models, config)
     platform = parallel.start(config.platform, config.parallel, seed=0)
     if platform.rank == 0:

@@ -91,12 +91,12 @@ def add(commands: Any) -> None:
 
 def run_source(args: argparse.Namespace) -> None:
     """Measure one model, and write its losses as references."""
-    from megashear.platform import parallel
+    from megashear.platform import launched
 
-    with parallel.said_once():
+    with launched.report_once():
         _check_output(args)
     config, (measured,) = evaluate.measure_all([args.model], args)
-    if parallel.launched_rank() > 0:
+    if launched.launched_rank() > 0:
         return
     print("these are the sequences of an evaluation in a run with the same `data`, `evaluation`\n")
     print(evaluate.measured_table(measured, config))

@@ -1,6 +1,6 @@
 """Processes, groups and devices of a run: where it starts, what it stands on, and how ranks agree.
 
-Of the environment, torchrun's variables are read here and nowhere else, Slurm's in `slurm`.
+torchrun's variables are read in `launched`, Slurm's in `slurm`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megashear.config.schema import ParallelConfig, PlatformConfig
-from megashear.console import USAGE
-from megashear.errors import PlatformError, RankError, ShearError
+from megashear.errors import PlatformError, RankError
 from megashear.platform import cuda, slurm
 from megashear.platform.kernels import choose_kernels
+from megashear.platform.launched import launched_rank, local_rank, world_size
 from megashear.platform.random_states import seed_all
 from megashear.platform.watchdog import GRACE_MINUTES, Progress, is_lost_connection, watching
 
@@ -131,7 +130,7 @@ class Platform:
 
     def watched(self, timeout_minutes: float) -> AbstractContextManager[None]:
         """A block that ends with a message where a rank hangs or dies; see `watching`."""
-        return watching(self.progress, timeout_minutes, speaks=is_first_on_machine())
+        return watching(self.progress, timeout_minutes, speaks=local_rank() == 0)
 
 
 def _state():  # type: ignore[no-untyped-def]
@@ -147,43 +146,6 @@ def data_and_context_group() -> dist.ProcessGroup | None:
     return _state().get_data_parallel_group(with_context_parallel=True)
 
 
-def world_size() -> int:
-    """Processes that the launcher (torchrun, srun) started; 1 without a launcher."""
-    return _place()[1]
-
-
-def launched_rank() -> int:
-    """This process's number as the launcher (torchrun, srun) gave it; 0 without a launcher."""
-    return _place()[0]
-
-
-def is_first_on_machine() -> bool:
-    """Whether the launcher made this process the first on its machine: it speaks for the others."""
-    return _place()[2] == 0
-
-
-def _place() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine; of torchrun, or else of srun."""
-    environment, task = os.environ, slurm.task()
-    if "RANK" in environment or task is None:
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        rank, size, local = (int(environment.get(name, unset)) for name, unset in names.items())
-        return rank, size, local
-    return task.rank, task.tasks, task.local_rank
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """What all processes find wrong alike is said by the first on each machine."""
-    try:
-        yield
-    except ShearError:
-        if is_first_on_machine():
-            raise
-        time.sleep(2)  # a launcher ends all as soon as one has ended
-        raise SystemExit(USAGE) from None
-
-
 def choose_device(config: PlatformConfig) -> torch.device:
     """The device that `platform.device` names, or for `auto` a GPU where there is one.
 
@@ -194,7 +156,7 @@ def choose_device(config: PlatformConfig) -> torch.device:
         return torch.device("cpu")
     # Slurm may have bound each task to a GPU, and shows it no other.
     is_bound = slurm.task() is not None and cuda.device_count() == 1
-    return cuda.device_of_rank(0 if is_bound else _place()[2])
+    return cuda.device_of_rank(0 if is_bound else local_rank())
 
 
 def choose_layers(config: PlatformConfig, device: torch.device) -> str:

@@ -19,7 +19,8 @@ from megashear.data.token_files import check_one_tokenizer
 from megashear.errors import ConfigError, ShearError
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
-from megashear.platform.parallel import Platform, world_size
+from megashear.platform.launched import world_size
+from megashear.platform.parallel import Platform
 from megashear.pruning.counting import expected_parameter_count, parameter_count
 from megashear.training.evaluation import DomainLoss, Evaluator
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from megashear.checkpoint.agreement import on_first_process
 from megashear.errors import CheckpointError, PlatformError
 from megashear.platform import slurm
-from megashear.platform.parallel import said_once
+from megashear.platform.launched import report_once
 
 FORMER_SELF_S = 60.0
 """Seconds that a requeued job waits for what is left of it on its former nodes."""
@@ -38,7 +38,7 @@ class RunLock:
         self.file = run_dir / "lock"
         self._stream: IO[str] | None = None
         if holder := on_first_process(self._take):
-            with said_once():
+            with report_once():
                 raise CheckpointError(self._refusal(holder))
 
     def close(self) -> None:

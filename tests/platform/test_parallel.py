@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.errors import PlatformError
-from megashear.platform import parallel
+from megashear.platform import launched, parallel
 from tests.support.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_cuda_by_name_is_an_error_and_auto_is_the_cpu(monkeypatch: pytest.Monkey
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (parallel.launched_rank(), parallel.world_size()) == (0, 1)
+    assert (launched.launched_rank(), launched.world_size()) == (0, 1)
 
 
 def refused_start() -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megashear.errors import PlatformError
-from megashear.platform import parallel, slurm
+from megashear.platform import launched, slurm
 
 BATCH = {"SLURM_JOB_ID": "123456", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 STEP = {
@@ -35,7 +35,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def seen() -> tuple[int, int, bool]:
-    return parallel.launched_rank(), parallel.world_size(), parallel.is_first_on_machine()
+    return launched.launched_rank(), launched.world_size(), launched.local_rank() == 0
 
 
 def test_a_task_of_several_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

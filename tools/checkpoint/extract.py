@@ -30,10 +30,10 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result")
     arguments = parser.parse_args()
 
-    from megashear.platform import parallel
+    from megashear.platform import launched
 
-    with parallel.said_once():
-        return extract(arguments, speaks=parallel.launched_rank() == 0)
+    with launched.report_once():
+        return extract(arguments, speaks=launched.launched_rank() == 0)
 
 
 def extract(arguments: argparse.Namespace, speaks: bool) -> int:

@@ -28,11 +28,11 @@ def main() -> None:
 
     from megashear.checkpoint.convert import import_huggingface
     from megashear.checkpoint.description import shape_rows
-    from megashear.platform import parallel
+    from megashear.platform import launched
 
-    with parallel.said_once():
+    with launched.report_once():
         info = import_huggingface(arguments.hf, arguments.out, overwrite=arguments.overwrite)
-    if parallel.launched_rank() > 0:
+    if launched.launched_rank() > 0:
         return
     print(table([*shape_rows(info.shape), ("tokenizer", info.tokenizer or "none found")]))
     print(f"written to {arguments.out}")

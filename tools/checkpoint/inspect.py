@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from megashear.checkpoint.description import describe
-    from megashear.platform.parallel import launched_rank
+    from megashear.platform.launched import launched_rank
 
     if launched_rank() > 0:
         return  # under torchrun the first process tells it all

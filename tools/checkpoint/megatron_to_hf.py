@@ -42,7 +42,7 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing model")
     arguments = parser.parse_args()
 
-    from megashear.platform.parallel import launched_rank
+    from megashear.platform.launched import launched_rank
 
     if launched_rank() > 0:
         return  # under torchrun the first process does it all

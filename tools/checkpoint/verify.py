@@ -56,10 +56,10 @@ def main() -> int:
     import transformers
 
     from megashear.checkpoint.compare import logits, logits_difference
-    from megashear.platform import parallel
+    from megashear.platform import launched
 
-    with parallel.said_once():
-        if parallel.world_size() > 1:
+    with launched.report_once():
+        if launched.world_size() > 1:
             raise CheckpointError("verify.py runs in one process: start it without torchrun")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
