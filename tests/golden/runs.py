@@ -31,8 +31,10 @@ FIELDS = ("loss", "grad_norm", "mask_grad_norm", "penalty", "sparsity", "losses"
 
 def environment() -> str:
     """What the bits of a sum depend on: releases, and the instructions that the CPU has."""
-    core, cpu = megatron.core.__version__, torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__.split('+')[0]}, megatron-core {core}, {cpu}"
+    # Behind "+" is a build, or the commit of whatever repository Megatron-Core was imported in.
+    versions = [module.__version__.split("+")[0] for module in (torch, megatron.core)]
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return "torch {}, megatron-core {}, {}".format(*versions, cpu)
 
 
 def compute() -> dict[str, list[dict[str, Any]]]:
