@@ -225,3 +225,18 @@ def test_every_link_leads_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", text):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+def test_the_program_of_the_library_page_runs() -> None:
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+    program = re.sub("^    ", "", program, flags=re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the small model has 2 layers" in done.stdout
