@@ -47,7 +47,7 @@ LLAMA_2 = {
     "70B": ModelShape(80, 8192, 64, 28672, 32000, num_query_groups=8),
 }
 """Layers, hidden size, heads, intermediate size, vocabulary; 1.3B is Sheared LLaMA's."""
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 """Of which there are quartiles."""
 THREADS = "OMP_NUM_THREADS"
 NOT_MEASURED = "not measured"
@@ -73,8 +73,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
         ValueError: fewer than 3 rounds, or not as many of both.
     """
     found = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    if len(found) < LEAST_ROUNDS:
-        raise ValueError(f"a spread needs {LEAST_ROUNDS} rounds or more, not {len(found)}")
+    if len(found) < MIN_ROUNDS:
+        raise ValueError(f"a spread needs {MIN_ROUNDS} rounds or more, not {len(found)}")
     low, _, high = quantiles(found, n=4)
     return Ratio(median(found), low, high)
 
@@ -120,11 +120,11 @@ class Report:
 
     def __init__(self, name: str, about: str) -> None:
         self.name = name
-        self._told: dict[str, Any] = {"benchmark": name, "about": about.strip(), **conditions()}
-        self._told["tables"] = []
-        print(self._told["about"].splitlines()[0])
-        print(", ".join(f"{k} {v}" for k, v in self._told["versions"].items()), end="; ")
-        print("{cpu}, {cores} cores, load {load}, {gpu}".format(**self._told["machine"]))
+        self._content: dict[str, Any] = {"benchmark": name, "about": about.strip(), **conditions()}
+        self._content["tables"] = []
+        print(self._content["about"].splitlines()[0])
+        print(", ".join(f"{k} {v}" for k, v in self._content["versions"].items()), end="; ")
+        print("{cpu}, {cores} cores, load {load}, {gpu}".format(**self._content["machine"]))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print a table; a cell is text, a number, a Ratio, or None for what was not measured."""
@@ -132,18 +132,18 @@ class Report:
         shown = [[NOT_MEASURED if cell is None else cell for cell in row] for row in rows]
         print(f"\n{title}\n{table(shown, header)}", flush=True)
         kept = [[asdict(c) if is_dataclass(c) else c for c in row] for row in rows]
-        self._told["tables"].append({"title": title, "header": list(header), "rows": kept})
+        self._content["tables"].append({"title": title, "header": list(header), "rows": kept})
 
     def note(self, text: str) -> None:
         """Print a remark, and keep it with the tables."""
         print(f"\n{text}", flush=True)
-        self._told.setdefault("notes", []).append(text)
+        self._content.setdefault("notes", []).append(text)
 
     def write(self, path: Path | None = None) -> None:
         """Keep all of it as JSON, by default benchmarks/results/NAME.json."""
         path = path or RESULTS / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._told, indent=1) + "\n")
+        path.write_text(json.dumps(self._content, indent=1) + "\n")
         print(f"\nwritten to {path}")
 
 
@@ -230,7 +230,7 @@ def parser(about: str | None, rounds: int = 7) -> argparse.ArgumentParser:
         type=_rounds,
         default=rounds,
         metavar="N",
-        help=f"of all cases, {LEAST_ROUNDS} or more (default: {rounds})",
+        help=f"of all cases, {MIN_ROUNDS} or more (default: {rounds})",
     )
     made.add_argument(
         "--out", type=_new_file, metavar="FILE", help="of the JSON (default: benchmarks/results/)"
@@ -251,8 +251,8 @@ def take_directory(made: argparse.ArgumentParser) -> None:
 
 
 def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < LEAST_ROUNDS:
-        raise argparse.ArgumentTypeError(f"{text}: a spread needs {LEAST_ROUNDS} rounds or more")
+    if not text.isdecimal() or int(text) < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text}: a spread needs {MIN_ROUNDS} rounds or more")
     return int(text)
 
 

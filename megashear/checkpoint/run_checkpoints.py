@@ -99,7 +99,8 @@ class CheckpointManager:
             if tensors:
                 _write_tensors(partial / MASKS, dict(tensors))
         states, plain = random_states(self.platform.device)
-        _write_tensors(self._random_file(partial), states, {**plain, "place": self.platform.place})
+        plain["place"] = self.platform.layout_rank
+        _write_tensors(self._random_file(partial), states, plain)
 
     def _random_file(self, directory: Path) -> Path:
         return directory / "random" / f"rank-{self.platform.rank:05d}.safetensors"
@@ -125,7 +126,7 @@ class CheckpointManager:
 
     def _complete(self, saving: _Saving) -> Path:
         self._saving = None
-        mark = self.platform.progress.mark
+        mark = self.platform.heartbeat.mark
         with self._removed_on_failure(saving.partial):
             mark("writing of a checkpoint")
             sums = saving.writing.finish()
@@ -250,7 +251,7 @@ class CheckpointManager:
         try:
             with safe_open(file, "pt") as states:
                 plain = states.metadata()
-                if plain["place"] == self.platform.place:
+                if plain["place"] == self.platform.layout_rank:
                     tensors = {name: states.get_tensor(name) for name in states.keys()}  # noqa: SIM118
                     restore_random_states(tensors, plain, self.platform.device)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

@@ -27,12 +27,12 @@ from megashear.pruning.table import HEAD, HIDDEN, INTERMEDIATE, LAYER
 class _Group:
     """The rules of one name in all layers of this rank (one, outside the layers).
 
-    Their factors are computed together, so that autograd's graph does not grow with the layers.
+    Their scales are computed together, so that autograd's graph does not grow with the layers.
 
     Attributes:
         bound: the rules.
-        matrices: their parameters, and the values of their factors.
-        scales: the factors themselves, differentiable in the masks, while a step lasts.
+        matrices: their parameters, and the values of their scales.
+        scales: row and column scales, differentiable in the masks; None outside a step.
     """
 
     def __init__(self, bound: Sequence[BoundRule], platform: Platform) -> None:
@@ -45,11 +45,11 @@ class _Group:
             for axis in self.rule.axes  # None is all units, in order
         ]
         weights = [_matrix(b.parameter.detach()) for b in bound]
-        factors = [
+        values = [
             torch.empty(len(bound), length, device=device) if axis.scaled else None
             for axis, length in zip(self.rule.axes, weights[0].shape, strict=False)
         ]
-        self.matrices = Matrices(weights, (factors[0], factors[1] if len(factors) > 1 else None))
+        self.matrices = Matrices(weights, (values[0], values[1] if len(values) > 1 else None))
         self.scales: list[Tensor | None] = [None, None]
         self.blocks: list[Blocks] = []
         self.owned_blocks: list[Blocks] = []
@@ -59,8 +59,8 @@ class _Group:
         is_whole = not self.rule.parallel
         self._counts = not bound[0].copy and (platform.tensor_rank == 0 or not is_whole)
 
-    def compute(self, z: Mapping[str, Tensor], share: float) -> None:
-        """Take up the factors of masks z, of which a share of the hidden dimensions is not 0."""
+    def compute(self, z: Mapping[str, Tensor], fraction: float) -> None:
+        """Compute the scales from masks z; `fraction` is n_kept / hidden_size."""
         self.scales = [None, None]
         for number, (axis, positions) in enumerate(zip(self.rule.axes, self._units, strict=True)):
             if not axis.scaled:
@@ -74,8 +74,8 @@ class _Group:
             if number == 0 and self.rule.scaled_by_layer:
                 scale = scale * z[LAYER][0].index_select(0, self._layers)[:, None]
             if self.rule.norm:
-                scale = scale * share**0.5
-            values = self.matrices.factors[number]
+                scale = scale * fraction**0.5
+            values = self.matrices.scales[number]
             assert values is not None
             values.copy_(scale.detach())
             self.scales[number] = scale.expand_as(values)
@@ -162,15 +162,15 @@ class MaskedWeights:
         z = {kind: mask.to(device) for kind, mask in z.items()}
         if kept is None:
             kept = int(torch.count_nonzero(z[HIDDEN].detach()))
-        share = max(kept, 1) / self.shape.hidden_size  # n/d; a count, not differentiated
+        fraction = max(kept, 1) / self.shape.hidden_size  # n/d; a count, not differentiated
         for group in self._groups:
-            group.compute(z, share)
+            group.compute(z, fraction)
         with torch.no_grad():
             for group in self._groups:
                 for blocks in group.owned_blocks:
                     blocks.put_aside()
         try:
-            self._fold(self.shape.layernorm_epsilon * share)
+            self._fold(self.shape.layernorm_epsilon * fraction)
             yield
         finally:
             self._restore()

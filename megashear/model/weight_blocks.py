@@ -17,15 +17,15 @@ from megashear.hardware import BLOCK_ELEMENTS
 
 @dataclass(frozen=True)
 class Matrices:
-    """Parameters of one shape [n, k], a vector being a column, and the factors on their axes.
+    """Parameters of one shape [n, k], a vector being a column, and the scales on their axes.
 
     Attributes:
         weights: [n, k] each, views of the parameters.
-        factors: float32 [number, n] and [number, k]; None is all ones. Written anew each step.
+        scales: float32 [number, n] and [number, k]; None is all ones. Written anew each step.
     """
 
     weights: list[Tensor]
-    factors: tuple[Tensor | None, Tensor | None]
+    scales: tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Blocks:
     def __init__(self, matrices: Matrices, pieces: Sequence[_Piece]) -> None:
         self._matrices, self._pieces = matrices, pieces
         self._blocks = [matrices.weights[p.number][_slice(p.rows)] for p in pieces]
-        of_rows, of_columns = matrices.factors
-        self._factors = []
+        of_rows, of_columns = matrices.scales
+        self._scales = []
         if of_rows is not None:
-            self._factors.append([of_rows[p.number][_slice(p.rows), None] for p in pieces])
+            self._scales.append([of_rows[p.number][_slice(p.rows), None] for p in pieces])
         if of_columns is not None:
-            self._factors.append([of_columns[p.number] for p in pieces])
+            self._scales.append([of_columns[p.number] for p in pieces])
         pairs = zip(self._blocks, pieces, strict=True)
         self._parts = [block.view(-1)[piece.inside] for block, piece in pairs]
         self._kept: list[Tensor] = []
@@ -114,12 +114,12 @@ class Blocks:
             torch._foreach_copy_(self._kept, self._parts)
 
     def restore(self) -> None:
-        """Write back what was before factors were multiplied, at the positions alone."""
+        """Write back what was before scales were multiplied, at the positions alone."""
         torch._foreach_copy_(self._parts, self._kept)
 
     def multiply(self) -> None:
-        """Multiply the blocks by their factors, rounding once."""
-        _multiply(self._blocks, self._factors)
+        """Multiply the blocks by their scales, rounding once."""
+        _multiply(self._blocks, self._scales)
 
     @property
     def size(self) -> int:
@@ -137,7 +137,7 @@ class Blocks:
         self._gradients = _Gradients(self._matrices, self._pieces, gradients, scratch)
 
     def chain_rule(self, totals: Sequence[Tensor | None]) -> None:
-        """From gradients G of the multiplied weights, those of the factors and of the weights.
+        """From gradients G of the multiplied weights, those of the scales and of the weights.
 
         d r = (G * W * c).sum(columns) and d c = (G * W * r).sum(rows) are added to totals; G
         becomes r * G * c.
@@ -147,7 +147,7 @@ class Blocks:
         """
         assert self._gradients is not None
         self._gradients.add_to(totals, self._kept)
-        _multiply(self._gradients.blocks, self._factors)
+        _multiply(self._gradients.blocks, self._scales)
 
 
 class _Gradients:
@@ -174,12 +174,12 @@ class _Gradients:
             [[p.rows.start] for p in pieces], device=device
         )
         self._rows = (self._numbers[:, None] * n + of_rows.clamp(max=n - 1)).flatten()
-        self._factors = matrices.factors
+        self._scales = matrices.scales
 
     def add_to(self, totals: Sequence[Tensor | None], weights: list[Tensor]) -> None:
-        """Add the gradients of both factors."""
+        """Add the gradients of both scales."""
         products, (d_rows, d_columns) = self._products, totals
-        of_rows, of_columns = self._factors
+        of_rows, of_columns = self._scales
         if d_rows is None and d_columns is None:
             return
         if self._has_gaps:
@@ -196,17 +196,17 @@ class _Gradients:
             if of_rows is None:
                 sums = products.sum(1)
             else:
-                factors = of_rows.view(-1).index_select(0, self._rows)
-                sums = (factors.view(len(products), 1, -1) @ products)[:, 0]
+                scales = of_rows.view(-1).index_select(0, self._rows)
+                sums = (scales.view(len(products), 1, -1) @ products)[:, 0]
             d_columns.index_add_(0, self._numbers, sums)
 
 
-def _multiply(blocks: list[Tensor], factors: Sequence[list[Tensor]]) -> None:
-    if blocks[0].dtype == torch.float32 or len(factors) == 1:
-        for factor in factors:
-            torch._foreach_mul_(blocks, factor)
+def _multiply(blocks: list[Tensor], scales: Sequence[list[Tensor]]) -> None:
+    if blocks[0].dtype == torch.float32 or len(scales) == 1:
+        for scale in scales:
+            torch._foreach_mul_(blocks, scale)
         return
-    first, second = factors
+    first, second = scales
     products = torch._foreach_mul(blocks, first)  # float32: rounded once, at the end
     torch._foreach_mul_(products, second)
     torch._foreach_copy_(blocks, products)

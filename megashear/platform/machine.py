@@ -19,7 +19,7 @@ from pathlib import Path
 
 OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
 GIB = 2**30
-LEAST_DISK, LEAST_SHM, LEAST_FILES = 50 * GIB, GIB, 4096
+MIN_DISK, MIN_SHM, MIN_FILES = 50 * GIB, GIB, 4096
 PROBE_SECONDS = 120
 
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "fuse.", "wekafs")
@@ -102,7 +102,7 @@ def directory(path: Path) -> Iterator[Finding]:
         "directory",
         f"{path}: {free / GIB:,.0f} GiB free, {kind}",
         (kind in ("tmpfs", "ramfs"), WARNING, lost),
-        (free < LEAST_DISK, WARNING, small),
+        (free < MIN_DISK, WARNING, small),
     )
     try:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".doctor-") as stream:
@@ -154,7 +154,7 @@ def shared_memory() -> Finding:
     size = shutil.disk_usage(path)
     text = f"/dev/shm: {size.free / GIB:.1f} of {size.total / GIB:.1f} GiB free"
     remedy = "NCCL may fail. In a container: --shm-size=8g or --ipc=host"
-    return judged("shared memory", text, (size.free < LEAST_SHM, WARNING, remedy))
+    return judged("shared memory", text, (size.free < MIN_SHM, WARNING, remedy))
 
 
 def cores() -> Finding:
@@ -213,5 +213,5 @@ def limits() -> Finding:
         "limits",
         f"open files {files:,}, locked memory {shown}",
         (not free and Path("/sys/class/infiniband").is_dir(), PROBLEM, pinned),
-        (files < LEAST_FILES, WARNING, f"ulimit -n {LEAST_FILES} for many loader workers"),
+        (files < MIN_FILES, WARNING, f"ulimit -n {MIN_FILES} for many loader workers"),
     )

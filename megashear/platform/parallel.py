@@ -22,7 +22,7 @@ from megashear.platform import cuda, slurm
 from megashear.platform.kernels import choose_kernels
 from megashear.platform.launched import launched_rank, local_rank, world_size
 from megashear.platform.random_states import seed_all
-from megashear.platform.watchdog import GRACE_MINUTES, Progress, is_lost_connection, watching
+from megashear.platform.watchdog import GRACE_MINUTES, Heartbeat, is_lost_connection, watching
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Platform:
         dtype: of weights and activations.
         layers: `torch` or `transformer_engine`.
         kernels: of the optimizer, `torch` or `apex`.
-        progress: what this process is doing.
+        heartbeat: what this process is doing.
     """
 
     device: torch.device
     dtype: torch.dtype
     layers: str
     kernels: str
-    progress: Progress = field(default_factory=Progress)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def __str__(self) -> str:
         """What a run says it stands on."""
@@ -62,7 +62,7 @@ class Platform:
         return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @property
-    def place(self) -> str:
+    def layout_rank(self) -> str:
         """This process's number and the layout of all, to compare with those of another run."""
         sizes = (self.tensor_size, self.pipeline_size, self.context_size, self.data_size)
         return f"{self.rank} of {' x '.join(map(str, sizes))}"
@@ -86,11 +86,6 @@ class Platform:
     def tensor_size(self) -> int:
         """Number of tensor-parallel ranks."""
         return _state().get_tensor_model_parallel_world_size()
-
-    @property
-    def pipeline_rank(self) -> int:
-        """Place among the pipeline stages."""
-        return _state().get_pipeline_model_parallel_rank()
 
     @property
     def pipeline_size(self) -> int:
@@ -130,7 +125,7 @@ class Platform:
 
     def watched(self, timeout_minutes: float) -> AbstractContextManager[None]:
         """A block that ends with a message where a rank hangs or dies; see `watching`."""
-        return watching(self.progress, timeout_minutes, speaks=local_rank() == 0)
+        return watching(self.heartbeat, timeout_minutes, speaks=local_rank() == 0)
 
 
 def _state():  # type: ignore[no-untyped-def]

@@ -31,7 +31,7 @@ _JUDGE, _SILENT = 5.0, 3.5
 """Periods from noticing to judging, and those without a sign of life until a rank has stopped."""
 
 
-class Progress:
+class Heartbeat:
     """What this process does. A mark costs microseconds."""
 
     def __init__(self) -> None:
@@ -56,19 +56,19 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 @contextmanager
-def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Iterator[None]:
+def watching(heartbeat: Heartbeat, timeout_minutes: float, *, speaks: bool) -> Iterator[None]:
     """Name the rank that is behind and end the process, if the block makes no progress for so long.
 
     Args:
-        progress: marked by the thread that is in the block.
+        heartbeat: marked by the thread that is in the block.
         timeout_minutes: more than anything between two marks takes.
         speaks: whether this process tells of all ranks; the others say one line.
 
     Raises:
         RankError: the connection to another rank is lost.
     """
-    _take_children_along()
-    watchdog = _Watchdog(progress, 60 * timeout_minutes, speaks)
+    _kill_children_with_parent()
+    watchdog = _Watchdog(heartbeat, 60 * timeout_minutes, speaks)
     try:
         yield
     except Exception as error:
@@ -83,7 +83,7 @@ def watching(progress: Progress, timeout_minutes: float, *, speaks: bool) -> Ite
 
 
 @functools.cache
-def _take_children_along() -> None:
+def _kill_children_with_parent() -> None:
     """What this process forks (readers of data, writers of checkpoints) ends with it.
 
     They have its connections open too: as long as one lives, the other ranks do not see it end.
@@ -96,13 +96,13 @@ def _take_children_along() -> None:
 class _Watchdog:
     """The two threads of a process and what it knows of the others."""
 
-    def __init__(self, progress: Progress, timeout: float, speaks: bool) -> None:
+    def __init__(self, heartbeat: Heartbeat, timeout: float, speaks: bool) -> None:
         # How this process leaves: None while it runs, else the error of its own or "".
         self.left: str | None = None
         # What is published from the time-out on: where this process is stuck, also when it has
         # ended. The others may notice later, by a second or more, and have to find it there.
         self._stuck: dict[str, Any] | None = None
-        self._progress, self._timeout, self._speaks = progress, timeout, speaks
+        self._heartbeat, self._timeout, self._speaks = heartbeat, timeout, speaks
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # Reading a mark takes the store 2.5 us, and every rank reads all: 1/4 of a core at most.
         self._period = max(min(1.0, timeout / 10), 1e-5 * self._size**2)
@@ -110,7 +110,7 @@ class _Watchdog:
         store: Any = dist.distributed_c10d._get_default_store()
         # A connection of its own: the main thread may wait in the other one, and hold it.
         self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
-        progress.mark("start")
+        heartbeat.mark("start")
         self._read_at = time.monotonic()
         unknown = {**self._state(), "host": "host unknown"}
         self._said: dict[int, dict[str, Any]] = dict.fromkeys(range(self._size), unknown)
@@ -123,7 +123,7 @@ class _Watchdog:
         """Tell the others that this rank has left, as far as the store still answers."""
         self.left = self.left or ""
         self._closed.set()
-        self._progress.changed.set()
+        self._heartbeat.changed.set()
         self._exchanging.join(2 * self._period)
         if (self.left or self._stuck) and self._size > 1:
             time.sleep(2 * self._period)  # they have to read it: the store may end with this rank
@@ -133,7 +133,7 @@ class _Watchdog:
         time.sleep(_JUDGE * self._period)  # who has stopped falls silent, who has not is heard
         behind = self._behind()
         where = "; ".join(self._places(behind)) or "it is not known which rank is behind"
-        message = f"step {self._progress.now[1]}: {what}: {where}"
+        message = f"step {self._heartbeat.now[1]}: {what}: {where}"
         others = [rank for rank in range(self._size) if rank not in behind]
         if self._speaks:
             message += "".join(f"\n  {place}" for place in self._places(others))
@@ -141,11 +141,11 @@ class _Watchdog:
         return message
 
     def _watch(self) -> None:
-        last, idle = self._progress.now, 0.0
+        last, idle = self._heartbeat.now, 0.0
         while not self._closed.wait(self._period):
             # Counted, not measured: a job that its scheduler suspended for a while does not hang.
-            idle = idle + self._period if self._progress.now is last else 0.0
-            last = self._progress.now
+            idle = idle + self._period if self._heartbeat.now is last else 0.0
+            last = self._heartbeat.now
             if idle >= self._timeout and self.left is None:
                 self._stuck = {**self._state(), "stuck": True}
                 limit = f"platform.timeout_minutes = {self._timeout / 60:.3g}"
@@ -166,13 +166,13 @@ class _Watchdog:
                     self._read()
             except RuntimeError:
                 return  # the store has ended
-            self._progress.changed.wait(self._period)
-            self._progress.changed.clear()
+            self._heartbeat.changed.wait(self._period)
+            self._heartbeat.changed.clear()
 
     def _state(self) -> dict[str, Any]:
         if self._stuck:
             return self._stuck
-        count, step, doing, since = self._progress.now
+        count, step, doing, since = self._heartbeat.now
         code = sys._current_frames()[self._main]
         file = code.f_code.co_filename
         return {

@@ -64,7 +64,7 @@ class Evaluator:
             model.eval()
         totals = torch.zeros(2, len(self.batches), dtype=torch.float64, device=self.platform.device)
         for name, batches in self.batches.items():
-            self.platform.progress.mark(f"evaluation of {name}")
+            self.platform.heartbeat.mark(f"evaluation of {name}")
             with torch.no_grad():  # Megatron's schedules would keep all that a backward pass needs
                 totals += run_microbatches(
                     models, batches, self.platform, len(self.batches), forward_only=True

@@ -82,7 +82,7 @@ def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
         data.seq_length,
         masked_attention=data.reset_attention_mask,
     )
-    platform.progress.mark("loading of weights")
+    platform.heartbeat.mark("loading of weights")
     # Not by the path: the latest checkpoint of a run that goes on may be another one by now.
     load_model(info.directory if info else model, chunks, platform)
     evaluator = Evaluator(

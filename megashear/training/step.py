@@ -82,7 +82,7 @@ def run_microbatches(
 def _forward(
     batches: Iterator[MicroBatch], model: Any, *, platform: Platform, num_domains: int
 ) -> tuple[Tensor, Any]:
-    platform.progress.mark()
+    platform.heartbeat.mark()
     batch = {key: upload(value, platform.device) for key, value in next(batches).items()}
     documents = batch.pop("document_ids", None)
     mask = None if documents is None else context_part(within_documents(documents))[:, None]

@@ -74,7 +74,7 @@ class Trainer:
         self.lock = RunLock(self.run_dir)  # before anything in there changes
         trainer, data = config.trainer, config.data
         self.checkpoints = CheckpointManager(self.run_dir, platform, trainer.keep_checkpoints)
-        platform.progress.mark("check of the checkpoints")
+        platform.heartbeat.mark("check of the checkpoints")
         resumed, passed_over = self.checkpoints.newest_whole()
         if resumed is not None:
             _refuse_other_config(resumed, config)
@@ -151,7 +151,7 @@ class Trainer:
         return partial(DaliFetcher, device=self.platform.device)
 
     def _initialise(self, chunks: list[Any], init_from: str) -> None:
-        self.platform.progress.mark("loading of weights")
+        self.platform.heartbeat.mark("loading of weights")
         load_model(init_from, chunks, self.platform)
         self.log.say(f"weights from {init_from}")
 
@@ -168,7 +168,7 @@ class Trainer:
         return manager.read_info(init_from).tokenizer
 
     def _resume(self, info: CheckpointInfo) -> None:
-        self.platform.progress.mark("loading of a checkpoint", info.step)
+        self.platform.heartbeat.mark("loading of a checkpoint", info.step)
         tensors = self.checkpoints.load(info, self.optimizer.chunks, self.optimizer.megatron)
         self.objective.load_state(tensors)
         self.mixture.load_state_dict(info.progress["mixture"])
@@ -246,7 +246,8 @@ class Trainer:
         What the host wants to know of it comes while the weights are updated: it waits for the
         device where Megatron's own step does, and nowhere else.
         """
-        began, mark, device = time.perf_counter(), self.platform.progress.mark, self.platform.device
+        began, platform = time.perf_counter(), self.platform
+        mark, device = platform.heartbeat.mark, platform.device
         mark("reading of data", self.step + 1)
         self.loader.fetch_until(self._next_evaluation() * self.config.trainer.global_batch_size)
         batches = self.loader.next_step()
@@ -333,7 +334,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        self.platform.progress.mark("evaluation", self.step)
+        self.platform.heartbeat.mark("evaluation", self.step)
         began = time.perf_counter()
         with self.objective.evaluation_weights():
             self.optimizer.gather(wait=True)
@@ -360,7 +361,7 @@ class Trainer:
         """Write a checkpoint; with `async_save` begin to, and `run` finishes it."""
         self._finish_save()  # the one before, if it takes so long
         began, config = time.perf_counter(), self.config
-        self.platform.progress.mark("save", self.step)
+        self.platform.heartbeat.mark("save", self.step)
         info = CheckpointInfo(
             shape=self.shape,
             stage=config.stage,

@@ -98,14 +98,14 @@ def attempt(config: RunConfig, fault: Fault | None, halted: Path) -> dict[str, A
     sys.stdout = sys.stderr = (halted.parent / f"{rank}.out").open("w")
     moments = Moments(config.run_dir, fault if fault and fault.rank == rank else None, halted)
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
-    mark = platform.progress.mark
+    mark = platform.heartbeat.mark
 
     def mark_and_come(doing: str | None = None, step: int | None = None) -> None:
         mark(doing, step)
         if doing:
             moments.come(f"mark {doing}")
 
-    platform.progress.mark = mark_and_come  # type: ignore[method-assign]
+    platform.heartbeat.mark = mark_and_come  # type: ignore[method-assign]
     with platform.watched(config.platform.timeout_minutes):
         trainer = Trainer(config, platform)
         trainer.run()

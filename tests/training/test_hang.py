@@ -91,7 +91,7 @@ def on_rank(config: RunConfig, culprit: int | None, happens: Callable[[], None],
     run_microbatches = trainer_module.run_microbatches
 
     def with_what_happens(models: Any, batches: Any, platform: Any, *others: Any) -> Any:
-        slow, at_step = happens is be_slow, platform.progress.now[1] == STEP
+        slow, at_step = happens is be_slow, platform.heartbeat.now[1] == STEP
         if happens is hang_first and at_step and rank != culprit:
             time.sleep(0.8 * TIMEOUT)
         if culprit in (None, rank) and (slow or at_step):

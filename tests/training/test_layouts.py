@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
@@ -133,7 +134,7 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
         "evaluations": [],
         "rank": (platform.tensor_rank, platform.tensor_size),
     }
-    found["stage"] = platform.pipeline_rank
+    found["stage"] = parallel_state.get_pipeline_model_parallel_rank()
     owned = trainer.optimizer.owned
 
     def keep(record: dict[str, Any]) -> None:
