@@ -37,8 +37,8 @@ from megashear.config.schema import DataConfig, EvaluationConfig, ModelShape, Tr
 from megashear.console import run
 from megashear.data.dali import DaliFetcher
 from megashear.data.dataset import DynamicBlendedDataset, build_train_dataset
-from megashear.data.loader import Fetcher, TrainLoader, microbatch_samples, torch_fetcher
-from megashear.data.mixture import Mixture, Segment
+from megashear.data.domain_weights import DomainWeights, Segment
+from megashear.data.loader import Fetcher, TrainLoader, micro_batch_samples, torch_fetcher
 from megashear.hardware import gpu_of_device
 from megashear.pruning.counting import flops_per_token
 
@@ -271,7 +271,8 @@ def update(config: DataConfig, last: int) -> float:
     dataset.locate(last)
     KEPT.append(dataset)
     began = time.perf_counter()
-    dataset.mixture.update(last, {name: 1.5 + n for n, name in enumerate(dataset.mixture.names)})
+    weights = dataset.domain_weights
+    weights.update(last, {name: 1.5 + n for n, name in enumerate(weights.names)})
     for n in range(last, last + GLOBAL_BATCH):
         dataset.locate(n)
     return time.perf_counter() - began
@@ -296,12 +297,12 @@ def start_static(config: DataConfig, last: int) -> float:
 
 def blend(config: DataConfig, last: int = 0, segments: int = 1) -> DynamicBlendedDataset:
     """The dataset of a run that has had these many segments of even length."""
-    mixture = Mixture.from_config(config)
-    mixture.segments = tuple(
+    domain_weights = DomainWeights.from_config(config)
+    domain_weights.segments = tuple(
         Segment(number * last // segments, tuple(np.roll(WEIGHTS, number).tolist()))
         for number in range(segments)
     )
-    return build_train_dataset(config, VOCAB, mixture)
+    return build_train_dataset(config, VOCAB, domain_weights)
 
 
 def static(config: DataConfig, samples: int) -> BlendedDataset:
@@ -336,8 +337,8 @@ def make_loader(
         dataset,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=MICRO_BATCH,
-        dp_rank=0,
-        dp_size=1,
+        data_rank=0,
+        data_size=1,
         num_workers=workers,
         consumed_samples=position,
         fetcher=fetcher,
@@ -361,7 +362,7 @@ def read_static(config: DataConfig, workers: int) -> Iterator[Any]:
     batches: Iterable[list[int]] = (
         batch
         for first in range(0, samples, GLOBAL_BATCH)
-        for batch in microbatch_samples(first, GLOBAL_BATCH, MICRO_BATCH, 0, 1)
+        for batch in micro_batch_samples(first, GLOBAL_BATCH, MICRO_BATCH, 0, 1)
     )
     yield from DataLoader(
         static(config, samples),

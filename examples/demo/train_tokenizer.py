@@ -18,8 +18,8 @@ from typing import Any
 import sentencepiece
 
 from megashear import console
-from megashear.data.jsonl import find_inputs, read_chunks, text_of
-from megashear.data.tokenizer import SENTENCEPIECE, save_for_transformers
+from megashear.data.tokenize.jsonl import find_inputs, read_chunks, text_of
+from megashear.data.tokenize.tokenizer import SENTENCEPIECE, save_for_transformers
 from megashear.errors import DataError
 
 SAMPLE_BYTES = 2_000_000

@@ -68,7 +68,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Tokenize every domain that the arguments name, and print what came of them."""
-    from megashear.data.preprocess import tokenize_files
+    from megashear.data.tokenize.preprocess import tokenize_files
 
     # A batch system's SIGTERM then keeps what is done, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -107,7 +107,7 @@ def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
     Raises:
         DataError: two files would make one domain, or the output has another placeholder.
     """
-    from megashear.data.jsonl import find_inputs
+    from megashear.data.tokenize.jsonl import find_inputs
 
     if "{name}" not in output:
         if "{" in output:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from megashear.data.loader import Order, Reader, Texts, torch_fetcher
+from megashear.data.loader import Order, Reader, Samples, torch_fetcher
 from megashear.errors import DataError
 from megashear.platform import cuda
 
@@ -46,36 +46,36 @@ class DaliFetcher:
             seed=0,  # it draws nothing
         )
         with self._pipeline:
-            texts = fn.external_source(
+            samples = fn.external_source(
                 self._source, 2, dtype=[types.INT32, types.INT64], ndim=[2, 1], batch=False
             )
-            self._pipeline.set_outputs(*(part.gpu() if on_gpu else part for part in texts))
+            self._pipeline.set_outputs(*(part.gpu() if on_gpu else part for part in samples))
         self._pipeline.build()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | DataError]:
         self._pipeline.reset()  # it has met the end of the steps before: it reads ahead
-        self._source.texts = iter(self._loader)
+        self._source.samples = iter(self._loader)
         try:
             with suppress(StopIteration):
                 while True:
                     read: Any = self._pipeline.run(cuda.current_stream(self._device))
-                    text, dataset_id = (from_dlpack(part.as_tensor())[0].clone() for part in read)
-                    yield text, dataset_id
+                    tokens, dataset_id = (from_dlpack(part.as_tensor())[0].clone() for part in read)
+                    yield tokens, dataset_id
             if self._source.error is not None:
                 yield from repeat(self._source.error)
         finally:
-            del self._source.texts  # DALI's graph of operators, a cycle, would keep the workers
+            del self._source.samples  # DALI's graph of operators, a cycle, would keep the workers
 
 
 class _Source:
     """What DALI calls for each micro-batch; an epoch of DALI's ends with the steps or an error."""
 
-    texts: Iterator[Texts | DataError]
+    samples: Iterator[Samples | DataError]
     error: DataError | None = None
 
-    def __call__(self) -> Texts:
-        texts = next(self.texts)
-        if isinstance(texts, DataError):  # told behind what is finished, by whoever takes that
-            self.error = texts
+    def __call__(self) -> Samples:
+        samples = next(self.samples)
+        if isinstance(samples, DataError):  # told behind what is finished, by whoever takes that
+            self.error = samples
             raise StopIteration
-        return texts
+        return samples

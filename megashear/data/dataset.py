@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from megashear.config.schema import DataConfig
 from megashear.data.blend import Blend
+from megashear.data.domain_weights import DomainWeights, Segment
+from megashear.data.fingerprint import Fingerprint, check_fingerprint, check_one_tokenizer
 from megashear.data.index_cache import CACHED_FROM, EpochDataset
-from megashear.data.mixture import Mixture, Segment
-from megashear.data.token_files import Fingerprint, check_fingerprint, check_one_tokenizer
 from megashear.errors import DataError
 
 log = logging.getLogger("megashear")
@@ -45,7 +45,7 @@ class DomainDataset(Dataset[np.ndarray]):
         vocab_size: ids in the file must be below it.
         dataset_id: number of the domain in its blend.
         index_cache: directory of epoch indices; None stands for one beside the file.
-        eod: id of the token that ends a document, where attention is to stay within documents.
+        eos: id of the token that ends a document; None lets attention cross documents.
 
     Raises:
         DataError: the files are missing or damaged, or too short for one sample.
@@ -61,13 +61,13 @@ class DomainDataset(Dataset[np.ndarray]):
         seed: int,
         dataset_id: int,
         index_cache: str | None = None,
-        eod: int | None = None,
+        eos: int | None = None,
     ) -> None:
-        self.name, self.prefix, self.dataset_id, self.eod = name, prefix, dataset_id, eod
+        self.name, self.prefix, self.dataset_id, self.eos = name, prefix, dataset_id, eos
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
-        self._text = _open_tokens(prefix)
-        tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
-        check_fingerprint(prefix, len(self._text), tokens, vocab_size)
+        self._file = _open_tokens(prefix)
+        tokens = int(self._file.sequence_lengths.sum(dtype=np.int64))
+        check_fingerprint(prefix, len(self._file), tokens, vocab_size)
         # GPTDataset's own count: the last, partial sequence of an epoch is dropped.
         self.samples_per_epoch = (tokens - 1) // seq_length
         if self.samples_per_epoch < 1:
@@ -75,33 +75,34 @@ class DomainDataset(Dataset[np.ndarray]):
                 f"{prefix}.bin holds {tokens} tokens, fewer than the {seq_length + 1} of one "
                 f"sample: give domain {name} more text, or lower data.seq_length."
             )
-        kept = len(self._text) + self.samples_per_epoch >= CACHED_FROM
+        kept = len(self._file) + self.samples_per_epoch >= CACHED_FROM
         directory = Path(index_cache) if index_cache else Path(prefix).parent / "index_cache"
         self._cache = directory if kept else None
         self._epochs: dict[int, EpochDataset] = {}
 
     def __getitem__(self, k: int) -> np.ndarray:
-        """Text of sample k: token ids [seq_length + 1], int32.
+        """Return the tokens [seq_length + 1] of sample k, int32.
 
         Raises:
             DataError: the file holds a token id that the vocabulary does not have.
         """
         epoch, number = divmod(k, self.samples_per_epoch)
-        text: np.ndarray = self._epoch(epoch)._query_document_sample_shuffle_indices(number)[0]
-        outside = text[(text < 0) | (text >= self.vocab_size)]
+        query = self._epoch(epoch)._query_document_sample_shuffle_indices
+        tokens: np.ndarray = query(number)[0]
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
         if outside.size:
             raise DataError(
                 f"{self.prefix}.bin holds token id {outside[0]}, but the vocabulary ends at "
                 f"{self.vocab_size - 1}: tokenize domain {self.name} with the model's tokenizer."
             )
-        return text.astype(np.int32)
+        return tokens.astype(np.int32)
 
     def _epoch(self, epoch: int) -> EpochDataset:
         """Index of an epoch; the one before it is kept too, for samples still on their way."""
         if epoch not in self._epochs:
             key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
             seed = int.from_bytes(key[:4], "little")
-            built = EpochDataset(self._text, self.seq_length, seed, self._cache)
+            built = EpochDataset(self._file, self.seq_length, seed, self._cache)
             assert len(built) == self.samples_per_epoch
             before = {e: index for e, index in self._epochs.items() if e == epoch - 1}
             self._epochs = {**before, epoch: built}
@@ -109,34 +110,34 @@ class DomainDataset(Dataset[np.ndarray]):
 
 
 class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
-    """Global sample number -> sample of a domain, by the weights of the mixture's segments.
+    """Map a global sample number to a sample of a domain, by the segments of the domain weights.
 
-    Stands where Megatron's BlendedDataset stands. Within a segment domains alternate by the same
-    greedy rule; each segment goes on where every domain was (DESIGN section 4).
+    It takes the place of Megatron's BlendedDataset. Within a segment domains alternate by the same
+    greedy rule; in each segment a domain continues after the samples that it has given.
 
     Args:
-        members: the domains, in the mixture's order; of one tokenizer.
-        mixture: may be updated at any time; samples of its newest segment then follow it.
+        members: the domains, in the order of `domain_weights`, all of one tokenizer.
+        domain_weights: may be updated at any time; samples of its newest segment follow it.
     """
 
-    def __init__(self, members: Sequence[DomainDataset], mixture: Mixture) -> None:
-        assert [member.name for member in members] == list(mixture.names)
+    def __init__(self, members: Sequence[DomainDataset], domain_weights: DomainWeights) -> None:
+        assert [member.name for member in members] == list(domain_weights.names)
         assert [member.dataset_id for member in members] == list(range(len(members)))
-        self.members, self.mixture = list(members), mixture
-        self.eod = members[0].eod
+        self.members, self.domain_weights = list(members), domain_weights
+        self.eos = members[0].eos
         self._segments: tuple[Segment, ...] = ()  # the ones that _cursors was made for
         self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
         self._blend = Blend(())  # of the segment asked for last
         self._epochs: dict[int, int] = {}
 
     def __getitem__(self, n: int) -> tuple[int, np.ndarray]:
-        """(domain, text [seq_length + 1]) of global sample n."""
+        """Return (domain, tokens [seq_length + 1]) of global sample n."""
         domain, k = self.locate(n)
         return domain, self.members[domain][k]
 
     def locate(self, n: int) -> tuple[int, int]:
         """(domain, sample number within it) of global sample n, in constant time on average."""
-        self._follow_mixture()
+        self._follow_domain_weights()
         index = bisect_right(self._segments, n, key=lambda segment: segment.first_sample) - 1
         assert index >= 0, f"there is no sample {n}"
         segment = self._segments[index]
@@ -145,9 +146,9 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         self._note_epoch(domain, k // self.members[domain].samples_per_epoch, n)
         return domain, k
 
-    def _follow_mixture(self) -> None:
-        """Bring the cursors up to the mixture's segments: an update costs one segment's length."""
-        segments = self.mixture.segments
+    def _follow_domain_weights(self) -> None:
+        """Compute the cursors of new segments: an update costs one segment's length."""
+        segments = self.domain_weights.segments
         if segments is self._segments:
             return
         if segments[: len(self._segments)] != self._segments:  # a checkpoint was loaded
@@ -174,7 +175,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
 
 
 def build_train_dataset(
-    config: DataConfig, vocab_size: int, mixture: Mixture
+    config: DataConfig, vocab_size: int, domain_weights: DomainWeights
 ) -> DynamicBlendedDataset:
     """The blend of the training files of all domains.
 
@@ -184,7 +185,7 @@ def build_train_dataset(
     """
     check_one_tokenizer([file for d in config.domains for file in (d.train, d.valid)])
     members = _open_all(config, "train", vocab_size, config.seed)
-    return DynamicBlendedDataset(members, mixture)
+    return DynamicBlendedDataset(members, domain_weights)
 
 
 def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, DomainDataset]:
@@ -211,7 +212,7 @@ def _open_all(config: DataConfig, part: str, vocab_size: int, seed: int) -> list
                 seed=seed,
                 dataset_id=number,
                 index_cache=config.index_cache,
-                eod=_end_of_document(prefix) if config.reset_attention_mask else None,
+                eos=_end_of_document(prefix) if config.reset_attention_mask else None,
             )
         except DataError as error:
             problems.append(f"domain {domain.name}: {error}")
@@ -249,12 +250,13 @@ def _open_tokens(prefix: str) -> IndexedDataset:
         raise DataError(f"{prefix}.idx is not a whole Megatron token index: tokenize it again.")
     if sequences == 0 or os.path.getsize(f"{prefix}.bin") == 0:
         raise DataError(f"{prefix}.bin holds no tokens: the domain needs text.")
-    text = IndexedDataset(prefix)
+    tokens = IndexedDataset(prefix)
     found = os.path.getsize(f"{prefix}.bin")
-    expected = int(text.sequence_lengths.sum(dtype=np.int64)) * np.dtype(text.index.dtype).itemsize
+    expected = int(tokens.sequence_lengths.sum(dtype=np.int64))
+    expected *= np.dtype(tokens.index.dtype).itemsize
     if found != expected:
         raise DataError(
             f"{prefix}.bin is {found} bytes long, but {prefix}.idx describes {expected}: the two "
             "are not of one run; tokenize again."
         )
-    return text
+    return tokens

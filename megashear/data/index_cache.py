@@ -52,7 +52,7 @@ class EpochDataset(GPTDataset):
     """
 
     def __init__(
-        self, text: IndexedDataset, seq_length: int, seed: int, cache: Path | None
+        self, tokens: IndexedDataset, seq_length: int, seed: int, cache: Path | None
     ) -> None:
         self._cache = cache
         # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
@@ -60,7 +60,7 @@ class EpochDataset(GPTDataset):
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
-            blend=([text.path_prefix], None),
+            blend=([tokens.path_prefix], None),
             split="1",
             path_to_cache="",  # not Megatron's: it is not safe when many ranks build at once
             tokenizer=tokenizer,
@@ -69,8 +69,8 @@ class EpochDataset(GPTDataset):
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        documents = np.arange(len(text), dtype=np.int32)
-        super().__init__(text, text.path_prefix, documents, None, Split.train, config)
+        documents = np.arange(len(tokens), dtype=np.int32)
+        super().__init__(tokens, tokens.path_prefix, documents, None, Split.train, config)
         self.indices = documents[:0].copy()  # only building needs them
 
     def _build_document_sample_shuffle_indices(self) -> Index:

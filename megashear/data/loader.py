@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
 from megashear.errors import DataError
 
-Texts = tuple[np.ndarray, np.ndarray]
-"""Text [b, s + 1] int32 and dataset_id [b] int64: all of a micro-batch that is not derived.
+Samples = tuple[np.ndarray, np.ndarray]
+"""Tokens [b, s + 1] int32 and dataset_id [b] int64: what the rest of a micro-batch is derived from.
 
 Arrays, since torch would give each tensor of a worker a piece of shared memory and a socket, which
-takes longer than reading the text does.
+takes longer than reading the tokens does.
 """
 
 MicroBatch = dict[str, Tensor]
@@ -32,26 +32,26 @@ MicroBatch = dict[str, Tensor]
 attention is to stay within documents."""
 
 
-def microbatch(
-    text: np.ndarray | Tensor, dataset_id: np.ndarray | Tensor, eod: int | None = None
+def micro_batch(
+    tokens: np.ndarray | Tensor, dataset_id: np.ndarray | Tensor, eos: int | None = None
 ) -> MicroBatch:
-    """What a model takes of text [b, s + 1], as Megatron's GPTDataset derives it of each sample.
+    """Derive a model's inputs from tokens [b, s + 1], as Megatron's GPTDataset does by sample.
 
-    With `eod`, the id that ends a document, positions begin at 0 with each document, and
+    With `eos`, the id that ends a document, positions restart at 0 in each document, and
     `document_ids` number the documents of a sample.
     """
-    ids = torch.as_tensor(text).long()
-    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    ids = torch.as_tensor(tokens).long()
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     batch = {
-        "tokens": tokens,
+        "tokens": inputs,
         "labels": labels,
-        "loss_mask": torch.ones_like(tokens, dtype=torch.float32),
-        "position_ids": torch.arange(tokens.shape[1], device=ids.device).repeat(len(ids), 1),
+        "loss_mask": torch.ones_like(inputs, dtype=torch.float32),
+        "position_ids": torch.arange(inputs.shape[1], device=ids.device).repeat(len(ids), 1),
         "dataset_id": torch.as_tensor(dataset_id),
     }
-    if eod is not None:
-        begins = torch.zeros_like(tokens, dtype=torch.bool)
-        begins[:, 1:] = tokens[:, :-1] == eod
+    if eos is not None:
+        begins = torch.zeros_like(inputs, dtype=torch.bool)
+        begins[:, 1:] = inputs[:, :-1] == eos
         batch["document_ids"] = begins.cumsum(1)
         batch["position_ids"] -= (batch["position_ids"] * begins).cummax(1).values
     return batch
@@ -66,27 +66,27 @@ class Order:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first_sample in self.steps:
-            for samples in microbatch_samples(first_sample, *self._sizes):
+            for samples in micro_batch_samples(first_sample, *self._sizes):
                 yield [self._dataset.locate(sample) for sample in samples]
 
 
 class Reader(Dataset[Any]):
-    """What a worker does: read the text of one micro-batch."""
+    """The dataset that workers read: an index is one micro-batch, as (domain, sample) pairs."""
 
     def __init__(self, members: Sequence[DomainDataset]) -> None:
         self._members = members
 
-    def __getitem__(self, located: list[tuple[int, int]]) -> Texts | DataError:
+    def __getitem__(self, located: list[tuple[int, int]]) -> Samples | DataError:
         try:
-            text = np.stack([self._members[domain][k] for domain, k in located])
+            tokens = np.stack([self._members[domain][k] for domain, k in located])
         except DataError as error:  # as a value: torch would wrap a worker's traceback around it
             return error
-        return text, np.array([domain for domain, _ in located])
+        return tokens, np.array([domain for domain, _ in located])
 
 
-def as_read(texts: Any) -> Any:
+def as_read(samples: Any) -> Any:
     """Keep arrays arrays on their way out of a worker."""
-    return texts
+    return samples
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -121,7 +121,7 @@ def torch_fetcher(reader: Reader, order: Order, num_workers: int) -> Iterable[An
 
 
 Fetcher = Callable[[Reader, Order, int], Iterable[Any]]
-"""(reader, order, workers) -> Texts in the order's order, or the DataError that reading met."""
+"""(reader, order, workers) -> Samples in the order's order, or the DataError that reading met."""
 
 
 class TrainLoader:
@@ -135,7 +135,7 @@ class TrainLoader:
         dataset: the blend.
         global_batch_size: sequences of a step over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
-        dp_rank: this rank, among `dp_size` data-parallel ones.
+        data_rank: this rank, among `data_size` data-parallel ones.
         num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
         fetcher: what fetches: `torch_fetcher`, or another of its kind.
         consumed_samples: global samples that the run has taken before; then also by its steps.
@@ -147,23 +147,23 @@ class TrainLoader:
         *,
         global_batch_size: int,
         micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
+        data_rank: int,
+        data_size: int,
         num_workers: int = 0,
         consumed_samples: int = 0,
         fetcher: Fetcher = torch_fetcher,
     ) -> None:
-        self._mixture, self._eod = dataset.mixture, dataset.eod
+        self._domain_weights, self._eos = dataset.domain_weights, dataset.eos
         self._step_samples = global_batch_size
-        self._step_batches = global_batch_size // (micro_batch_size * dp_size)
+        self._step_batches = global_batch_size // (micro_batch_size * data_size)
         self.consumed_samples = self._limit = consumed_samples
-        self._segments = dataset.mixture.segments
-        self._order = Order(dataset, (global_batch_size, micro_batch_size, dp_rank, dp_size))
+        self._segments = dataset.domain_weights.segments
+        self._order = Order(dataset, (global_batch_size, micro_batch_size, data_rank, data_size))
         self._order.steps = range(consumed_samples, consumed_samples, global_batch_size)
         self._loader: Iterable[Any] | None = fetcher(
             Reader(dataset.members), self._order, num_workers
         )
-        self._texts: Iterator[Any] = iter(())
+        self._samples: Iterator[Any] = iter(())
 
     def fetch_until(self, sample: int) -> None:
         """Allow fetching ahead of steps that end at or before `sample`: the next evaluation.
@@ -180,43 +180,43 @@ class TrainLoader:
         """
         assert self._loader is not None, "the loader is closed"
         if self.consumed_samples == self._order.steps.stop:
-            self._texts = self._fetch(self._loader)
-        assert self._mixture.segments is self._segments, (
+            self._samples = self._fetch(self._loader)
+        assert self._domain_weights.segments is self._segments, (
             f"weights changed at sample {self.consumed_samples} of the steps {self._order.steps} "
             "that fetch_until allowed"
         )
-        read = [next(self._texts) for _ in range(self._step_batches)]
-        for texts in read:
-            if isinstance(texts, DataError):
-                raise texts
+        read = [next(self._samples) for _ in range(self._step_batches)]
+        for samples in read:
+            if isinstance(samples, DataError):
+                raise samples
         self.consumed_samples += self._step_samples
-        return [microbatch(text, ids, self._eod) for text, ids in read]
+        return [micro_batch(tokens, ids, self._eos) for tokens, ids in read]
 
     def close(self) -> None:
         """End the workers; harmless when repeated."""
-        self._texts, self._loader = iter(()), None  # with the last reference torch ends them
+        self._samples, self._loader = iter(()), None  # with the last reference torch ends them
 
     def _fetch(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Hand out the steps up to the limit, and one at least; none of them is taken back."""
         steps = max(1, (self._limit - self.consumed_samples) // self._step_samples)
         stop = self.consumed_samples + steps * self._step_samples
         self._order.steps = range(self.consumed_samples, stop, self._step_samples)
-        self._segments = self._mixture.segments
+        self._segments = self._domain_weights.segments
         return iter(loader)
 
 
-def microbatch_samples(
-    first_sample: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+def micro_batch_samples(
+    first_sample: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> list[list[int]]:
     """Sample numbers of a rank's micro-batches in the step that begins at `first_sample`.
 
     Micro-batch i of rank r takes `micro_batch_size` consecutive samples from
-    `first_sample + (i * dp_size + r) * micro_batch_size` on, so the ranks together take exactly the
-    global batch, whatever their number.
+    `first_sample + (i * data_size + r) * micro_batch_size` on, so the ranks together take exactly
+    the global batch, whatever their number.
     """
-    across = micro_batch_size * dp_size
+    across = micro_batch_size * data_size
     assert global_batch_size % across == 0, "global batch is not a whole number of micro-batches"
-    mine = first_sample + dp_rank * micro_batch_size
+    mine = first_sample + data_rank * micro_batch_size
     starts = range(mine, first_sample + global_batch_size, across)
     return [list(range(start, start + micro_batch_size)) for start in starts]
 
@@ -234,15 +234,15 @@ class ValidBatches(Sequence[MicroBatch]):
         dataset: DomainDataset,
         sequences: int,
         micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
+        data_rank: int,
+        data_size: int,
         rounds: int = 1,
     ) -> None:
         self._dataset = dataset
         self._count = min(sequences, dataset.samples_per_epoch)
-        across = micro_batch_size * dp_size * rounds
+        across = micro_batch_size * data_size * rounds
         filled = -(-self._count // across) * across
-        self._samples = microbatch_samples(0, filled, micro_batch_size, dp_rank, dp_size)
+        self._samples = micro_batch_samples(0, filled, micro_batch_size, data_rank, data_size)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -250,8 +250,8 @@ class ValidBatches(Sequence[MicroBatch]):
     def __getitem__(self, index: int) -> MicroBatch:  # type: ignore[override]
         counted = [sample < self._count for sample in self._samples[index]]
         read = zip(self._samples[index], counted, strict=True)
-        text = np.stack([self._dataset[sample if counts else 0] for sample, counts in read])
-        dataset_id = np.full(len(text), self._dataset.dataset_id)
-        batch = microbatch(text, dataset_id, self._dataset.eod)
+        tokens = np.stack([self._dataset[sample if counts else 0] for sample, counts in read])
+        dataset_id = np.full(len(tokens), self._dataset.dataset_id)
+        batch = micro_batch(tokens, dataset_id, self._dataset.eos)
         batch["loss_mask"] *= torch.tensor(counted)[:, None]
         return batch

@@ -13,7 +13,7 @@ from megashear.data.dataset import DomainDataset
 from megashear.data.loader import ValidBatches
 from megashear.errors import TrainingError
 from megashear.platform.parallel import Platform
-from megashear.training.step import DomainLosses, run_microbatches
+from megashear.training.step import DomainLosses, run_micro_batches
 
 MUCH = 0.1
 """Computation of evaluations, as a share of training's, above which a run says how to have less."""
@@ -66,7 +66,7 @@ class Evaluator:
         for name, batches in self.batches.items():
             self.platform.heartbeat.mark(f"evaluation of {name}")
             with torch.no_grad():  # Megatron's schedules would keep all that a backward pass needs
-                totals += run_microbatches(
+                totals += run_micro_batches(
                     models, batches, self.platform, len(self.batches), forward_only=True
                 )
         for model in models:

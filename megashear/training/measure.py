@@ -15,7 +15,7 @@ from megashear.config.schema import RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import Problem
 from megashear.data.dataset import build_valid_datasets
-from megashear.data.token_files import check_one_tokenizer
+from megashear.data.fingerprint import check_one_tokenizer
 from megashear.errors import ConfigError, ShearError
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights

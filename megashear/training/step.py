@@ -20,7 +20,7 @@ class DomainLosses:
     """Losses of domains, from sums that the host has.
 
     Args:
-        totals: float64 [2, domains] as of `run_microbatches`, over all ranks.
+        totals: float64 [2, domains] as of `run_micro_batches`, over all ranks.
 
     Attributes:
         sums: nats, float64 [domains].
@@ -40,7 +40,7 @@ class DomainLosses:
         return (self.sums / self.tokens).tolist()
 
 
-def run_microbatches(
+def run_micro_batches(
     models: Sequence[Any],
     batches: Sequence[MicroBatch],
     platform: Platform,

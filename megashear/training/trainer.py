@@ -29,8 +29,8 @@ from megashear.checkpoint.run_checkpoints import CheckpointManager
 from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, settings, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
+from megashear.data.domain_weights import DomainWeights
 from megashear.data.loader import Fetcher, MicroBatch, TrainLoader, torch_fetcher
-from megashear.data.mixture import Mixture
 from megashear.errors import CheckpointError, TrainingError
 from megashear.model.build import build_model
 from megashear.platform import cuda
@@ -43,7 +43,7 @@ from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_lock import RunLock
 from megashear.training.run_log import RunLog, peak_flops, start_record
-from megashear.training.step import DomainLosses, run_microbatches
+from megashear.training.step import DomainLosses, run_micro_batches
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """That end a run in order, by their numbers."""
@@ -87,8 +87,8 @@ class Trainer:
         if passed_over:
             self.log.warn(passed_over)
 
-        self.mixture = Mixture.from_config(data)
-        dataset = build_train_dataset(data, self.shape.vocab_size, self.mixture)
+        self.domain_weights = DomainWeights.from_config(data)
+        dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
         self.evaluator = Evaluator(
             build_valid_datasets(data, self.shape.vocab_size),
             config.evaluation.sequences_per_domain,
@@ -119,8 +119,8 @@ class Trainer:
             dataset,
             global_batch_size=trainer.global_batch_size,
             micro_batch_size=trainer.micro_batch_size,
-            dp_rank=platform.data_rank,
-            dp_size=platform.data_size,
+            data_rank=platform.data_rank,
+            data_size=platform.data_size,
             num_workers=data.num_workers,
             consumed_samples=self.step * trainer.global_batch_size,
             fetcher=self._fetcher(),
@@ -171,7 +171,7 @@ class Trainer:
         self.platform.heartbeat.mark("loading of a checkpoint", info.step)
         tensors = self.checkpoints.load(info, self.optimizer.chunks, self.optimizer.megatron)
         self.objective.load_state(tensors)
-        self.mixture.load_state_dict(info.progress["mixture"])
+        self.domain_weights.load_state_dict(info.progress["mixture"])
         self.losses = info.progress["losses"]
         self.log.say(f"resumed from {info.directory} at step {info.step}")
 
@@ -216,7 +216,7 @@ class Trainer:
         self.log.start(start_record(self.config, self.platform, *shapes, *now))
 
     def _weights(self) -> dict[str, float]:
-        return dict(zip(self.mixture.names, self.mixture.weights, strict=True))
+        return dict(zip(self.domain_weights.names, self.domain_weights.weights, strict=True))
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self._peak_flops is None:
@@ -257,8 +257,8 @@ class Trainer:
         mark("micro-batches")
         with self.objective.step_weights(self.step):
             self.optimizer.gather()
-            totals = run_microbatches(
-                self.optimizer.models, batches, self.platform, len(self.mixture.names)
+            totals = run_micro_batches(
+                self.optimizer.models, batches, self.platform, len(self.domain_weights.names)
             )
         computed = Moment(device)
         mark("optimizer")
@@ -289,14 +289,14 @@ class Trainer:
             return
         counts = {
             name: int(tokens) // self.config.data.seq_length
-            for name, tokens in zip(self.mixture.names, losses.tokens, strict=True)
+            for name, tokens in zip(self.domain_weights.names, losses.tokens, strict=True)
         }
         self._finish_save()
         good = self.checkpoints.latest()
         raise TrainingError(
             f"step {self.step + 1}: {', '.join(wrong)}. Sequences of its batch by domain: "
             f"{', '.join(f'{name} {count}' for name, count in counts.items())}; losses by domain: "
-            f"{dict(zip(self.mixture.names, losses.of_domains(), strict=True))}. Last good "
+            f"{dict(zip(self.domain_weights.names, losses.of_domains(), strict=True))}. Last good "
             f"checkpoint: {good.directory if good else 'none'}. Lower the learning rate or check "
             "the domain's text, then start again: the run goes on from that checkpoint"
         )
@@ -311,7 +311,7 @@ class Trainer:
         began, loaded, forward_backward = times
         seconds = time.perf_counter() - began
         tokens = self.config.trainer.global_batch_size * self.config.data.seq_length
-        of_domains = zip(self.mixture.names, losses.of_domains(), strict=True)
+        of_domains = zip(self.domain_weights.names, losses.of_domains(), strict=True)
         self.log.step(
             {
                 "kind": "step",
@@ -341,8 +341,9 @@ class Trainer:
             measured = self.evaluator.measure(self.optimizer.models)
         self.losses = {name: domain.loss for name, domain in measured.items()}
         if self.step < self.config.trainer.steps:
-            self.mixture.update(self.step * self.config.trainer.global_batch_size, self.losses)
-        references, of_domains = self.mixture.references, self.losses.items()
+            samples = self.step * self.config.trainer.global_batch_size
+            self.domain_weights.update(samples, self.losses)
+        references, of_domains = self.domain_weights.references, self.losses.items()
         record: EvaluationRecord = {
             "kind": "evaluation",
             "step": self.step,
@@ -369,7 +370,7 @@ class Trainer:
             tokens=self.step * config.trainer.global_batch_size * config.data.seq_length,
             target=self.objective.target,
             history=self.history,
-            progress={"mixture": self.mixture.state_dict(), "losses": self.losses},
+            progress={"mixture": self.domain_weights.state_dict(), "losses": self.losses},
             config=to_yaml(config),
             tokenizer=self._tokenizer,
             generation=self.generation,
@@ -395,7 +396,7 @@ class Trainer:
 
     def _write_run_files(self) -> None:
         """Beside the checkpoints: records, configuration, and domains with their newest weights."""
-        weights = zip(self.config.data.domains, self.mixture.weights, strict=True)
+        weights = zip(self.config.data.domains, self.domain_weights.weights, strict=True)
         domains = [replace(domain, weight=weight) for domain, weight in weights]
         self.log.flush()
         self.checkpoints.directory.mkdir(exist_ok=True)  # before DOMAINS_FILE, which tells of it

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from megashear import cli
-from megashear.data.preprocess import tokenize_files
+from megashear.data.tokenize.preprocess import tokenize_files
 from tests.support.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
 
 

@@ -18,8 +18,8 @@ import torch
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.data.dali import DaliFetcher
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
+from megashear.data.domain_weights import DomainWeights
 from megashear.data.loader import Fetcher, TrainLoader, torch_fetcher
-from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.data.test_loader import (
     LOSSES,
@@ -90,7 +90,7 @@ def test_it_is_ahead_of_the_step_but_never_past_the_limit(
     for _ in range(3):
         loader.next_step()
     assert sent == list(range(20))
-    blend.mixture.update(20, LOSSES[0])
+    blend.domain_weights.update(20, LOSSES[0])
     loader.next_step()
     loader.close()
 
@@ -112,7 +112,7 @@ def test_an_error_is_told_in_its_turn_and_as_what_it_is(tmp_path: Path, workers:
     """Not when it is prefetched, and without a worker's traceback; no worker stays behind."""
     prefix = write_tokens(tmp_path / "a", [[1] * 130 + [9] + [1] * 30], 10)  # 40 samples
     domain = DomainDataset("a", prefix, seq_length=4, vocab_size=9, seed=1, dataset_id=0)
-    blend = DynamicBlendedDataset([domain], Mixture(["a"], [1.0], {}, rule="constant"))
+    blend = DynamicBlendedDataset([domain], DomainWeights(["a"], [1.0], {}, rule="constant"))
     expected = steps_before_error(blend, 0, torch_fetcher)
     assert expected > 1
     assert steps_before_error(blend, workers, fetcher) == expected

@@ -23,7 +23,7 @@ from megashear.data.dataset import (
     build_train_dataset,
     build_valid_datasets,
 )
-from megashear.data.mixture import Mixture, Segment
+from megashear.data.domain_weights import DomainWeights, Segment
 from megashear.errors import DataError
 from tests.support.make_data import counting_documents, random_documents, write_tokens
 
@@ -59,11 +59,11 @@ def blend_of(
         )
         for number, name in enumerate(names)
     ]
-    return DynamicBlendedDataset(members, Mixture(names, weights, {}))
+    return DynamicBlendedDataset(members, DomainWeights(names, weights, {}))
 
 
 def set_segments(blend: DynamicBlendedDataset, *segments: tuple[int, tuple[float, ...]]) -> None:
-    blend.mixture.segments = tuple(Segment(first, weights) for first, weights in segments)
+    blend.domain_weights.segments = tuple(Segment(first, weights) for first, weights in segments)
 
 
 class TestDomain:
@@ -168,7 +168,7 @@ class TestDomain:
         )
         config = DataConfig(seq_length=16, domains=domains, rule="constant")
         with pytest.raises(DataError) as raised:
-            build_train_dataset(config, VOCAB, Mixture.from_config(config))
+            build_train_dataset(config, VOCAB, DomainWeights.from_config(config))
         assert "short.bin holds 5 tokens" in str(raised.value)
         assert "none.bin" in str(raised.value) and "tokenize" in str(raised.value)
         assert list(build_valid_datasets(config, VOCAB)) == ["a", "b", "c"]
@@ -245,7 +245,7 @@ class TestBlend:
         set_segments(blend, (0, (0.5, 0.3, 0.2)), (700, (0.1, 0.1, 0.8)))
         after = [blend.locate(n) for n in range(2000)]
         assert after[:700] == before[:700] and after[700:1000] != before[700:]
-        fresh = DynamicBlendedDataset(blend.members, blend.mixture)
+        fresh = DynamicBlendedDataset(blend.members, blend.domain_weights)
         for n in np.random.default_rng(0).permutation(2000).tolist():
             assert fresh.locate(n) == after[n]
 
@@ -253,10 +253,10 @@ class TestBlend:
         blend = blend_of(tmp_path, (0.5, 0.3, 0.2))
         set_segments(blend, (0, (0.5, 0.3, 0.2)), (100, (0.1, 0.1, 0.8)), (200, (0.3, 0.3, 0.4)))
         blend.locate(500)
-        saved = Mixture(blend.mixture.names, (0.5, 0.3, 0.2), {}).state_dict()
+        saved = DomainWeights(blend.domain_weights.names, (0.5, 0.3, 0.2), {}).state_dict()
         saved["segments"] += [[150, [0.6, 0.2, 0.2]]]
-        blend.mixture.load_state_dict(saved)
-        fresh = DynamicBlendedDataset(blend.members, blend.mixture)
+        blend.domain_weights.load_state_dict(saved)
+        fresh = DynamicBlendedDataset(blend.members, blend.domain_weights)
         assert [blend.locate(n) for n in range(600)] == [fresh.locate(n) for n in range(600)]
 
     def test_a_domain_of_weight_zero_gives_nothing(self, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ class TestBlend:
             open_domain(prefix, name="small", dataset_id=0),
             open_domain(other, name="large", dataset_id=1),
         ]
-        blend = DynamicBlendedDataset(members, Mixture(["small", "large"], (0.4, 0.6), {}))
+        blend = DynamicBlendedDataset(members, DomainWeights(["small", "large"], (0.4, 0.6), {}))
         set_segments(blend, (0, (0.4, 0.6)), (77, (0.8, 0.2)), (130, (0.3, 0.7)))
         drawn = [blend[n] for n in range(300)]
         small = [text[:-1].tolist() for number, text in drawn if number == 0]
@@ -317,10 +317,10 @@ def test_domains_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     data = DataConfig(
         seq_length=16, domains=(Domain("x", one, same, 0.5), Domain("y", unknown, one, 0.5))
     )
-    build_train_dataset(data, VOCAB, Mixture.from_config(data))
+    build_train_dataset(data, VOCAB, DomainWeights.from_config(data))
     mixed = DataConfig(
         seq_length=16, domains=(Domain("x", one, same, 0.5), Domain("y", other, one, 0.5))
     )
     with pytest.raises(DataError, match="different tokenizers") as raised:
-        build_train_dataset(mixed, VOCAB, Mixture.from_config(mixed))
+        build_train_dataset(mixed, VOCAB, DomainWeights.from_config(mixed))
     assert f"222222222222: {other}" in str(raised.value)

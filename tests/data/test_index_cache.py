@@ -14,7 +14,7 @@ import pytest
 from megashear.config.schema import DataConfig, Domain
 from megashear.data import dataset, index_cache
 from megashear.data.dataset import DomainDataset, build_train_dataset
-from megashear.data.mixture import Mixture
+from megashear.data.domain_weights import DomainWeights
 from tests.support.make_data import random_documents, write_tokens
 
 VOCAB, SEQ = 300, 8
@@ -88,7 +88,7 @@ def test_another_directory_by_name(tmp_path: Path, prefix: str) -> None:
     domains = (Domain("a", prefix, prefix, 0.5), Domain("b", prefix, prefix, 0.5))
     elsewhere = tmp_path / "not" / "yet"
     config = DataConfig(seq_length=SEQ, domains=domains, index_cache=str(elsewhere))
-    blend = build_train_dataset(config, VOCAB, Mixture.from_config(config))
+    blend = build_train_dataset(config, VOCAB, DomainWeights.from_config(config))
     assert [blend[0][0], blend[1][0]] == [0, 1]
     assert len(list(elsewhere.glob("cc-*"))) == 2 and not entries(prefix)
 

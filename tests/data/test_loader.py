@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from megashear.data.dataset import DomainDataset, DynamicBlendedDataset
+from megashear.data.domain_weights import DomainWeights
 from megashear.data.loader import (
     Fetcher,
     Reader,
     TrainLoader,
-    microbatch,
-    microbatch_samples,
+    micro_batch,
+    micro_batch_samples,
     torch_fetcher,
 )
-from megashear.data.mixture import Mixture
 from megashear.errors import DataError
 from tests.support.distributed import run_distributed
 from tests.support.make_data import random_documents, write_tokens
@@ -48,7 +48,7 @@ def make_blend(prefixes: list[str], vocab: int = VOCAB) -> DynamicBlendedDataset
         DomainDataset(name, prefix, seq_length=SEQ, vocab_size=vocab, seed=7, dataset_id=number)
         for number, (name, prefix) in enumerate(zip(NAMES, prefixes, strict=True))
     ]
-    return DynamicBlendedDataset(members, Mixture(NAMES, WEIGHTS, REFERENCES))
+    return DynamicBlendedDataset(members, DomainWeights(NAMES, WEIGHTS, REFERENCES))
 
 
 def samples_of(batch: dict[str, Tensor]) -> Stream:
@@ -61,7 +61,7 @@ def expected_stream(prefixes: list[str], until: int) -> Stream:
     stream: Stream = []
     for n in range(until):
         if n and n % INTERVAL == 0:
-            blend.mixture.update(n, LOSSES[n // INTERVAL % 2])
+            blend.domain_weights.update(n, LOSSES[n // INTERVAL % 2])
         domain, text = blend[n]
         stream.append((text[:-1].tolist(), domain))
     return stream
@@ -78,18 +78,18 @@ def read_stream(
     workers: int = 0,
     fetcher: Fetcher = torch_fetcher,
 ) -> Stream:
-    """The same by one loader per rank, each with a mixture of its own, put together again."""
+    """The same by one loader per rank, each with domain weights of its own, put together again."""
     blends = [make_blend(prefixes) for _ in range(ranks)]
     for blend in blends:
         for n in range(INTERVAL, start + 1, INTERVAL):
-            blend.mixture.update(n, LOSSES[n // INTERVAL % 2])
+            blend.domain_weights.update(n, LOSSES[n // INTERVAL % 2])
     loaders = [
         TrainLoader(
             blend,
             global_batch_size=batch,
             micro_batch_size=micro,
-            dp_rank=rank,
-            dp_size=ranks,
+            data_rank=rank,
+            data_size=ranks,
             num_workers=workers,
             consumed_samples=start,
             fetcher=fetcher,
@@ -100,16 +100,16 @@ def read_stream(
     for position in range(start, until, batch):
         if position > start and position % INTERVAL == 0:
             for blend in blends:
-                blend.mixture.update(position, LOSSES[position // INTERVAL % 2])
+                blend.domain_weights.update(position, LOSSES[position // INTERVAL % 2])
         evaluation = (position // INTERVAL + 1) * INTERVAL
         for loader in loaders:
             loader.fetch_until(evaluation)
         steps = [loader.next_step() for loader in loaders]
         assert {loader.consumed_samples for loader in loaders} == {position + batch}
         for round_of_ranks in zip(*steps, strict=True):
-            for micro_batch in round_of_ranks:
-                assert micro_batch["tokens"].shape == (micro, SEQ)
-                stream += samples_of(micro_batch)
+            for batch_of_rank in round_of_ranks:
+                assert batch_of_rank["tokens"].shape == (micro, SEQ)
+                stream += samples_of(batch_of_rank)
     for loader in loaders:
         loader.close()
     return stream
@@ -142,15 +142,15 @@ def test_a_resume_goes_on_exactly_on_another_layout(
     ("micro", "ranks"), [(1, 1), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1), (8, 3), (24, 1)]
 )
 def test_the_ranks_take_each_sample_of_the_global_batch_once(micro: int, ranks: int) -> None:
-    taken = [microbatch_samples(96, 24, micro, rank, ranks) for rank in range(ranks)]
+    taken = [micro_batch_samples(96, 24, micro, rank, ranks) for rank in range(ranks)]
     assert sorted(n for rank in taken for batch in rank for n in batch) == list(range(96, 120))
     assert {len(batch) for rank in taken for batch in rank} == {micro}
     assert {len(rank) for rank in taken} == {24 // (micro * ranks)}
 
 
 def test_micro_batch_i_of_all_ranks_comes_before_micro_batch_i_plus_1() -> None:
-    assert microbatch_samples(100, 8, 2, 0, 2) == [[100, 101], [104, 105]]
-    assert microbatch_samples(100, 8, 2, 1, 2) == [[102, 103], [106, 107]]
+    assert micro_batch_samples(100, 8, 2, 0, 2) == [[100, 101], [104, 105]]
+    assert micro_batch_samples(100, 8, 2, 1, 2) == [[102, 103], [106, 107]]
 
 
 @pytest.mark.parametrize("vocab", [300, 100_000])  # in files of 16 and of 32 bits
@@ -159,7 +159,7 @@ def test_a_micro_batch_is_what_megatrons_dataset_gives(tmp_path: Path, vocab: in
     prefix = write_tokens(tmp_path / "cc", documents, vocab)
     domain = DomainDataset("a", prefix, seq_length=SEQ, vocab_size=vocab, seed=7, dataset_id=2)
     samples = range(domain.samples_per_epoch)
-    batch = microbatch(*Reader([domain] * 3)[[(2, k) for k in samples]])
+    batch = micro_batch(*Reader([domain] * 3)[[(2, k) for k in samples]])
     theirs = default_collate([domain._epoch(0)[k] for k in samples])
     assert batch.pop("dataset_id").tolist() == [2] * len(samples)
     assert batch.keys() == theirs.keys()  # no attention_mask: [s, s] a sample
@@ -176,8 +176,8 @@ def make_loader(
         blend,
         global_batch_size=4,
         micro_batch_size=2,
-        dp_rank=0,
-        dp_size=1,
+        data_rank=0,
+        data_size=1,
         num_workers=workers,
         fetcher=fetcher,
     )
@@ -223,7 +223,7 @@ def test_new_weights_inside_what_was_allowed_are_a_mistake(
     loader = make_loader(blend, workers)
     loader.fetch_until(40)
     loader.next_step()
-    blend.mixture.update(4, LOSSES[0])
+    blend.domain_weights.update(4, LOSSES[0])
     with pytest.raises(AssertionError, match="weights changed at sample 4"):
         loader.next_step()
     loader.close()
@@ -289,8 +289,8 @@ def beside_gloo(prefixes: list[str]) -> list[list[int]]:
         make_blend(prefixes),
         global_batch_size=8,
         micro_batch_size=2,
-        dp_rank=rank,
-        dp_size=2,
+        data_rank=rank,
+        data_size=2,
         num_workers=2,
     )
     loader.fetch_until(48)

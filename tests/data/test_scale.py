@@ -14,8 +14,8 @@ from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from megashear.config.schema import DataConfig, Domain
 from megashear.data.dataset import build_train_dataset
+from megashear.data.domain_weights import DomainWeights, Segment
 from megashear.data.loader import TrainLoader
-from megashear.data.mixture import Mixture, Segment
 from tests.support.distributed import run_distributed
 
 TOKENS, SEQ, BATCH = 50_000_000_000, 4096, 256
@@ -43,25 +43,25 @@ def own_memory() -> int:
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
-def start(config: DataConfig, segments: int, position: int) -> tuple[TrainLoader, Mixture]:
+def start(config: DataConfig, segments: int, position: int) -> tuple[TrainLoader, DomainWeights]:
     """A run's data at a position; segments are of even length and of turned weights."""
-    mixture = Mixture.from_config(config)
-    mixture.segments = tuple(
+    domain_weights = DomainWeights.from_config(config)
+    domain_weights.segments = tuple(
         Segment(number * PLAN // segments, tuple(np.roll(WEIGHTS, number).tolist()))
         for number in range(segments)
     )
-    dataset = build_train_dataset(config, 32000, mixture)
+    dataset = build_train_dataset(config, 32000, domain_weights)
     loader = TrainLoader(
         dataset,
         global_batch_size=BATCH,
         micro_batch_size=BATCH,
-        dp_rank=0,
-        dp_size=1,
+        data_rank=0,
+        data_size=1,
         consumed_samples=position,
         # Located as ever, and not read: that would need the index of every domain.
         fetcher=lambda reader, order, workers: Located(order),
     )
-    return loader, mixture
+    return loader, domain_weights
 
 
 class Located:
@@ -82,18 +82,18 @@ def test_it_starts_within_5_s_and_an_update_takes_50_ms(
     config: DataConfig, segments: int, position: int
 ) -> None:
     before, began = own_memory(), time.perf_counter()
-    loader, mixture = start(config, segments, position)
+    loader, domain_weights = start(config, segments, position)
     (batch,) = loader.next_step()
     assert time.perf_counter() - began < 5
     assert own_memory() - before < 64 * 2**20
     if position:
         counts = np.bincount(batch["dataset_id"], minlength=7)
-        assert abs(counts - BATCH * np.array(mixture.weights)).max() <= 2
+        assert abs(counts - BATCH * np.array(domain_weights.weights)).max() <= 2
         took = []
         for _ in range(3):
-            losses = {name: 1.0 + number for number, name in enumerate(mixture.names)}
+            losses = {name: 1.0 + number for number, name in enumerate(domain_weights.names)}
             began = time.perf_counter()
-            mixture.update(loader.consumed_samples, losses)
+            domain_weights.update(loader.consumed_samples, losses)
             loader.next_step()
             took.append(time.perf_counter() - began)
         assert min(took) < 0.05, took
@@ -101,7 +101,7 @@ def test_it_starts_within_5_s_and_an_update_takes_50_ms(
 
 def read_some(config: DataConfig) -> int:
     """Bytes of its own that a process takes to read samples of the first domain."""
-    domain = build_train_dataset(config, 32000, Mixture.from_config(config)).members[0]
+    domain = build_train_dataset(config, 32000, DomainWeights.from_config(config)).members[0]
     before = own_memory()
     for k in range(0, domain.samples_per_epoch, 400_000):
         assert not domain[k].any()

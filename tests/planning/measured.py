@@ -194,14 +194,14 @@ def _second_step(trainer: Trainer, memory: LiveMemory) -> dict[str, float]:
 
         return call
 
-    plain, held = trainer_module.run_microbatches, sum(found.values())
-    trainer_module.run_microbatches = watched(plain)  # type: ignore[assignment]
+    plain, held = trainer_module.run_micro_batches, sum(found.values())
+    trainer_module.run_micro_batches = watched(plain)  # type: ignore[assignment]
     for part, method in ((trainer.optimizer, "step"), (trainer.objective, "backward")):
         setattr(part, method, watched(getattr(part, method)))
     try:
         trainer.train_step()
     finally:
-        trainer_module.run_microbatches = plain
+        trainer_module.run_micro_batches = plain
     before, peak = phases[0]  # the micro-batches
     return found | {
         "masks": before - held if trainer.config.stage == "prune" else 0,

@@ -21,7 +21,7 @@ def write_tokens(prefix: str | Path, documents: Iterable[Sequence[int]], vocab: 
 
 
 def random_documents(tokens: int, vocab: int, seed: int = 0, mean: int = 40) -> list[list[int]]:
-    """Documents of uneven length, `tokens` in all: ids in [1, vocab) at random, ended by eod 0."""
+    """Documents of uneven length, `tokens` in all: ids in [1, vocab) at random, ended by eos 0."""
     rng = np.random.default_rng(seed)
     documents: list[list[int]] = []
     left = tokens

@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megashear import cli
-from megashear.data.tokenizer import load_tokenizer, save_for_transformers
+from megashear.data.tokenize.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
 from tests.support.hf_models import save_llama
 from tests.support.make_tokenizer import real_texts, write_jsonl

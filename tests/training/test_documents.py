@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megashear.config.schema import Domain, ParallelConfig, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
-from megashear.data.loader import microbatch
-from megashear.data.mixture import Mixture
-from megashear.data.token_files import Fingerprint
+from megashear.data.domain_weights import DomainWeights
+from megashear.data.fingerprint import Fingerprint
+from megashear.data.loader import micro_batch
 from megashear.errors import DataError
 from megashear.model.build import build_model
 from megashear.platform import parallel
@@ -27,7 +27,7 @@ from tests.support.distributed import run_distributed
 from tests.support.make_data import random_documents, write_tokens
 from tests.support.runs import GQA, records, run_config, write_source
 
-EOD, SEQ = 0, 16
+EOS, SEQ = 0, 16
 SHAPE = replace(GQA, num_layers=4)
 LAYOUTS = {
     "recompute-full": (1, ParallelConfig(recompute="full")),
@@ -41,25 +41,25 @@ LAYOUTS = {
 
 
 def texts() -> Tensor:
-    """[b, s + 1]: with an eod at either end, several in a row, none, and nothing else."""
-    text = torch.randint(1, 64, (6, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    """[b, s + 1]: with an eos at either end, several in a row, none, and nothing else."""
+    tokens = torch.randint(1, 64, (6, SEQ + 1), generator=torch.Generator().manual_seed(0))
     for row, places in enumerate(([5, 9], [0, 15], [16], [3, 4, 5], [], range(SEQ + 1))):
-        text[row, list(places)] = EOD
-    return text
+        tokens[row, list(places)] = EOS
+    return tokens
 
 
 def test_positions_and_mask_are_megatrons() -> None:
-    batch = microbatch(texts(), torch.zeros(6, dtype=torch.int64), EOD)
+    batch = micro_batch(texts(), torch.zeros(6, dtype=torch.int64), EOS)
     mask = within_documents(batch["document_ids"])[:, None]
     assert mask.dtype == torch.bool and mask.shape == (6, 1, SEQ, SEQ)
     for row, tokens in enumerate(batch["tokens"]):
         theirs, loss_mask, positions = _get_ltor_masks_and_position_ids(
-            tokens, EOD, True, True, False, True
+            tokens, EOS, True, True, False, True
         )
         assert torch.equal(mask[row], theirs)
         assert torch.equal(batch["position_ids"][row], positions)
         assert torch.equal(batch["loss_mask"][row], loss_mask)
-    plain = microbatch(texts(), torch.zeros(6, dtype=torch.int64))
+    plain = micro_batch(texts(), torch.zeros(6, dtype=torch.int64))
     assert "document_ids" not in plain
     assert plain["position_ids"].tolist() == [list(range(SEQ))] * 6
 
@@ -67,7 +67,7 @@ def test_positions_and_mask_are_megatrons() -> None:
 def test_a_document_in_a_sample_has_the_logits_that_it_has_alone() -> None:
     with single_process() as platform, torch.no_grad():
         (model,) = build_model(SHAPE, platform, ParallelConfig(), SEQ)
-        batch = microbatch(texts()[:5], torch.zeros(5, dtype=torch.int64), EOD)
+        batch = micro_batch(texts()[:5], torch.zeros(5, dtype=torch.int64), EOS)
         mask = within_documents(batch["document_ids"])[:, None]
         packed = model(batch["tokens"], batch["position_ids"], mask)
         unmasked = model(batch["tokens"], batch["position_ids"], None)
@@ -90,7 +90,7 @@ def write_domain(directory: Path) -> Domain:
     for seed, part in enumerate(("train", "valid")):
         documents = random_documents(3000, 64, seed=seed, mean=5)
         files[part] = write_tokens(directory / part, documents, 64)
-        fingerprint = Fingerprint("0" * 64, 64, None, EOD, len(documents), 3000)
+        fingerprint = Fingerprint("0" * 64, 64, None, EOS, len(documents), 3000)
         Path(f"{files[part]}.json").write_text(json.dumps(asdict(fingerprint)))
     return Domain("a", files["train"], files["valid"], 1.0, reference_loss=4.0)
 
@@ -147,6 +147,6 @@ def test_without_a_fingerprint_nothing_says_what_ends_a_document(tmp_path: Path)
     domain = write_domain(tmp_path)
     Path(f"{domain.valid}.json").unlink()
     data = configuration(tmp_path, domain, True).data
-    build_train_dataset(data, 64, Mixture.from_config(data))
+    build_train_dataset(data, 64, DomainWeights.from_config(data))
     with pytest.raises(DataError, match=r"no .*valid\.json: .*tokenize.*reset_attention_mask"):
         build_valid_datasets(data, 64)

@@ -88,7 +88,7 @@ def on_rank(config: RunConfig, culprit: int | None, happens: Callable[[], None],
     """What examples/pretrain_shear.py does after its imports, with what happens."""
     rank = int(os.environ["RANK"])
     sys.stderr = (out / f"{rank}.err").open("w")
-    run_microbatches = trainer_module.run_microbatches
+    run_micro_batches = trainer_module.run_micro_batches
 
     def with_what_happens(models: Any, batches: Any, platform: Any, *others: Any) -> Any:
         slow, at_step = happens is be_slow, platform.heartbeat.now[1] == STEP
@@ -97,9 +97,9 @@ def on_rank(config: RunConfig, culprit: int | None, happens: Callable[[], None],
         if culprit in (None, rank) and (slow or at_step):
             (out / f"{rank}.happens").touch()
             happens()
-        return run_microbatches(models, batches, platform, *others)
+        return run_micro_batches(models, batches, platform, *others)
 
-    trainer_module.run_microbatches = with_what_happens
+    trainer_module.run_micro_batches = with_what_happens
 
     def main() -> None:
         platform = parallel.start(config.platform, config.parallel, config.trainer.seed)

@@ -18,7 +18,7 @@ from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
 from megashear.config.loader import domains_to_yaml, load_domains
 from megashear.config.schema import Domain, RunConfig
 from megashear.data.dataset import build_valid_datasets
-from megashear.data.token_files import Fingerprint
+from megashear.data.fingerprint import Fingerprint
 from megashear.errors import ConfigError, DataError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count

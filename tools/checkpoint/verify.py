@@ -111,7 +111,7 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
 def read_text(arguments: argparse.Namespace) -> list[int]:
     """The ids of the text, by the tokenizer of whichever side has one."""
     from megashear.checkpoint.manager import is_huggingface, is_megatron_lm, read_info
-    from megashear.data.tokenizer import load_tokenizer
+    from megashear.data.tokenize.tokenizer import load_tokenizer
 
     path = arguments.tokenizer
     for side in (arguments.a, arguments.b):

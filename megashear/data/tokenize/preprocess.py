@@ -17,11 +17,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megashear.data.encoding import Encoded, Encoding, encode_all
-from megashear.data.jsonl import find_inputs
-from megashear.data.token_files import SUFFIXES, Counts, Fingerprint, token_type
-from megashear.data.tokenizer import Tokenizer, load_tokenizer
-from megashear.data.unfinished import Job, Unfinished, folder_of, id_of, workplace
+from megashear.data.fingerprint import Fingerprint
+from megashear.data.tokenize.encoding import Encoded, Encoding, encode_all
+from megashear.data.tokenize.jsonl import find_inputs
+from megashear.data.tokenize.token_files import SUFFIXES, Counts, token_type
+from megashear.data.tokenize.tokenizer import Tokenizer, load_tokenizer
+from megashear.data.tokenize.unfinished import Job, Unfinished, folder_of, id_of, workplace
 from megashear.errors import DataError
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megashear.data import jsonl
-from megashear.data.jsonl import find_inputs, read_chunks, text_of
+from megashear.data.tokenize import jsonl
+from megashear.data.tokenize.jsonl import find_inputs, read_chunks, text_of
 from megashear.errors import DataError
 
 TWO_FRAMES = b"".join(zstandard.compress(b"x\n" * lines) for lines in (1000, 500))

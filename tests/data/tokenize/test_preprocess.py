@@ -15,9 +15,9 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megashear.data import preprocess
-from megashear.data.preprocess import tokenize_files
-from megashear.data.token_files import Fingerprint
+from megashear.data.fingerprint import Fingerprint
+from megashear.data.tokenize import preprocess
+from megashear.data.tokenize.preprocess import tokenize_files
 from megashear.errors import DataError
 from tests.support.make_tokenizer import (
     REPOSITORY,
@@ -55,7 +55,7 @@ def left_behind(folder: Path) -> list[str]:
 def test_tokens_are_sentencepieces_in_order(
     tokenizer: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megashear.data.jsonl.CHUNK_BYTES", 20_000)  # many chunks
+    monkeypatch.setattr("megashear.data.tokenize.jsonl.CHUNK_BYTES", 20_000)  # many chunks
     texts = [*real_texts(), "é\0🦙\u2028 x\n\n"]
     plain = write_jsonl(tmp_path / "a.jsonl", texts[:70])
     packed = tmp_path / "b.jsonl.gz"
@@ -118,7 +118,7 @@ def test_workers_need_no_torch(tokenizer: Path, tmp_path: Path) -> None:
     """Every process imports what this imports; torch alone takes seconds."""
     source = write_jsonl(tmp_path / "a.jsonl", ["one"])
     code = (
-        "import sys; from megashear.data.preprocess import tokenize_files\n"
+        "import sys; from megashear.data.tokenize.preprocess import tokenize_files\n"
         f"tokenize_files([{str(source)!r}], {str(tokenizer)!r}, {str(tmp_path / 'x')!r})\n"
         "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )

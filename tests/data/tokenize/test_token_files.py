@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType
 
-from megashear.data.token_files import (
-    Counts,
-    Documents,
-    Fingerprint,
-    TokenFile,
-    check_fingerprint,
-    check_one_tokenizer,
-    publish,
-    token_type,
-)
+from megashear.data.fingerprint import Fingerprint, check_fingerprint, check_one_tokenizer
+from megashear.data.tokenize.token_files import Counts, Documents, TokenFile, publish, token_type
 from megashear.errors import DataError
 from tests.support.make_data import random_documents, write_tokens
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megashear.data.jsonl import Chunk, Place, read_chunks, text_of
-from megashear.data.token_files import Documents, token_type
-from megashear.data.tokenizer import Tokenizer, load_tokenizer
+from megashear.data.tokenize.jsonl import Chunk, Place, read_chunks, text_of
+from megashear.data.tokenize.token_files import Documents, token_type
+from megashear.data.tokenize.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import PlatformError
 
 

@@ -21,9 +21,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from megashear.data.preprocess import tokenize_files
-from megashear.data.token_files import Fingerprint
-from megashear.data.tokenizer import load_tokenizer, save_for_transformers
+from megashear.data.fingerprint import Fingerprint
+from megashear.data.tokenize.preprocess import tokenize_files
+from megashear.data.tokenize.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
 from tests.support.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts, write_jsonl
 

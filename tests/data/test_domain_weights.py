@@ -11,15 +11,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megashear.config.schema import DataConfig, Domain
-from megashear.data.mixture import Mixture, Segment, updated_weights, within_bounds
+from megashear.data.domain_weights import DomainWeights, Segment, updated_weights, within_bounds
 from megashear.errors import CheckpointError, DataError
 
 NAMES = ("cc", "github", "book")
 REFERENCES = {"cc": 1.9643, "github": 0.7459, "book": 2.1393}
 
 
-def make_mixture(rule: str = "paper") -> Mixture:
-    return Mixture(NAMES, (0.6, 0.3, 0.1), REFERENCES, rule=rule)
+def make_domain_weights(rule: str = "paper") -> DomainWeights:
+    return DomainWeights(NAMES, (0.6, 0.3, 0.1), REFERENCES, rule=rule)
 
 
 losses_of_three = st.lists(st.floats(0.0, 20.0), min_size=3, max_size=3)
@@ -69,16 +69,16 @@ def test_a_domain_without_weight_does_not_swallow_the_others() -> None:
 
 @pytest.mark.parametrize("rule", ["paper", "reference_code"])
 def test_every_domain_without_a_finite_figure_is_named_and_nothing_changes(rule: str) -> None:
-    mixture = make_mixture(rule)
-    del mixture.references["book"]
+    domain_weights = make_domain_weights(rule)
+    del domain_weights.references["book"]
     with pytest.raises(DataError) as raised:
-        mixture.update(640, {"cc": math.nan, "github": math.inf})
+        domain_weights.update(640, {"cc": math.nan, "github": math.inf})
     message = str(raised.value)
     assert "cc: validation loss is nan" in message
     assert "github: validation loss is inf" in message
     assert "book: validation loss is missing" in message
     assert "book: reference loss is missing" in message
-    assert mixture.segments == (Segment(0, (0.6, 0.3, 0.1)),)
+    assert domain_weights.segments == (Segment(0, (0.6, 0.3, 0.1)),)
 
 
 def bisected(weights: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -124,45 +124,47 @@ def test_a_domain_without_weight_takes_what_the_others_may_not() -> None:
 
 def test_a_weight_comes_to_its_bounds_and_leaves_them_again() -> None:
     bounds = [(0.0, 1.0), (0.2, 1.0), (0.0, 0.3)]
-    mixture = Mixture(NAMES, (0.6, 0.3, 0.1), REFERENCES, bounds=bounds)
+    domain_weights = DomainWeights(NAMES, (0.6, 0.3, 0.1), REFERENCES, bounds=bounds)
     high = {"cc": 1.9643, "github": 0.7459, "book": 4.1393}
     for sample in (8, 16, 24):
-        mixture.update(sample, high)
-    assert mixture.weights[2] == 0.3
-    mixture.update(32, {**high, "cc": 5.0, "book": 2.0})
-    mixture.update(40, {**high, "cc": 5.0, "book": 2.0})
-    assert mixture.weights[1] == 0.2 and mixture.weights[2] < 0.3
-    mixture.update(48, {**REFERENCES, "github": 2.0})
-    assert mixture.weights[1] > 0.2 and abs(sum(mixture.weights) - 1) < 1e-12
+        domain_weights.update(sample, high)
+    assert domain_weights.weights[2] == 0.3
+    domain_weights.update(32, {**high, "cc": 5.0, "book": 2.0})
+    domain_weights.update(40, {**high, "cc": 5.0, "book": 2.0})
+    assert domain_weights.weights[1] == 0.2 and domain_weights.weights[2] < 0.3
+    domain_weights.update(48, {**REFERENCES, "github": 2.0})
+    assert domain_weights.weights[1] > 0.2 and abs(sum(domain_weights.weights) - 1) < 1e-12
 
 
 def test_an_update_appends_a_segment() -> None:
-    mixture = make_mixture()
+    domain_weights = make_domain_weights()
     losses = {"cc": 2.5, "github": 0.7, "book": 2.9}
-    mixture.update(640, losses)
+    domain_weights.update(640, losses)
     expected = updated_weights((0.6, 0.3, 0.1), losses, REFERENCES, NAMES, "paper", 1.0, 1e-4)
-    assert mixture.segments == (Segment(0, (0.6, 0.3, 0.1)), Segment(640, expected))
-    assert mixture.weights == expected != (0.6, 0.3, 0.1)
+    assert domain_weights.segments == (Segment(0, (0.6, 0.3, 0.1)), Segment(640, expected))
+    assert domain_weights.weights == expected != (0.6, 0.3, 0.1)
 
 
 def test_constant_weights_need_no_references_and_never_move() -> None:
-    mixture = Mixture(NAMES, (0.6, 0.3, 0.1), {}, rule="constant")
-    mixture.update(640, {"cc": math.nan})
-    assert mixture.segments == (Segment(0, (0.6, 0.3, 0.1)),)
+    domain_weights = DomainWeights(NAMES, (0.6, 0.3, 0.1), {}, rule="constant")
+    domain_weights.update(640, {"cc": math.nan})
+    assert domain_weights.segments == (Segment(0, (0.6, 0.3, 0.1)),)
 
 
 def test_the_state_survives_json_bit_for_bit() -> None:
-    mixture = make_mixture()
+    domain_weights = make_domain_weights()
     for step in range(1, 5):
-        mixture.update(640 * step, {"cc": 3 - 0.17 * step, "github": 1.1 / step, "book": 2.3})
-    loaded = make_mixture()
-    loaded.load_state_dict(json.loads(json.dumps(mixture.state_dict())))
-    assert loaded.segments == mixture.segments
+        domain_weights.update(
+            640 * step, {"cc": 3 - 0.17 * step, "github": 1.1 / step, "book": 2.3}
+        )
+    loaded = make_domain_weights()
+    loaded.load_state_dict(json.loads(json.dumps(domain_weights.state_dict())))
+    assert loaded.segments == domain_weights.segments
 
 
 def test_the_state_of_other_domains_is_refused() -> None:
-    state = make_mixture().state_dict()
-    other = Mixture(("cc", "book", "github"), (0.6, 0.3, 0.1), REFERENCES)
+    state = make_domain_weights().state_dict()
+    other = DomainWeights(("cc", "book", "github"), (0.6, 0.3, 0.1), REFERENCES)
     with pytest.raises(CheckpointError, match="cc, github, book"):
         other.load_state_dict(state)
     assert other.weights == (0.6, 0.3, 0.1)
@@ -174,8 +176,12 @@ def test_a_mixture_follows_its_configuration() -> None:
         Domain("wiki", "t", "v", 0.25, min_weight=0.1),
     )
     config = DataConfig(rule="reference_code", eta=2.0, smoothing=0.01, domains=domains)
-    mixture = Mixture.from_config(config)
-    assert mixture.names == ("cc", "wiki") and mixture.weights == (0.75, 0.25)
-    assert mixture.references == {"cc": 1.9}
-    assert (mixture.rule, mixture.eta, mixture.smoothing) == ("reference_code", 2.0, 0.01)
-    assert (mixture.lower, mixture.upper) == ((0.0, 0.1), (0.8, 1.0))
+    domain_weights = DomainWeights.from_config(config)
+    assert domain_weights.names == ("cc", "wiki") and domain_weights.weights == (0.75, 0.25)
+    assert domain_weights.references == {"cc": 1.9}
+    assert (domain_weights.rule, domain_weights.eta, domain_weights.smoothing) == (
+        "reference_code",
+        2.0,
+        0.01,
+    )
+    assert (domain_weights.lower, domain_weights.upper) == ((0.0, 0.1), (0.8, 1.0))

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import zstandard
 
-from megashear.data import jsonl, unfinished
-from megashear.data.preprocess import tokenize_files
+from megashear.data.tokenize import jsonl, unfinished
+from megashear.data.tokenize.preprocess import tokenize_files
 from megashear.errors import DataError
 from tests.support.make_tokenizer import REPOSITORY, make_tokenizer, real_texts, write_jsonl
 
@@ -126,7 +126,7 @@ def test_killed_at_every_write_to_disk(
 def start(tokenizer: Path, inputs: list[str], output: Path) -> subprocess.Popen[str]:
     """The command, with a journal after each of many chunks, as a session of its own."""
     code = (
-        "from megashear import cli; from megashear.data import jsonl, unfinished\n"
+        "from megashear import cli; from megashear.data.tokenize import jsonl, unfinished\n"
         "jsonl.CHUNK_BYTES, unfinished.SAVE_SECONDS = 5000, 0.0\n"
         "cli.main()"
     )

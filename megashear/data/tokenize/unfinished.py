@@ -21,9 +21,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megashear.data.jsonl import START, Place
-from megashear.data.token_files import Counts, Documents, Fingerprint, TokenFile, holds, publish
-from megashear.data.tokenizer import Tokenizer
+from megashear.data.fingerprint import Fingerprint
+from megashear.data.tokenize.jsonl import START, Place
+from megashear.data.tokenize.token_files import Counts, Documents, TokenFile, holds, publish
+from megashear.data.tokenize.tokenizer import Tokenizer
 from megashear.errors import DataError, PlatformError
 from megashear.files import write_whole
 

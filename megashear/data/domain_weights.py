@@ -86,7 +86,7 @@ def within_bounds(
     return tuple(np.clip(scale * given, low, high).tolist())
 
 
-class Mixture:
+class DomainWeights:
     """The blend of domains over the run: a rule, and the segments that it has led to so far.
 
     Every rank keeps its own copy and must be given the same losses, bit for bit. A domain's
@@ -111,8 +111,8 @@ class Mixture:
         self.segments: tuple[Segment, ...] = (Segment(0, tuple(weights)),)
 
     @classmethod
-    def from_config(cls, config: DataConfig) -> Mixture:
-        """The mixture at the start of a run; domains without a reference loss have none here."""
+    def from_config(cls, config: DataConfig) -> DomainWeights:
+        """Return the weights at the start of a run."""
         domains = config.domains
         references = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
         names, weights = [d.name for d in domains], [d.weight for d in domains]
@@ -148,10 +148,10 @@ class Mixture:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the segments of a saved mixture of the same domains; rule and references stay.
+        """Take the segments of a saved state of the same domains; rule and references stay.
 
         Raises:
-            CheckpointError: the saved mixture has other domains, or the same in another order.
+            CheckpointError: the saved state has other domains, or the same in another order.
         """
         if list(state["names"]) != list(self.names):
             raise CheckpointError(
