@@ -33,7 +33,8 @@ from megashear.checkpoint import checksums, sharded, stream
 from megashear.checkpoint.agreement import on_first_process
 from megashear.checkpoint.hf import HuggingFaceReader
 from megashear.checkpoint.hf_config import refuse
-from megashear.config.loader import load_shape, stored
+from megashear.config.decode import stored
+from megashear.config.loader import load_shape
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError, ConfigError
 from megashear.files import read_small, write_whole

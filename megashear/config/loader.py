@@ -1,41 +1,29 @@
-"""A run's YAML file and `key.sub=value` overrides, read into the dataclasses of `schema`.
+"""Load a run's YAML file and `key.sub=value` overrides into the dataclasses of `schema`.
 
-Everything that is wrong is found in one pass and raised as one ConfigError. The dataclasses' type
-hints are the only description of the format: an option added there can be written at once.
-Imports the standard library, yaml and `errors`; never torch, Megatron or `checkpoint`.
+Every problem is found in one pass and raised as one ConfigError. An option that is added to a
+dataclass can be written in YAML at once (`decode`). Imports the standard library, yaml, `config`
+and `errors`; never torch, Megatron or `checkpoint`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
-from difflib import get_close_matches
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
-from megashear.config.schema import (
-    FAMILIES,
-    ROPE_TYPES,
-    DataConfig,
-    Domain,
-    ModelShape,
-    RunConfig,
-)
+from megashear.config.decode import decode
+from megashear.config.schema import DataConfig, Domain, ModelShape, RunConfig
 from megashear.config.validate import problems
-from megashear.config.values import Faulty, Problem, Unreadable, options, show
+from megashear.config.values import FAULTY, Faulty, Problem, Unreadable, join, show
 from megashear.errors import ConfigError, ShearError
 
 DOMAINS_FILE = "domains.yaml"
-"""In a run directory: the domains with their weights of the last save, for `data.domains_from`."""
-
-MAX_LAYERS = 2**14
-"""Of a stored shape; a larger number is damage, and would make lists of as many tensors."""
+"""Domains of a run with their weights at the last save, in its directory; `data.domains_from`."""
 
 FREE_OPTIONS = (
     *("run_dir", "parallel", "log", "data.num_workers", "data.index_cache", "data.tokenizer"),
@@ -44,11 +32,9 @@ FREE_OPTIONS = (
     *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
     *("trainer.async_save", "trainer.micro_batch_size"),
 )
-"""Options that may differ between a run and its continuation without changing what it computes."""
+"""Options that a resumed run may change: they do not change what it computes."""
 
 T = TypeVar("T")
-_FAULTY: Any = Faulty()
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def load_config(
@@ -59,7 +45,7 @@ def load_config(
     world_size: int | None = None,
     check_files: bool = True,
 ) -> RunConfig:
-    """The run that a YAML file describes, checked as a whole; see `problems`.
+    """Load the run that a YAML file describes and check it as a whole; see `problems`.
 
     Overrides are `key.sub=value`, the value in YAML; `data.domains.0.weight=0.5` for a list.
     `source_shape` reads the shape of the model at `init_from`.
@@ -72,7 +58,7 @@ def load_config(
     if tree is None or isinstance(tree, dict):
         for override in overrides:
             tree = _override(tree, override, found)
-    config: RunConfig = _read(RunConfig, tree, "", found)
+    config: RunConfig = decode(RunConfig, tree, "", found)
     if not isinstance(config, Faulty):
         config = _with_domains_from(config, found, check_files)
         source = _source(config, source_shape, found)
@@ -83,10 +69,11 @@ def load_config(
 
 
 def load_domains(path: Path) -> RunConfig:
-    """What a run's YAML file, a run directory or a YAML file of domains says of validation.
+    """Load the domains of a run's YAML file, a run directory or a YAML file of domains.
 
-    Only what stands in the file is checked: files, models and references may be missing still. Of
-    a run directory, weights are those it began with; of domains alone, the rest is at its defaults.
+    Only the file itself is checked: token files, models and references may still be missing. The
+    weights of a run directory are its initial ones. For a file of domains, all other options are
+    at their defaults.
 
     Raises:
         ConfigError: with every problem of the file.
@@ -101,7 +88,7 @@ def load_domains(path: Path) -> RunConfig:
         domains = _read_domains(tree, "domains", found)
         config = RunConfig(stage="continue", run_dir="", data=DataConfig(domains=domains))
     else:
-        config = _read(RunConfig, tree, "", found)
+        config = decode(RunConfig, tree, "", found)
         if not isinstance(config, Faulty):
             config = _with_domains_from(config, found, check_files=True)
     if found:
@@ -110,9 +97,9 @@ def load_domains(path: Path) -> RunConfig:
 
 
 def load_target(path: Path) -> RunConfig | ModelShape:
-    """A run's YAML file (or directory) that names a target, or the shape in a YAML file of sizes.
+    """Load a target: a run's YAML file (or directory) that names one, or a YAML file of sizes.
 
-    Of stage pretrain it is the shape of the run's model.
+    For a run of stage pretrain, return the shape of its model.
 
     Raises:
         ConfigError: it is neither.
@@ -129,13 +116,13 @@ def load_target(path: Path) -> RunConfig | ModelShape:
 
 
 def load_shape(path: Path) -> ModelShape:
-    """The shape in a YAML file of sizes, which are those of `model` in a run's.
+    """Load the shape in a YAML file of sizes, named as below `model` in a run's file.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     found: list[Problem] = []
-    shape: ModelShape = _read(ModelShape, _read_yaml(path, "", found), "", found)
+    shape: ModelShape = decode(ModelShape, _read_yaml(path, "", found), "", found)
     if not isinstance(shape, Faulty):
         run = RunConfig(stage="pretrain", run_dir="", model=shape)
         prefix, of_run = "model.", problems(run, check_files=False)
@@ -148,13 +135,13 @@ def load_shape(path: Path) -> ModelShape:
 def load_options(
     cls: type[T], path: Path, check: Callable[[T], Iterable[Problem]] | None = None
 ) -> T:
-    """A dataclass of options out of a YAML file; `check` finds what else is wrong with them.
+    """Load a dataclass of options from a YAML file; `check` finds further problems.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     found: list[Problem] = []
-    value: T = _read(cls, _read_yaml(path, "", found), "", found)
+    value: T = decode(cls, _read_yaml(path, "", found), "", found)
     faulty = isinstance(value, Faulty) or any(isinstance(v, Faulty) for v in vars(value).values())
     if check is not None and not faulty:
         found += check(value)
@@ -163,75 +150,28 @@ def load_options(
     return value
 
 
-def stored(cls: type[T], raw: Any) -> T:
-    """A dataclass out of the mapping of its fields that a checkpoint has stored.
-
-    Raises:
-        ConfigError: fields are missing, of another type, or shapes that no model can have.
-    """
-    found: list[Problem] = []
-    value: T = _read(cls, raw, "", found)
-    if not found:
-        for path, shape in _shapes(value, ""):
-            found += [(_join(path, name), text) for name, text in _no_shape(shape)]
-    if found:
-        raise ConfigError("damaged", found)
-    return value
-
-
-def _shapes(value: Any, path: str) -> Iterator[tuple[str, ModelShape]]:
-    """The shapes in a value, by their paths."""
-    if isinstance(value, ModelShape):
-        yield path, value
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _shapes(item, f"{path}[{index}]")
-    elif is_dataclass(value):  # a checkpoint's description, or a record of its history
-        for name, item in vars(value).items():
-            yield from _shapes(item, _join(path, name))
-
-
-def _no_shape(shape: ModelShape) -> list[Problem]:
-    """Why no model can have a shape."""
-    sizes = {name: value for name, value in vars(shape).items() if type(value) is int}
-    found = [(name, f"= {size} must be >= 1") for name, size in sizes.items() if size < 1]
-    if shape.num_layers > MAX_LAYERS:  # whose tensors are listed
-        found.append(("num_layers", f"= {shape.num_layers} must be <= {MAX_LAYERS}"))
-    if shape.family not in FAMILIES:
-        found.append(("family", f"= {show(shape.family)} is none of {FAMILIES}"))
-    if shape.rotary_scaling and shape.rotary_scaling.rope_type not in ROPE_TYPES:
-        found.append(("rotary_scaling.rope_type", f"must be one of {ROPE_TYPES}"))
-    return found
-
-
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML; reading that again gives an equal configuration."""
+    """Return the resolved configuration as YAML; reading it gives an equal configuration."""
     return _dump(asdict(config))
 
 
 def from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` wrote, of any release.
+    """Return the configuration that `to_yaml` of this or an earlier release wrote.
 
-    An option that it did not know yet is at its default, and one that is no more is dropped.
+    An option that the release did not know is at its default; one that no longer exists is dropped.
+
+    Raises:
+        ConfigError: fields are missing or of another type.
     """
-    config: RunConfig = _stored(RunConfig, yaml.safe_load(text))
+    found: list[Problem] = []
+    config: RunConfig = decode(RunConfig, yaml.safe_load(text), "", found, strict=False)
+    if found:
+        raise ConfigError("stored configuration", found)
     return config
 
 
-def _stored(hint: Any, raw: Any) -> Any:
-    """What `to_yaml` wrote of a value of the type that a hint names."""
-    if get_origin(hint) is not None:  # X | None, tuple[X, ...]
-        hint = get_args(hint)[0]
-    if isinstance(raw, list):
-        return tuple(_stored(hint, each) for each in raw)
-    if not isinstance(raw, dict):
-        return raw
-    hints = get_type_hints(hint)
-    return hint(**{name: _stored(hints[name], raw[name]) for name in hints if name in raw})
-
-
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The options that decide what a run computes, by their paths."""
+    """Return the options that decide what a run computes, by their paths."""
     return {
         path: value
         for path, value in _flat(asdict(config), "")
@@ -244,11 +184,11 @@ def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, tree
         return
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        yield from _flat(value, _join(path, str(key)))
+        yield from _flat(value, join(path, str(key)))
 
 
 def domains_to_yaml(domains: Sequence[Domain]) -> str:
-    """The text of a run's DOMAINS_FILE."""
+    """Return the text of a run's DOMAINS_FILE."""
     return _dump([asdict(domain) for domain in domains])
 
 
@@ -258,19 +198,19 @@ def _dump(tree: Any) -> str:
 
 
 def _read_yaml(file: Path, path: str, found: list[Problem]) -> Any:
-    """The file's plain lists and mappings, which stand at `path`; FAULTY where it is no YAML."""
+    """Return a file's plain lists and mappings; FAULTY, and a problem at `path`, if it has none."""
     try:
         text = file.read_text(encoding="utf-8")
         found += _duplicates(yaml.compose(text, Loader=yaml.SafeLoader), path, ())
         return yaml.safe_load(text)
     except FileNotFoundError:
         problem = "does not exist"
-    except (OSError, ValueError) as error:  # a date that there is not is a ValueError
+    except (OSError, ValueError) as error:  # YAML raises ValueError for a date such as 2020-13-45
         problem = f"cannot be read: {error}"
     except yaml.YAMLError as error:
         problem = f"is not YAML: {_one_line(error)}"
     found.append((path or "(file)", problem))
-    return _FAULTY
+    return FAULTY
 
 
 def _one_line(error: Exception) -> str:
@@ -278,8 +218,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _duplicates(node: yaml.Node | None, path: str, above: tuple[int, ...]) -> Iterator[Problem]:
-    """Keys that a mapping has twice, of which YAML would silently take the last."""
-    if id(node) in above:  # an alias to a node that holds it
+    """Find keys that a mapping has twice: YAML would silently take the last."""
+    if id(node) in above:  # an alias to a node that contains it
         return
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -291,13 +231,13 @@ def _duplicates(node: yaml.Node | None, path: str, above: tuple[int, ...]) -> It
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
                 text = f"is given twice, in lines {lines[name]} and {line}. Leave one out"
-                yield _join(path, name), text
+                yield join(path, name), text
             lines.setdefault(name, line)
-            yield from _duplicates(value, _join(path, name), above)
+            yield from _duplicates(value, join(path, name), above)
 
 
 def _override(tree: Any, override: str, found: list[Problem]) -> Any:
-    """The tree with one `key.sub=value` put in."""
+    """Return the tree with one `key.sub=value` applied."""
     key, equals, text = override.partition("=")
     names = [name for name in re.split(r"[.\[\]]+", key.strip()) if name]
     try:
@@ -312,10 +252,10 @@ def _override(tree: Any, override: str, found: list[Problem]) -> Any:
 
 
 def _put(tree: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    """A copy of the tree with `value` at `names`; aliases of what is changed stay as they were.
+    """Return a copy of the tree with `value` at `names`; YAML aliases of that node stay unchanged.
 
     Raises:
-        ValueError: there is no such place in the tree.
+        ValueError: the tree has no such path.
     """
     if not names:
         return value
@@ -330,89 +270,11 @@ def _put(tree: Any, names: Sequence[str], value: Any, path: str) -> Any:
     if tree is not None and not isinstance(tree, dict):
         raise ValueError(f"{path} = {show(tree)} has no options of its own")
     tree = tree or {}
-    return {**tree, name: _put(tree.get(name), rest, value, _join(path, name))}
-
-
-def _read(hint: Any, raw: Any, path: str, found: list[Problem]) -> Any:
-    """`raw` as a value of the type that a hint names; FAULTY, and a problem, where it is none."""
-    if isinstance(raw, Faulty):
-        return raw
-    if get_origin(hint) in (Union, UnionType):  # X | None
-        return None if raw is None else _read(get_args(hint)[0], raw, path, found)
-    if get_origin(hint) is tuple:
-        if not isinstance(raw, list):
-            return _wrong("a list", raw, path, found)
-        item = get_args(hint)[0]
-        return tuple(_read(item, each, f"{path}[{i}]", found) for i, each in enumerate(raw))
-    if get_origin(hint) is dict:  # of text to values of a type, or of any
-        if not isinstance(raw, dict):
-            return _wrong("a mapping", raw, path, found)
-        item = get_args(hint)[1]
-        if item is Any:
-            return raw
-        return {name: _read(item, each, _join(path, name), found) for name, each in raw.items()}
-    if is_dataclass(hint):
-        return _read_section(hint, {} if raw is None else raw, path, found)
-    if hint is float and isinstance(raw, (int, str)) and not isinstance(raw, bool):
-        try:
-            raw = float(raw)  # YAML 1.1 takes 1e-4 for text
-        except (ValueError, OverflowError):
-            return _wrong(_EXPECTED[hint], raw, path, found)
-    if type(raw) is not hint or (hint is float and not math.isfinite(raw)):
-        return _wrong(_EXPECTED[hint], raw, path, found)
-    return raw
-
-
-def _wrong(expected: str, raw: Any, path: str, found: list[Problem]) -> Any:
-    quotes = ". Put it in quotes" if expected == "text" and isinstance(raw, (bool, int)) else ""
-    found.append((path or "(file)", f"= {show(raw)}: expected {expected}{quotes}"))
-    return _FAULTY
-
-
-def _read_section(cls: Any, raw: Any, path: str, found: list[Problem]) -> Any:
-    """A dataclass from a mapping of its options."""
-    if not isinstance(raw, dict):
-        return _wrong("a mapping of options", raw, path, found)
-    hints = get_type_hints(cls)
-    given = _known(cls, raw, path, found)
-    values = {}
-    for field in fields(cls):
-        where = _join(path, field.name)
-        if field.name in given:
-            values[field.name] = _read(hints[field.name], given[field.name], where, found)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            expected = _EXPECTED.get(hints[field.name], "a mapping of options")
-            found.append((where, f"is missing: expected {expected}"))
-            values[field.name] = _FAULTY
-    try:
-        return cls(**values)
-    except Unreadable:  # a default is computed from a faulty value
-        return _FAULTY
-
-
-def _known(cls: Any, raw: dict[Any, Any], path: str, found: list[Problem]) -> dict[str, Any]:
-    """The known options of a mapping; a misspelt one is reported, and read as what was meant.
-
-    So the checks that follow look at what the user wrote, and `wieght` makes one problem, not two.
-    """
-    names = [field.name for field in fields(cls)]
-    given = {name: raw[name] for name in names if name in raw}
-    for key in [key for key in raw if key not in names]:
-        close = get_close_matches(str(key), names, n=1)
-        elsewhere = [place for place, _ in options(RunConfig) if place.split(".")[-1] == key]
-        if close:
-            hint = f"Did you mean {close[0]!r}?"
-            given.setdefault(close[0], raw[key])
-        elif elsewhere:
-            hint = f"Did you mean {elsewhere[0]!r}?"
-        else:
-            hint = f"Known here: {', '.join(names)}"
-        found.append((_join(path, str(key)), f"unknown option. {hint}"))
-    return given
+    return {**tree, name: _put(tree.get(name), rest, value, join(path, name))}
 
 
 def _with_domains_from(config: RunConfig, found: list[Problem], check_files: bool) -> RunConfig:
-    """The domains that `data.domains_from` names, put in its place."""
+    """Replace `data.domains_from` by the domains that it names."""
     where, data = "data.domains_from", config.data
     try:
         if data.domains_from is None:
@@ -435,18 +297,18 @@ def _with_domains_from(config: RunConfig, found: list[Problem], check_files: boo
 
 
 def _read_domains(tree: Any, path: str, found: list[Problem]) -> Any:
-    """Domains out of a list of them, or of a mapping that has one as `domains`."""
+    """Decode a list of domains, or a mapping that has one as `domains`."""
     if isinstance(tree, dict) and "domains" not in tree:
         found.append((path, "has no list `domains`"))
-        return _FAULTY
+        return FAULTY
     tree = tree["domains"] if isinstance(tree, dict) else tree
-    return _read(tuple[Domain, ...], tree, path, found)
+    return decode(tuple[Domain, ...], tree, path, found)
 
 
 def _source(
     config: RunConfig, source_shape: Callable[[str], ModelShape] | None, found: list[Problem]
 ) -> ModelShape | None:
-    """The shape of the model at `init_from`, where there is one."""
+    """Return the shape of the model at `init_from`; None if it cannot be known."""
     try:
         if source_shape is None or config.init_from is None or not Path(config.init_from).exists():
             return None
@@ -456,7 +318,3 @@ def _source(
     except ShearError as error:
         found.append(("init_from", f"= {show(config.init_from)}: {error}"))
         return None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -62,8 +62,6 @@ class ModelShape:
     family: str = "llama"  # to be exported as, where that architecture has all that the model has
 
     def __post_init__(self) -> None:
-        if isinstance(self.rotary_scaling, dict):  # as checkpoint.json has it
-            object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         if self.num_query_groups == 0:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels == 0 and self.num_attention_heads > 0:

@@ -37,6 +37,9 @@ class Faulty:
     __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _end_check
 
 
+FAULTY: Any = Faulty()
+
+
 @dataclass(frozen=True)
 class CheckContext:
     """All that checks look at."""
@@ -57,6 +60,11 @@ def show(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def join(path: str, name: str) -> str:
+    """`path.name`, or the name alone at the top of a file."""
+    return f"{path}.{name}" if path else name
 
 
 def either(options: Sequence[object]) -> str:
