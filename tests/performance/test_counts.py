@@ -33,6 +33,10 @@ from tests.support.runs import run_config, write_domains
 OVERLAPPED = dict.fromkeys(
     ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True
 )
+MAX_CALLS = 1000
+"""Operators of a step: at 5 us for the start of a kernel, 5 ms of a step that takes seconds."""
+MAX_LISTED = 5 * 6
+"""Tensors of a layer in the lists of those operators: five passes over each of its parameters."""
 Counts = dict[str, dict[str, Any]]
 """Of each kind of step, what was counted."""
 
@@ -132,11 +136,10 @@ def test_operators_do_not_grow_with_layers_or_micro_batches(counts: Any) -> None
     of_steps = [sum(found["dense"]["operators"].values()) for found in (one, deep, long)]
     assert min(of_steps[1:]) > 2.5 * of_steps[0]  # the dense step's do
     assert more(one, "operators") == more(deep, "operators") == more(long, "operators")
-    assert calls(one) < 620  # 589 with torch 2.13
-    of_layers = [found["prune"]["listed"] - found["dense"]["listed"] for found in (one, deep)]
-    assert (of_layers[1] - of_layers[0]) / 6 <= 28  # tensors a layer, in the lists of those calls
     (bf16,) = counts("bf16")
-    assert calls(bf16) < 620  # 585
+    assert max(calls(one), calls(bf16)) < MAX_CALLS
+    of_layers = [found["prune"]["listed"] - found["dense"]["listed"] for found in (one, deep)]
+    assert (of_layers[1] - of_layers[0]) / 6 <= MAX_LISTED
 
 
 @pytest.mark.parametrize("case", ["tp2-sp", "tp2-sp-dp2-overlapped"])

@@ -1,7 +1,8 @@
 """A pruning run whose ranks are killed again and again ends as the one that nobody disturbed.
 
-SIGKILL to one rank or to all, at moments drawn by a seed: anywhere in a run, and at the single
-operations on files by which a checkpoint comes into force. After each the run is started again.
+SIGKILL to one rank or to all: at the single operations on files by which a checkpoint comes into
+force, and, in a test that takes minutes, at any moment that a seed draws. After each the run is
+started again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,35 +166,48 @@ def run_once(config: RunConfig, fault: Fault | None, out: Path) -> list[dict[str
             rank.join()
 
 
-def draw_faults(passed: dict[str, int], share: int) -> list[Fault]:
-    """A run's share of at least 20 faults: at every rename of a save, and at any other moment.
+def aimed_faults(passed: dict[str, int]) -> list[Fault]:
+    """A fault at every rename of a save, and at four other operations on files.
 
     Args:
         passed: moments of rank 0 in an undisturbed run, with how often it came to them.
-        share: number of the run.
     """
     draw = random.Random(SEED)
-    # What is done in every save, not only in the first of a run.
-    often = [moment for moment, times in passed.items() if times >= STEPS // INTERVAL - 1]
+    often = frequent(passed)
     renames = [moment for moment in often if moment.startswith("os.rename")]
     others = [moment for moment in often if " /" in moment and moment not in renames]
-    marks = [moment for moment in often if moment.startswith("mark ")]
+    assert len(renames) >= 2
     aimed = renames + draw.sample(others, min(4, len(others)))
-    timed = [
+    return [Fault(moment, 1, 0.0, 0, kills_all=draw.random() < 0.5) for moment in aimed]
+
+
+def drawn_faults(passed: dict[str, int]) -> list[Fault]:
+    """Ten faults at any moment: in a save, in whatever a rank marks, and in a start."""
+    draw = random.Random(SEED)
+    marks = [moment for moment in frequent(passed) if moment.startswith("mark ")]
+    faults = []
+    for when in (
         *[("mark save", draw.choice([1, 2]), draw.uniform(0.0, 0.4)) for _ in range(4)],
         *[(draw.choice(marks), draw.choice([1, 2]), draw.uniform(0.0, 0.1)) for _ in range(4)],
-        *[("begin", 1, draw.uniform(0.1, 2.0)) for _ in range(max(2, 12 - len(aimed)))],
-    ]
-    faults = [Fault(moment, 1, 0.0, 0, kills_all=draw.random() < 0.5) for moment in aimed]
-    for when in timed:  # a rank alone waits for long until its group is there
+        *[("begin", 1, draw.uniform(0.1, 2.0)) for _ in range(2)],
+    ):  # a rank alone waits for long until its group is there
         kills_all = when[0] == "begin" or draw.random() < 0.5
         faults.append(Fault(*when, draw.randrange(2), kills_all))
-    assert len(faults) >= 20
-    return draw.sample(faults, len(faults))[share :: len(RUNS)]
+    return draw.sample(faults, len(faults))
 
 
+def frequent(passed: dict[str, int]) -> list[str]:
+    """Moments of every save, not only of the first of a run."""
+    return [moment for moment, times in passed.items() if times >= STEPS // INTERVAL - 1]
+
+
+@pytest.mark.parametrize(
+    "choose", [aimed_faults, pytest.param(drawn_faults, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> None:
+def test_killed_run_ends_as_an_undisturbed_one(
+    name: str, choose: Callable[[dict[str, int]], list[Fault]], tmp_path: Path
+) -> None:
     layout, async_save = RUNS[name]
     run_distributed(write_source, 1, tmp_path)
     config = run_config(
@@ -214,7 +229,7 @@ def test_killed_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> Non
     )
     expected = run_once(config, None, tmp_path / "out")
     assert expected is not None
-    faults = draw_faults(expected[0]["passed"], list(RUNS).index(name))
+    faults = choose(expected[0]["passed"])
     number, missed = 0, []
     while faults:  # a run that comes to its end leaves the rest of them to another
         number += 1
