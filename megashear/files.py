@@ -1,8 +1,11 @@
-"""Files that survive a crash of the machine, and are there whole or as they were before."""
+"""Small files that are written whole and survive a crash of the machine, and lock files."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST = 2**26
@@ -50,3 +53,46 @@ def write_whole(file: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(file: Path, refusal: Exception | None = None) -> Iterator[None]:
+    """Hold a lock file while the block runs, and remove it afterwards.
+
+    It is a flock: it excludes other threads too, nothing that this process opens or closes releases
+    it by accident, and it ends with the process and what that has forked. (The lock of a run is a
+    POSIX lock instead, since what a run forks must not keep it: see `training.run_lock`.) On a file
+    system without locks the block runs without one.
+
+    Args:
+        file: the lock file; its directory is made if it is missing.
+        refusal: raised if another process holds the lock; None waits for it.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+            except BlockingIOError:
+                assert refusal is not None
+                raise refusal from None
+            except OSError:
+                pass  # a file system without locks
+            if not _is_at(stream.fileno(), file):
+                continue  # its holder has just removed it
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            return
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -5,20 +5,18 @@ Imports nothing of megashear but `console`, `errors` and `files`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 
 from megashear.console import signals_interrupt
 from megashear.errors import CheckpointError
-from megashear.files import flush
+from megashear.files import flush, locked
 
 
 @contextmanager
@@ -48,7 +46,10 @@ def whole_directory(
         raise CheckpointError(f"{directory}: cannot be written: {error.strerror}") from error
     partial = final.with_name(f".{final.name}.partial")
     try:
-        with signals_interrupt(), _locked(final):
+        # Not the directory that is written: of one, NFS gives no lock.
+        lock = final.with_name(f".{final.name}.lock")
+        text = f"{final}: another process is writing it (it holds {lock}). Wait for it to end, or "
+        with signals_interrupt(), locked(lock, CheckpointError(text + "give another directory")):
             try:
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 partial.mkdir()
@@ -60,43 +61,6 @@ def whole_directory(
                 shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
-
-
-@contextmanager
-def _locked(final: Path) -> Iterator[None]:
-    """A block that one process at a time is in; a file is beside `final` as long as it is."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    file = final.with_name(f".{final.name}.lock")
-    # Not the directory that is written: of one, NFS gives no lock.
-    while True:
-        with file.open("w") as lock:
-            _lock(lock, final)
-            if not _is_at(lock, file):
-                continue  # its holder ended, and removed it, just now
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
-            return
-
-
-def _lock(file: IO[str], final: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(
-            f"{final}: another process is writing it (it holds {file.name}). Wait for it to end, "
-            "or give another place"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-
-
-def _is_at(opened: IO[str], file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _check_replaceable(final: Path, overwrite: bool, content: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ again. An epoch takes 12 bytes a sample and 4 a document.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -28,6 +27,8 @@ from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+
+from megashear.files import locked
 
 CACHED_FROM = 100_000
 """Documents and samples of an epoch; an index of fewer takes milliseconds, and is not kept."""
@@ -167,15 +168,12 @@ def _say_unwritable(directory: Path, reason: str) -> None:
 def _lock(entry: Path) -> Iterator[None]:
     """Wait until no other process builds this entry.
 
-    One byte of a lock file stands for it, so that an end of the process ends the lock. Where the
-    file system has no locks, or the file is another user's, processes build side by side, and each
-    puts the same index in the place.
+    Where the directory cannot be written, or the file system has no locks, processes build
+    concurrently, and each stores the same index.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(open(entry.parent / ".lock", "ab"))
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(entry.stem[-8:], 16))
-            for left in entry.parent.glob(f".{entry.name}.*"):  # by one that was killed
+            held.enter_context(locked(entry.with_name(f".lock-{entry.name}")))
+            for left in entry.parent.glob(f".{entry.name}.*"):  # by a process that was killed
                 left.unlink()
         yield

@@ -6,10 +6,8 @@ how much of the input is in them, and of which job they are. Imports `errors` an
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +24,7 @@ from megashear.data.tokenize.jsonl import START, Place
 from megashear.data.tokenize.token_files import Counts, Documents, TokenFile, holds, publish
 from megashear.data.tokenize.tokenizer import Tokenizer
 from megashear.errors import DataError, PlatformError
-from megashear.files import write_whole
+from megashear.files import locked, write_whole
 
 SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
 _JOURNAL = "journal.json"
@@ -66,9 +64,9 @@ def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
         DataError: another process is at work there.
     """
     folder = folder_of(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        _lock(lock, output)
+    lock = folder / "lock"
+    text = f"another `megashear tokenize` is writing {output} (it holds {lock}). Wait for it to "
+    with locked(lock, DataError(text + "end, or give another --output")):
         try:
             yield folder
         finally:
@@ -77,21 +75,6 @@ def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
             elif says:
                 text = f"what is done is kept in {folder}: the same command goes on there"
                 print(text, file=sys.stderr)
-
-
-def _lock(file: TextIO, output: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = not os.path.exists(file.name)  # its holder ended, and removed it, just now
-    except BlockingIOError:
-        taken = True
-    except OSError:
-        taken = False  # a file system without locks: no process can hold this one
-    if taken:
-        raise DataError(
-            f"another `megashear tokenize` is writing {output} (it holds {file.name}). Wait for it "
-            "to end, or give another --output"
-        )
 
 
 class Unfinished:
