@@ -6,6 +6,7 @@ This module imports only the standard library.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 STAGES = ("pretrain", "prune", "continue")
@@ -229,3 +230,17 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     platform: PlatformConfig = field(default_factory=PlatformConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def evaluation_cost(self, sequences: int) -> float:
+        """Return the compute of all evaluations as a fraction of that of training.
+
+        A forward pass costs a third of training on the same tokens, and a quarter where layers are
+        recomputed.
+
+        Args:
+            sequences: sequences of one evaluation, over all domains and ranks.
+        """
+        evaluations = 1 + math.ceil(self.trainer.steps / self.evaluation.interval)
+        passes = 4 if self.parallel.recompute == "full" else 3
+        trained = self.trainer.steps * self.trainer.global_batch_size
+        return evaluations * sequences / (passes * trained)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
@@ -71,18 +70,15 @@ class PlannedRun:
         """What computes on GPUs: `auto` stands for Transformer Engine."""
         return TORCH if self.config.platform.layers == "torch" else TRANSFORMER_ENGINE
 
-    def evaluation_share(self) -> float:
-        """Computation of evaluations, as a share of training's."""
-        trainer, evaluation = self.config.trainer, self.config.evaluation
-        count = 1 + math.ceil(trainer.steps / evaluation.interval)
-        sequences = evaluation.sequences_per_domain * self.domains
-        passes = 4 if self.config.parallel.recompute == "full" else 3
-        return count * sequences / (passes * trainer.steps * trainer.global_batch_size)
+    def evaluation_cost(self) -> float:
+        """Return the compute of all evaluations as a fraction of that of training."""
+        sequences = self.config.evaluation.sequences_per_domain * self.domains
+        return self.config.evaluation_cost(sequences)
 
     def hours(self, layout: Layout) -> float:
         """Of training and evaluations."""
         seconds = self.config.trainer.steps * layout.time.total
-        return seconds * (1 + self.evaluation_share()) / 3600
+        return seconds * (1 + self.evaluation_cost()) / 3600
 
     def disk_bytes(self) -> dict[str, int]:
         """Of what lies on disk, at most."""
@@ -156,7 +152,7 @@ class RunPlan:
             "target": asdict(run.target) if run.target else None,
             "steps": run.config.trainer.steps,
             "tokens": run.tokens,
-            "evaluation_share": run.evaluation_share() if run.domains else None,
+            "evaluation_share": run.evaluation_cost() if run.domains else None,
             "usable_bytes": usable_bytes(self.cluster, self.reserve),
             "memory_model": ERROR_TEXT,
             "problems": self.problems,

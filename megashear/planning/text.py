@@ -29,7 +29,7 @@ def run_text(file: Path, plan: RunPlan) -> str:
         sizes = f" ({_sizes(run.target)})" if run.target else ""
         lines.append(f"  target  {target:,} parameters{sizes}")
     lines.append(f"  tokens  {run.tokens / 1e9:.3g} B in {facts['steps']:,} steps")
-    share = f"{run.evaluation_share():.1%}" if run.domains else "domains unknown, not counted"
+    share = f"{run.evaluation_cost():.1%}" if run.domains else "domains unknown, not counted"
     lines.append(f"  evaluations add {share} to the computation")
     sizes_on_disk = (f"{what} {size / 1e9:.3g} GB" for what, size in facts["disk_bytes"].items())
     lines.append(f"  disk    {', '.join(sizes_on_disk)}")
