@@ -121,9 +121,9 @@ def test_every_domain_has_losses_and_its_weight_moves_by_the_rule(folder: Path) 
     for record in evaluations:
         last_of_stage = record["step"] == STEPS
         expected = before if last_of_stage else moved(before, record["losses"])
-        assert record["weights"] == pytest.approx(expected, rel=1e-9)
-        before = record["weights"]
-    assert len({tuple(record["weights"].values()) for record in evaluations}) == 4
+        assert record["domain_weights"] == pytest.approx(expected, rel=1e-9)
+        before = record["domain_weights"]
+    assert len({tuple(record["domain_weights"].values()) for record in evaluations}) == 4
 
 
 def test_training_takes_the_domains_by_their_weights(folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_training_takes_the_domains_by_their_weights(folder: Path) -> None:
         for number, (first, _) in enumerate(pairwise(evaluations)):
             taken = steps[number * INTERVAL : (number + 1) * INTERVAL]
             seen = {name for record in taken for name in record["domain_losses"]}
-            expected = {n for n, w in first["weights"].items() if w * INTERVAL * 16 >= 2}
+            expected = {n for n, w in first["domain_weights"].items() if w * INTERVAL * 16 >= 2}
             assert expected <= seen
     trained = records(folder / RUNS / "continue", "evaluation")
     assert sum(trained[-1]["losses"].values()) < sum(trained[0]["losses"].values())

@@ -105,7 +105,7 @@ def gaps(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
 
 def weights(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
     """Domain weights, each from its evaluation to the next."""
-    panels = _of_domains(runs, domains, "weights", "Domain weights", "share of the samples")
+    panels = _of_domains(runs, domains, "domain_weights", "Domain weights", "share of the samples")
     for panel in panels:
         panel.figure.update_traces(line_shape="hv")
         panel.figure.update_yaxes(rangemode="tozero")

@@ -158,11 +158,11 @@ def _domains(run: RecordedRun, width: int) -> Table | None:
     """Newest losses of each domain, and how the weights moved at the newest evaluation."""
     newest = run.last("evaluation")
     before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
-    weights = mapping(newest, "weights") or mapping(run.start, "weights")
+    weights = mapping(newest, "domain_weights") or mapping(run.start, "domain_weights")
     rows = []
     for name in weights:
         gap = number(part(newest, "gaps", name))
-        moved = number(weights[name]) - number(part(before[0], "weights", name))
+        moved = number(weights[name]) - number(part(before[0], "domain_weights", name))
         rows.append(
             (
                 name,

@@ -16,7 +16,7 @@ import yaml
 
 from megashear.errors import DataError
 from megashear.files import read_small
-from megashear.records import MASKS, METRICS, unpack
+from megashear.records import KEPT_UNITS_FILE, METRICS, unpack, upgrade
 
 CONFIG = "config.yaml"
 _OF_A_RUN = {METRICS, CONFIG, "checkpoints", "lock", "report.html"}
@@ -97,12 +97,12 @@ class RecordedRun:
 
     def _take(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = upgrade(json.loads(line))
             known = self.records.get(record["kind"])
             step = record["step"] = int(record["step"])
             if not 0 <= step < 2**53:
                 raise ValueError(step)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             self._problem(f"{METRICS}, line {self._line}: not a record; passed over")
             return
         if known is None:  # of a later schema
@@ -149,12 +149,12 @@ class RecordedRun:
 
     def _read_masks(self) -> None:
         try:
-            stored = json.loads(read_small(self.directory / MASKS))
+            stored = json.loads(read_small(self.directory / KEPT_UNITS_FILE))
             self.masks = {name: unpack(mask) for name, mask in stored["masks"].items()}
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            self._problem(f"{MASKS}: {type(error).__name__}: {error}")
+            self._problem(f"{KEPT_UNITS_FILE}: {type(error).__name__}: {error}")
 
     def _problem(self, text: str) -> None:
         if text not in self.problems:

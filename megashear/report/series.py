@@ -119,7 +119,7 @@ def domains(runs: Sequence[RecordedRun]) -> list[str]:
     names: dict[str, None] = {}
     for run in runs:
         for record in run.records["start"] + run.records["evaluation"] + run.records["step"][:1]:
-            for field in ("losses", "references", "weights", "domain_losses"):
+            for field in ("losses", "references", "domain_weights", "domain_losses"):
                 names |= dict.fromkeys(mapping(record, field))
     return list(names)
 
@@ -139,14 +139,14 @@ def data_used(run: RecordedRun) -> dict[str, float]:
     A step that does not tell its weights was drawn by those of the evaluation before it.
     """
     each = tokens_per_step(run)
-    updates = [(r["step"], mapping(r, "weights")) for r in run.records["evaluation"]]
+    updates = [(r["step"], mapping(r, "domain_weights")) for r in run.records["evaluation"]]
     used: dict[str, float] = {}
     weights: Mapping[str, Any] = {}
     done, at = 0, 0
     for record in run.records["step"]:
         while at < len(updates) and updates[at][0] < record["step"]:
             weights, at = updates[at][1], at + 1
-        drawn = mapping(record, "weights") or weights
+        drawn = mapping(record, "domain_weights") or weights
         tokens = (record["step"] - done) * each  # of damaged records before it too
         done = record["step"]
         for name, weight in drawn.items():

@@ -128,10 +128,10 @@ def losses(label: str, run: RecordedRun, domains: Sequence[str]) -> Table:
         *("domain", "first loss", "last loss", "reference", "gap"),
         *("first weight", "last weight", "tokens used", "share used"),
     )
-    began = mapping(run.records["start"], 0, "weights")
+    began = mapping(run.records["start"], 0, "domain_weights")
     rows = []
     for name in domains:
-        loss, weight = (series(run, "evaluation", f, name)[1] for f in ("losses", "weights"))
+        loss, weight = (series(run, "evaluation", f, name)[1] for f in ("losses", "domain_weights"))
         if not len(loss) and not len(weight) and name not in used:
             continue
         tokens = used.get(name, math.nan)

@@ -164,7 +164,7 @@ def start_record(
         "target": asdict(target) if target else None,
         "parameters": parameter_count(source),
         "target_parameters": parameter_count(target) if target else None,
-        "weights": dict(weights),
+        "domain_weights": dict(weights),
         "layout": {
             "tensor": platform.tensor_size,
             "pipeline": platform.pipeline_size,

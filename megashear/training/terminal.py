@@ -27,7 +27,7 @@ class Terminal:
     def take(self, record: Mapping[str, Any]) -> None:
         """Print what a record has to say."""
         if record["kind"] == "start":
-            self._weights = record["weights"]
+            self._weights = record["domain_weights"]
             self.say(start_line(record))
             if sys.stdout.isatty():
                 what = {"desc": record["stage"], "unit": "step", "total": self.steps}
@@ -37,7 +37,7 @@ class Terminal:
             self._step(record)
         elif record["kind"] == "evaluation":
             self.say(evaluation_table(record, self._weights))
-            self._weights = record["weights"]
+            self._weights = record["domain_weights"]
 
     def _step(self, record: Mapping[str, Any]) -> None:
         self._shown.append(record)
@@ -111,8 +111,8 @@ def evaluation_table(record: Mapping[str, Any], before: Mapping[str, float]) -> 
     for name, loss in record["losses"].items():
         gap = f"{record['gaps'][name]:+.3f}" if name in record["gaps"] else "-"
         reference = f"{record['references'][name]:.4f}" if name in record["gaps"] else "-"
-        weight = f"{record['weights'][name]:.3f}"
-        if before.get(name, record["weights"][name]) != record["weights"][name]:
+        weight = f"{record['domain_weights'][name]:.3f}"
+        if before.get(name, record["domain_weights"][name]) != record["domain_weights"][name]:
             weight = f"{before[name]:.3f} -> {weight}"
         rows.append((name, f"{loss:.4f}", reference, gap, weight))
     text = table(rows, ("domain", "loss", "reference", "gap", "weight"))

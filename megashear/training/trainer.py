@@ -37,7 +37,7 @@ from megashear.platform import cuda
 from megashear.platform.cuda import Moment, ToHost
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import flops_per_token, parameter_count
-from megashear.records import MASKS, EvaluationRecord, pack, utc
+from megashear.records import KEPT_UNITS_FILE, EvaluationRecord, pack, utc
 from megashear.training.evaluation import Evaluator, cost_of_evaluations
 from megashear.training.objective import LanguageModeling, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
@@ -320,7 +320,7 @@ class Trainer:
                 "tokens": self.step * tokens,
                 "loss": losses.mean,
                 "domain_losses": {name: loss for name, loss in of_domains if not math.isnan(loss)},
-                "weights": self._weights(),
+                "domain_weights": self._weights(),
                 "lr": self.optimizer.lr,
                 "grad_norm": grad_norm,
                 **objective,  # type: ignore[typeddict-item]
@@ -352,7 +352,7 @@ class Trainer:
             "losses": self.losses,
             "references": references,
             "gaps": {n: loss - references[n] for n, loss in of_domains if n in references},
-            "weights": self._weights(),
+            "domain_weights": self._weights(),
         }
         if kept := self.objective.kept():
             record["kept"] = kept
@@ -405,7 +405,7 @@ class Trainer:
         if masks := self.objective.extracted():
             packed = {name: pack(rows) for name, rows in masks.items()}
             text = json.dumps({"step": self.step, "masks": packed})
-            manager.write_durably(self.run_dir / MASKS, text)
+            manager.write_durably(self.run_dir / KEPT_UNITS_FILE, text)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

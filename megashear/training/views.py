@@ -158,6 +158,8 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                     yield f"multipliers/{name}/lambda{number}", sum(rows) / len(rows)
         elif field == "kept":
             yield from ((f"kept/{name}", sum(rows) / len(rows)) for name, rows in value.items())
-        elif isinstance(value, dict) and not (record["kind"] == "step" and field == "weights"):
+        elif isinstance(value, dict) and not (
+            record["kind"] == "step" and field == "domain_weights"
+        ):
             # Weights move at evaluations, whose record is of the same step as the last of the old.
             yield from ((f"{field}/{name}", number) for name, number in value.items())

@@ -33,10 +33,10 @@ BEGAN = 1_795_412_800.0
 def start(step: int, **changes: Any) -> dict[str, Any]:
     iso = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(BEGAN + 10 * step))
     return {
-        **{"kind": "start", "schema": 2, "step": step, "time": iso, "stage": "prune", "steps": 20},
+        **{"kind": "start", "schema": 3, "step": step, "time": iso, "stage": "prune", "steps": 20},
         **{"tokens_per_step": 4096, "parameters": 6738415616, "target_parameters": 1345423360},
         **{"layout": {"tensor": 2, "pipeline": 1, "context": 1, "data": 4}, "job": "4711"},
-        **{"device": "NVIDIA H100 80GB HBM3", "weights": {"cc": 0.6, "github": 0.4}},
+        **{"device": "NVIDIA H100 80GB HBM3", "domain_weights": {"cc": 0.6, "github": 0.4}},
         **changes,
     }
 
@@ -55,7 +55,7 @@ def evaluation(number: int) -> dict[str, Any]:
     return {
         **{"kind": "evaluation", "step": number, "time": BEGAN + 10 * number + 1, "seconds": 1.0},
         **{"losses": {"cc": 2.1, "github": 0.8}, "references": {"cc": 1.9643}},
-        **{"gaps": {"cc": 0.1357}, "weights": {"cc": 0.7, "github": 0.3}},
+        **{"gaps": {"cc": 0.1357}, "domain_weights": {"cc": 0.7, "github": 0.3}},
         **{"kept": {"head": [16, 14, 15]}},
     }
 
@@ -143,7 +143,7 @@ def test_damage_is_told_and_passed_over(tmp_path: Path) -> None:
         "kind": "evaluation",
         "step": 6,
         "losses": 3,
-        "weights": {"cc": None},
+        "domain_weights": {"cc": None},
         "kept": {"head": 1},
     }
     run = write(tmp_path / "run", [*FIVE, '{"kind": "st', "\x00\x00", "[]", broken, odd])

@@ -108,7 +108,7 @@ def _step(
         **{"kind": "step", "step": step, "time": now, "tokens": step * tokens},
         "loss": float(np.mean(list(losses.values()))) if losses else 2.0,
         "domain_losses": losses,
-        "weights": dict(zip(references, map(float, weights), strict=True)),
+        "domain_weights": dict(zip(references, map(float, weights), strict=True)),
         "lr": 1e-4 * min(1, share * 10),
         "grad_norm": float(random.lognormal(0, 0.3)),
         **{"seconds": 8.9, "data_seconds": 0.1, "forward_backward_seconds": 8.0},
@@ -131,7 +131,7 @@ def _evaluation(step: int, losses: Any, references: Any, weights: Any) -> dict[s
         **{"kind": "evaluation", "step": step, "seconds": 40.0, "losses": losses},
         "references": references,
         "gaps": {name: losses[name] - references[name] for name in losses},
-        "weights": weights,
+        "domain_weights": weights,
     }
 
 

@@ -207,20 +207,39 @@ def test_the_tables_say_what_the_records_say(directory: Path) -> None:
 
 def test_data_used_is_what_was_drawn(large: Path) -> None:
     used = data_used(RecordedRun.read(large))
-    weights = [list(record["weights"].values()) for record in records(large, "step")]
+    weights = [list(record["domain_weights"].values()) for record in records(large, "step")]
     assert list(used.values()) == pytest.approx(131_072 * np.sum(weights, 0), rel=1e-12)
     assert sum(used.values()) == pytest.approx(131_072 * 3200)
 
 
 def test_without_weights_of_steps_those_of_evaluations_count(tmp_path: Path) -> None:
     lines = [
-        {"kind": "evaluation", "step": 0, "weights": {"a": 0.75, "b": 0.25}},
+        {"kind": "evaluation", "step": 0, "domain_weights": {"a": 0.75, "b": 0.25}},
         *({"kind": "step", "step": step, "tokens": 100 * step} for step in (1, 2)),
-        {"kind": "evaluation", "step": 2, "weights": {"a": 0.5, "b": 0.5}},
+        {"kind": "evaluation", "step": 2, "domain_weights": {"a": 0.5, "b": 0.5}},
         *({"kind": "step", "step": step, "tokens": 100 * step} for step in (3, 4)),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert data_used(RecordedRun.read(tmp_path)) == {"a": 250, "b": 150}
+
+
+def test_records_of_schema_2_are_read(tmp_path: Path) -> None:
+    """Lines that a run of schema 2 wrote, which called the weights of the domains `weights`."""
+    lines = (
+        '{"kind": "start", "schema": 2, "step": 0, "time": "2026-11-23T05:40:00Z", "stage": '
+        '"continue", "steps": 4, "tokens_per_step": 32, "weights": {"a": 0.75, "b": 0.25}}',
+        '{"kind": "evaluation", "step": 0, "time": 1.0, "seconds": 0.5, "losses": {"a": 3.0, '
+        '"b": 2.0}, "references": {}, "gaps": {}, "weights": {"a": 0.5, "b": 0.5}}',
+        '{"kind": "step", "step": 1, "time": 2.0, "tokens": 32, "loss": 2.5, "weights": '
+        '{"a": 0.5, "b": 0.5}, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5}',
+    )
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run = RecordedRun.read(tmp_path)
+    assert run.problems == []
+    assert run.start["domain_weights"] == {"a": 0.75, "b": 0.25}
+    for kind in ("evaluation", "step"):
+        assert run.last(kind)["domain_weights"] == {"a": 0.5, "b": 0.5}
+        assert "weights" not in run.last(kind)
 
 
 def test_all_time_is_accounted_for(large: Path) -> None:
@@ -269,7 +288,9 @@ DAMAGES = {
         "step 28: loss is no finite number",
     ),
     "numbers that are none": (
-        lambda run: edit(run, 30, '{"kind": "step", "step": 28, "loss": NaN, "weights": [1]}'),
+        lambda run: edit(
+            run, 30, '{"kind": "step", "step": 28, "loss": NaN, "domain_losses": [1]}'
+        ),
         "step 28: loss is no finite number",
     ),
     "lines lost": (

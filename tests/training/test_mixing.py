@@ -113,10 +113,10 @@ def test_weights_move_by_the_rule_and_are_recorded(run: Run) -> None:
         assert record["references"] == REFERENCES
         if record["step"] < 12:  # after the last step there is nothing to draw
             weights = updated(run.config.data.rule, weights, record["losses"])
-        assert record["weights"] == pytest.approx(weights, rel=1e-12)
+        assert record["domain_weights"] == pytest.approx(weights, rel=1e-12)
     if run.config.data.rule != "constant":
         first, *_, last = run.evaluations
-        assert 0.3 < first["weights"]["second"] < last["weights"]["second"]
+        assert 0.3 < first["domain_weights"]["second"] < last["domain_weights"]["second"]
 
 
 def test_the_stream_follows_the_weights_from_the_evaluation_on(run: Run) -> None:
@@ -124,7 +124,7 @@ def test_the_stream_follows_the_weights_from_the_evaluation_on(run: Run) -> None
     assert run.counts.sum(1).tolist() == [BATCH] * 12
     for record, begin in zip(run.evaluations, (0, 4, 8), strict=False):
         given = run.counts[begin : begin + INTERVAL].sum(0)
-        share = INTERVAL * BATCH * np.array(list(record["weights"].values()))
+        share = INTERVAL * BATCH * np.array(list(record["domain_weights"].values()))
         assert (np.abs(given - share) <= 1).all(), (record["step"], given, share)
 
 
@@ -144,7 +144,7 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
     run: Run, tmp_path: Path
 ) -> None:
     domains = yaml.safe_load((run.directory / "domains.yaml").read_text())
-    final = run.evaluations[-1]["weights"]
+    final = run.evaluations[-1]["domain_weights"]
     assert {d["name"]: d["weight"] for d in domains} == final
     assert {d["name"]: d["reference_loss"] for d in domains} == REFERENCES
     run_distributed(extract, 1, run.directory)
@@ -166,7 +166,7 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
     ]
     run_distributed(train, 1, config)
     first = records(tmp_path / "continue", "evaluation")[0]
-    assert first["weights"] == final
+    assert first["domain_weights"] == final
     assert first["references"] == REFERENCES
 
 

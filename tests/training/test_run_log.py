@@ -107,19 +107,19 @@ def test_a_start_tells_what_trains_where(config: RunConfig) -> None:
     assert first["tokens_per_step"] == 64
     for package in ("torch", "megatron-core", "numpy", "tensorboard", "wandb"):
         assert first["versions"][package].startswith(version(package))
-    assert first["weights"] == {"first": 0.7, "second": 0.3}
+    assert first["domain_weights"] == {"first": 0.7, "second": 0.3}
     at_three = records(config.run_dir, "evaluation")[1]
-    assert second["weights"] == at_three["weights"]
+    assert second["domain_weights"] == at_three["domain_weights"]
 
 
 def test_the_parts_of_a_step_are_within_it(config: RunConfig) -> None:
-    weights = {r["step"]: r["weights"] for r in records(config.run_dir, "evaluation")}
+    weights = {r["step"]: r["domain_weights"] for r in records(config.run_dir, "evaluation")}
     for step in (r for r in written(config) if r["kind"] == "step"):
         parts = step["data_seconds"] + step["forward_backward_seconds"]
         assert 0 < step["forward_backward_seconds"] < parts < step["seconds"]
         assert step["tokens_per_second"] == pytest.approx(64 / step["seconds"])
         assert step["tokens"] == 64 * step["step"]
-        assert step["weights"] == weights[0 if step["step"] <= 3 else 3]
+        assert step["domain_weights"] == weights[0 if step["step"] <= 3 else 3]
         assert {name: np.shape(rows) for name, rows in step["multipliers"].items()} == {
             **{"layer": (2, 1), "hidden": (2, 1), "head": (2, 3), "intermediate": (2, 3)}
         }
@@ -180,7 +180,7 @@ def expected_scalars(config: RunConfig) -> dict[str, dict[int, float]]:
         for field, value in record.items():
             if field in ("kind", "step", "time", "mfu") or (record["kind"], field) == (
                 "step",
-                "weights",
+                "domain_weights",
             ):
                 continue
             if not isinstance(value, dict):
@@ -202,7 +202,7 @@ def test_tensorboard_shows_every_number_once(config: RunConfig) -> None:
     events.Reload()
     expected = expected_scalars(config)
     assert set(events.Tags()["scalars"]) == set(expected)
-    assert {"step/loss", "losses/first", "weights/first", "sparsity/head"} < set(expected)
+    assert {"step/loss", "losses/first", "domain_weights/first", "sparsity/head"} < set(expected)
     for tag, values in expected.items():
         shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in shown] == list(values), tag

@@ -19,13 +19,17 @@ from megashear.training.terminal import Terminal
 
 START = {
     **{"kind": "start", "step": 0, "stage": "prune", "time": "2026-11-23T05:40:00Z"},
-    **{"weights": {"cc": 0.7, "github": 0.3}, "layout": {"tensor": 2, "data": 4}, "job": "17"},
+    **{
+        "domain_weights": {"cc": 0.7, "github": 0.3},
+        "layout": {"tensor": 2, "data": 4},
+        "job": "17",
+    },
     **{"hosts": ["n1", "n2"], "device": "NVIDIA H100 80GB HBM3"},
 }
 EVALUATION = {
     **{"kind": "evaluation", "step": 4, "losses": {"cc": 2.10149, "github": 0.8119}},
     **{"references": {"cc": 1.9643}, "gaps": {"cc": 0.13719}},
-    **{"weights": {"cc": 0.75, "github": 0.25}},
+    **{"domain_weights": {"cc": 0.75, "github": 0.25}},
 }
 
 
