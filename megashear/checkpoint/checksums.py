@@ -16,10 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megashear.checkpoint.agreement import on_each_process, on_first_process
 from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.files import read_small
+from megashear.platform.collectives import on_each_process, on_first_process
 
 FILE = "checksums.json"
 Checksum = dict[str, Any]

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.extraction import read_pruned
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.load import fill_from_reader
-from megashear.checkpoint.manager import is_huggingface, is_megatron_lm, open_weights, read_info
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.info import is_megatron_lm, read_info
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.models import fill_from_reader, is_huggingface, open_weights
 from megashear.config.schema import ParallelConfig
 from megashear.console import progress
 from megashear.errors import CheckpointError

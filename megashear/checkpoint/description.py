@@ -7,18 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.extraction import PrunedRun, read_pruned
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.hf_config import printable
-from megashear.checkpoint.manager import (
-    HUGGINGFACE,
-    CheckpointInfo,
-    Record,
-    is_huggingface,
-    read_info,
-    versions,
-)
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.foreign import printable
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.info import HUGGINGFACE, CheckpointInfo, Record, read_info
+from megashear.checkpoint.masks import PrunedRun, read_pruned
+from megashear.checkpoint.models import is_huggingface, versions
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ModelShape
 from megashear.config.shapes import allowed_layouts
 from megashear.pruning.counting import parameter_count

@@ -15,6 +15,7 @@ from megashear.config.loader import load_domains
 from megashear.config.schema import ParallelConfig, RunConfig, TrainerConfig
 from megashear.config.validate import CHOICES
 from megashear.errors import DataError
+from megashear.files import write_durably
 
 if TYPE_CHECKING:
     from megashear.training.measure import Measured
@@ -87,10 +88,8 @@ def run(args: argparse.Namespace) -> None:
     for each in measured:
         print(f"\n{measured_table(each, config)}")
     if args.json is not None:
-        from megashear.checkpoint.manager import write_durably
-
         records = [record(each, config) for each in measured]
-        write_durably(args.json, json.dumps({"models": records}, indent=1) + "\n")
+        write_durably(args.json, json.dumps({"models": records}, indent=1) + "\n", DataError)
         print(f"\nwritten to {args.json}")
 
 

@@ -190,12 +190,13 @@ def read_source(path: Path) -> ModelShape:
         return load_shape(path)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
-        from megashear.checkpoint.hf_config import read_json, shape_from_hf_config
+        from megashear.checkpoint.foreign import read_json
+        from megashear.checkpoint.hf.config import shape_from_hf_config
 
         return shape_from_hf_config(read_json(file), str(file))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not here. Give its sizes or config.json: --source-shape")
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.models import read_shape
 
     return read_shape(path)
 

@@ -17,6 +17,7 @@ from megashear.commands import evaluate
 from megashear.config.loader import load_domains, load_target
 from megashear.config.schema import Domain, ModelShape
 from megashear.errors import DataError, ShearError
+from megashear.files import write_durably
 
 EPILOG = """\
 Both write a YAML file that a run takes as `data.domains_from` (or copy its `domains` into the
@@ -148,7 +149,7 @@ def _parameters(file: Path) -> int:
     Raises:
         DataError: it names none, or the source of the run cannot be read.
     """
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.models import read_shape
     from megashear.pruning.counting import parameter_count
     from megashear.pruning.masks import resolve_target
 
@@ -195,13 +196,12 @@ def _write(
     warnings: Sequence[str] = (),
 ) -> None:
     """The YAML file, and its plot as a page."""
-    from megashear.checkpoint.manager import write_durably
     from megashear.report import plots
 
     text = yaml.safe_dump(content, sort_keys=False, width=100)
     use = f"for a run: data.domains_from: {args.out}"
     head = [f"megashear {shlex.join(sys.argv[1:])}", use, *warnings]
-    write_durably(args.out, "".join(f"# {line}\n" for line in head) + text)
+    write_durably(args.out, "".join(f"# {line}\n" for line in head) + text, DataError)
     print(f"\nwritten to {args.out}: for a run, data.domains_from={args.out}")
-    write_durably(_plot(args), draw(plots))
+    write_durably(_plot(args), draw(plots), DataError)
     print(f"plot: {_plot(args)}")

@@ -75,7 +75,7 @@ def _check_shapes(file: Path, chain: Chain, prune: RunConfig, go_on: RunConfig) 
     Raises:
         ConfigError: with every problem.
     """
-    from megashear.checkpoint.manager import read_shape
+    from megashear.checkpoint.models import read_shape
     from megashear.config.validate import problems
     from megashear.errors import ConfigError
     from megashear.pruning.masks import resolve_target

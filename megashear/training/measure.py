@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megashear.checkpoint.extraction import read_pruned
-from megashear.checkpoint.load import load_model
-from megashear.checkpoint.manager import is_huggingface, read_info, read_shape
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.models import is_huggingface, load_model, read_shape
 from megashear.config.schema import RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import Problem

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from megashear.checkpoint.agreement import on_first_process
 from megashear.errors import CheckpointError, PlatformError
 from megashear.platform import slurm
+from megashear.platform.collectives import on_first_process
 from megashear.platform.launched import report_once
 
 FORMER_SELF_S = 60.0

@@ -15,13 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.agreement import on_each_process
-from megashear.checkpoint.manager import versions, write_durably
+from megashear.checkpoint.models import versions
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.errors import PlatformError
-from megashear.files import flush
+from megashear.files import flush, write_durably
 from megashear.hardware import gpu_of_device
 from megashear.platform import cuda, slurm
+from megashear.platform.collectives import on_each_process
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import flops_per_token, parameter_count
 from megashear.records import (
@@ -74,7 +74,7 @@ class RunLog:
                 continue  # a line cut by a crash belongs to a step that is done again
             if keep:
                 kept.append(line + "\n")
-        write_durably(self.file, "".join(kept))
+        write_durably(self.file, "".join(kept), PlatformError)
 
     def flush(self) -> None:
         """Make the records survive a crash of the machine, before a checkpoint does.

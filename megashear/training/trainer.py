@@ -21,19 +21,25 @@ import torch
 from torch import Tensor
 
 from megashear import console
-from megashear.checkpoint import manager
-from megashear.checkpoint.agreement import on_first_process
-from megashear.checkpoint.load import load_model
-from megashear.checkpoint.manager import CheckpointInfo
-from megashear.checkpoint.run_checkpoints import CheckpointManager
+from megashear.checkpoint.info import CheckpointInfo, read_info
+from megashear.checkpoint.models import (
+    generation_of,
+    history_of,
+    is_huggingface,
+    load_model,
+    read_shape,
+)
+from megashear.checkpoint.runs import CheckpointManager
 from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, settings, to_yaml
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.domain_weights import DomainWeights
 from megashear.data.loader import Fetcher, MicroBatch, TrainLoader, torch_fetcher
 from megashear.errors import CheckpointError, TrainingError
+from megashear.files import write_durably
 from megashear.model.build import build_model
 from megashear.platform import cuda
+from megashear.platform.collectives import on_first_process
 from megashear.platform.cuda import Moment, ToHost
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import flops_per_token, parameter_count
@@ -54,7 +60,7 @@ def source_shape(config: RunConfig) -> ModelShape:
     if config.model is not None:
         return config.model
     assert config.init_from is not None
-    return manager.read_shape(config.init_from)
+    return read_shape(config.init_from)
 
 
 class Trainer:
@@ -79,8 +85,8 @@ class Trainer:
         if resumed is not None:
             _refuse_other_config(resumed, config)
         self.step = resumed.step if resumed else 0
-        self.history = resumed.history if resumed else manager.history_of(config.init_from)
-        kept = resumed.generation if resumed else manager.generation_of(config.init_from)
+        self.history = resumed.history if resumed else history_of(config.init_from)
+        kept = resumed.generation if resumed else generation_of(config.init_from)
         self.generation = kept
         resumed_step = resumed.step if resumed else None
         self.log = RunLog(config, platform.rank == 0, resumed_step)
@@ -163,9 +169,9 @@ class Trainer:
             return str(Path(given).resolve())
         if init_from is None:
             return None
-        if manager.is_huggingface(init_from):
+        if is_huggingface(init_from):
             return str(Path(init_from).resolve())
-        return manager.read_info(init_from).tokenizer
+        return read_info(init_from).tokenizer
 
     def _resume(self, info: CheckpointInfo) -> None:
         self.platform.heartbeat.mark("loading of a checkpoint", info.step)
@@ -400,12 +406,12 @@ class Trainer:
         domains = [replace(domain, weight=weight) for domain, weight in weights]
         self.log.flush()
         self.checkpoints.directory.mkdir(exist_ok=True)  # before DOMAINS_FILE, which tells of it
-        manager.write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains))
-        manager.write_durably(self.run_dir / "config.yaml", to_yaml(self.config))
+        write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains), CheckpointError)
+        write_durably(self.run_dir / "config.yaml", to_yaml(self.config), CheckpointError)
         if masks := self.objective.extracted():
             packed = {name: pack(rows) for name, rows in masks.items()}
             text = json.dumps({"step": self.step, "masks": packed})
-            manager.write_durably(self.run_dir / KEPT_UNITS_FILE, text)
+            write_durably(self.run_dir / KEPT_UNITS_FILE, text, CheckpointError)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

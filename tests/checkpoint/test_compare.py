@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megashear.checkpoint.compare import logits, logits_difference
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
-from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.hf.writer import write_huggingface
+from megashear.checkpoint.info import CheckpointInfo
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.models import write_model
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.errors import CheckpointError
 from megashear.platform.parallel import single_process

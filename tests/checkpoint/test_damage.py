@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from megashear.checkpoint.checksums import damage, verify
-from megashear.checkpoint.convert import export_huggingface
-from megashear.checkpoint.extraction import read_pruned
-from megashear.checkpoint.manager import read_info
+from megashear.checkpoint.dense import export_huggingface
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError, PlatformError, ShearError
 from megashear.platform import parallel

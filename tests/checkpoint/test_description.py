@@ -7,7 +7,7 @@ from dataclasses import replace
 import yaml
 
 from megashear.checkpoint.description import model_card
-from megashear.checkpoint.manager import CheckpointInfo, Record
+from megashear.checkpoint.info import CheckpointInfo, Record
 from megashear.pruning.counting import parameter_count
 from tests.support.runs import GQA
 

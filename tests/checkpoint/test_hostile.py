@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megashear.checkpoint.checksums import FILE, checksum
-from megashear.checkpoint.convert import export_huggingface, import_huggingface
-from megashear.checkpoint.manager import INFO, read_info
-from megashear.checkpoint.mapping import to_hf
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.dense import export_huggingface, import_huggingface
+from megashear.checkpoint.hf.mapping import to_hf
+from megashear.checkpoint.info import INFO, read_info
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.errors import CheckpointError
 from tests.checkpoint import hostile
 from tests.checkpoint.hostile import BIN, WEIGHTS, Case, read_header

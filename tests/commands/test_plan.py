@@ -12,7 +12,7 @@ import yaml
 from megashear import cli
 from megashear.config.loader import load_config
 from megashear.errors import CheckpointError, ConfigError
-from tests.checkpoint.test_released_configs import LLAMA_2_7B
+from tests.checkpoint.hf.test_released_configs import LLAMA_2_7B
 from tests.support.make_tokenizer import REPOSITORY
 
 RECIPE = REPOSITORY / "examples" / "configs" / "llama2-7b-to-1.3b"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megashear import cli
-from megashear.checkpoint.manager import CheckpointInfo
+from megashear.checkpoint.info import CheckpointInfo
 from megashear.config.loader import load_config
 from megashear.config.schema import Domain
 from megashear.errors import ConfigError, DataError

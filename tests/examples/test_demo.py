@@ -15,7 +15,8 @@ import pytest
 import transformers
 
 from megashear import cli
-from megashear.checkpoint.manager import read_info, read_shape
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target

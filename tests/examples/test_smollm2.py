@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import transformers
 
-from megashear.checkpoint.manager import read_shape
+from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target

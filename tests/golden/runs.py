@@ -17,7 +17,8 @@ from typing import Any
 import megatron.core
 import torch
 
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import DataConfig, ParallelConfig, RunConfig
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.checkpoint.hf_config import shape_from_hf_config
+from megashear.checkpoint.hf.config import shape_from_hf_config
 from megashear.config.schema import (
     QUERY_HEAD,
     ModelShape,
@@ -18,7 +18,7 @@ from megashear.config.schema import (
 )
 from megashear.planning.targets import KNOWN, Goal, Known, kv_bytes, propose, weight_bytes, why_none
 from megashear.pruning.counting import parameter_count
-from tests.checkpoint import test_released_configs as released
+from tests.checkpoint.hf import test_released_configs as released
 from tests.support.config_rules import PRUNE, found
 
 LLAMA_2_7B = ModelShape(32, 4096, 32, 11008, 32000)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.hf import write_huggingface
-from megashear.checkpoint.load import load_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.hf.writer import write_huggingface
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.models import load_model
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ModelShape, ParallelConfig, RotaryScaling
 from megashear.model.build import build_model
 from megashear.platform import parallel

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megashear import cli
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import RunConfig
 from megashear.errors import DataError
 from megashear.platform import parallel

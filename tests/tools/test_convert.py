@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megashear.checkpoint.checksums import FILE, checksum
-from megashear.checkpoint.manager import read_info
+from megashear.checkpoint.info import read_info
 from tests.support.hf_models import SIZES, save_llama
 from tests.support.make_tokenizer import make_tokenizer
 from tests.tools.conftest import TOOLS, Tool
@@ -188,7 +188,7 @@ import sys, time
 appended = []
 class Pause:
     def find_spec(self, name, path, target=None):
-        if name != "megashear.checkpoint.stream":
+        if name != "megashear.checkpoint.torch_dist.stream":
             return None
         sys.meta_path.remove(self)
         import torch

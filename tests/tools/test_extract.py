@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megashear.checkpoint.load import load_model
-from megashear.checkpoint.manager import CheckpointInfo, read_info, write_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.info import CheckpointInfo, read_info
+from megashear.checkpoint.models import load_model, write_model
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.model.build import bound_rules, build_model
 from megashear.platform import parallel

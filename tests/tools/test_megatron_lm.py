@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from megashear.checkpoint import writing
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.sharded import place_on_disk
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.torch_dist import background
+from megashear.checkpoint.torch_dist.metadata import place_on_disk
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.platform import parallel
 from tests.support.distributed import run_distributed
@@ -77,7 +77,7 @@ def save(source: Path, out: Path, layout: ParallelConfig) -> None:
         "opt_param_scheduler": {"max_lr": 1e-4, "num_steps": 100},
         "rng_state": ShardedObject("rng_state", [{"random": (3, 4)}], (size,), (rank,)),
     }
-    writing.save(state, out)
+    background.save(state, out)
     parallel.stop()
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from megashear.checkpoint.convert import export_huggingface, import_huggingface
+from megashear.checkpoint.dense import export_huggingface, import_huggingface
 from tests.support.hf_models import SIZES, VARIANTS, save_llama, tokens_of
 from tests.support.make_tokenizer import example
 

@@ -13,8 +13,8 @@ import yaml
 from torch.nn import functional
 
 from megashear import cli
-from megashear.checkpoint.convert import export_huggingface
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+from megashear.checkpoint.dense import export_huggingface, extract_checkpoint
+from megashear.checkpoint.masks import read_pruned
 from megashear.config.loader import domains_to_yaml, load_domains
 from megashear.config.schema import Domain, RunConfig
 from megashear.data.dataset import build_valid_datasets

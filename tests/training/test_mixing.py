@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import read_shape
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.config.schema import RunConfig
 from megashear.errors import ConfigError

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megashear.checkpoint.checksums import checksum
 from megashear.checkpoint.compare import logits, logits_difference
-from megashear.checkpoint.convert import import_huggingface
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import read_info
+from megashear.checkpoint.dense import extract_checkpoint, import_huggingface
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import ParallelConfig, PruningConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel

@@ -38,8 +38,9 @@ def main() -> int:
 
 def extract(arguments: argparse.Namespace, speaks: bool) -> int:
     """Read the masks, say how near they are to their targets, cut, say what came of it."""
+    from megashear.checkpoint.dense import extract_checkpoint
     from megashear.checkpoint.description import compared_rows, layout_rows
-    from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
+    from megashear.checkpoint.masks import read_pruned
     from megashear.config.chain import EXTRACTED
 
     pruned = read_pruned(arguments.run)

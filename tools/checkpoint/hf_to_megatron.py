@@ -26,7 +26,7 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing checkpoint")
     arguments = parser.parse_args()
 
-    from megashear.checkpoint.convert import import_huggingface
+    from megashear.checkpoint.dense import import_huggingface
     from megashear.checkpoint.description import shape_rows
     from megashear.platform import launched
 

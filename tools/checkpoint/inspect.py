@@ -83,7 +83,7 @@ def tables(found: Description) -> Iterator[str]:
         record_rows,
         shape_rows,
     )
-    from megashear.checkpoint.hf_config import printable
+    from megashear.checkpoint.foreign import printable
     from megashear.console import table
 
     info = found.info

@@ -47,10 +47,10 @@ def main() -> None:
     if launched_rank() > 0:
         return  # under torchrun the first process does it all
 
-    from megashear.checkpoint.convert import export_huggingface
+    from megashear.checkpoint.dense import export_huggingface
     from megashear.checkpoint.description import shape_rows
-    from megashear.checkpoint.hf_config import printable
-    from megashear.checkpoint.manager import read_info
+    from megashear.checkpoint.foreign import printable
+    from megashear.checkpoint.info import read_info
 
     info = read_info(arguments.checkpoint, arguments.shape)
     named = info.tokenizer if arguments.tokenizer is None else arguments.tokenizer
@@ -69,7 +69,7 @@ def main() -> None:
 
 def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
     """The tokenizer to copy; of a bare sentencepiece model, one made in `scratch` with its twin."""
-    from megashear.checkpoint.hf_config import printable
+    from megashear.checkpoint.foreign import printable
     from megashear.data.tokenize.tokenizer import save_for_transformers
 
     if named in (None, "none"):

@@ -86,7 +86,8 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
     """int64 [b, s]: the tokens that both models run on."""
     import torch
 
-    from megashear.checkpoint.manager import is_megatron_lm, read_shape
+    from megashear.checkpoint.info import is_megatron_lm
+    from megashear.checkpoint.models import read_shape
 
     if arguments.shape and not (is_megatron_lm(arguments.a) or is_megatron_lm(arguments.b)):
         text = "neither A nor B is a checkpoint of Megatron-LM's own. Leave --shape out"
@@ -110,7 +111,8 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
 
 def read_text(arguments: argparse.Namespace) -> list[int]:
     """The ids of the text, by the tokenizer of whichever side has one."""
-    from megashear.checkpoint.manager import is_huggingface, is_megatron_lm, read_info
+    from megashear.checkpoint.info import is_megatron_lm, read_info
+    from megashear.checkpoint.models import is_huggingface
     from megashear.data.tokenize.tokenizer import load_tokenizer
 
     path = arguments.tokenizer

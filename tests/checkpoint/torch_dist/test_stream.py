@@ -15,9 +15,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megashear.checkpoint import sharded, stream, writing
-from megashear.checkpoint.manager import CheckpointInfo, write_model
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.info import CheckpointInfo
+from megashear.checkpoint.models import write_model
+from megashear.checkpoint.torch_dist import background, stream
+from megashear.checkpoint.torch_dist.metadata import check_metadata
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules
@@ -46,7 +48,7 @@ def save_by_megatron(directory: Path, shape: ModelShape, dtype: torch.dtype) -> 
             key, tensor, *offsets, prepend_axis_num=len(offsets)
         )
     with stream.processes():
-        writing.save(state, directory)
+        background.save(state, directory)
 
 
 def write(directory: Path, shape: ModelShape, dtype: torch.dtype) -> None:
@@ -70,7 +72,7 @@ def test_megatron_reads_the_same_from_it_as_from_its_own(
 ) -> None:
     run_distributed(save_by_megatron, 1, tmp_path / "own", shape, dtype)
     run_distributed(write, 1, tmp_path / "ours", shape, dtype)
-    own, ours = (sharded.check_metadata(tmp_path / name) for name in ("own", "ours"))
+    own, ours = (check_metadata(tmp_path / name) for name in ("own", "ours"))
     assert {**ours.state_dict_metadata} == {**own.state_dict_metadata}
     assert ours.storage_data.keys() == own.storage_data.keys()
     assert ours.planner_data == own.planner_data
@@ -96,13 +98,13 @@ def test_files_are_of_bounded_size_and_the_same_from_any_number_of_processes(
     assert len(names) > 5
     largest = max(tensor.numel() for tensor in weights_of(GQA).values())
     assert all(f.stat().st_size < 4 * max(4096, largest) + 10_000 for f in tmp_path.rglob("__0_*"))
-    one = sharded.check_metadata(tmp_path / "1")
+    one = check_metadata(tmp_path / "1")
     for ranks in (2, 3, 5):
         same, different, missing = filecmp.cmpfiles(
             tmp_path / "1", tmp_path / str(ranks), names, shallow=False
         )
         assert (sorted(same), different, missing) == (names, [], [])
-        other = sharded.check_metadata(tmp_path / str(ranks))
+        other = check_metadata(tmp_path / str(ranks))
         assert list(other.state_dict_metadata.items()) == list(one.state_dict_metadata.items())
         assert other.storage_data == one.storage_data
     read = dict(WeightsReader(tmp_path / "5", GQA).items())

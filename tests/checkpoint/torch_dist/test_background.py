@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from megashear.checkpoint import run_checkpoints, writing
+from megashear.checkpoint import runs
 from megashear.checkpoint.checksums import damage
-from megashear.checkpoint.manager import read_info
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.torch_dist import background
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel
@@ -89,7 +90,7 @@ def gated(config: RunConfig, directory: Path) -> list[tuple[int, list[str]]]:
 
     Returns what checkpoints there are after each step.
     """
-    gate, write = directory / "gate", writing._write
+    gate, write = directory / "gate", background._write
 
     def write_behind_the_gate(*arguments: Any) -> None:
         deadline = time.monotonic() + 60
@@ -98,7 +99,7 @@ def gated(config: RunConfig, directory: Path) -> list[tuple[int, list[str]]]:
             time.sleep(0.01)
         write(*arguments)
 
-    writing._write = write_behind_the_gate
+    background._write = write_behind_the_gate
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     step, found = trainer.train_step, []
@@ -142,7 +143,7 @@ def removing(config: RunConfig) -> list[list[str]]:
     """What is there when a save is complete beside training, and when it has been waited for."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
-    gate, remove, found = threading.Event(), run_checkpoints._remove, []
+    gate, remove, found = threading.Event(), runs._remove, []
 
     def remove_behind_the_gate(*directories: Path) -> None:
         assert gate.wait(60), "the run waited for the removal"
@@ -157,7 +158,7 @@ def removing(config: RunConfig) -> list[list[str]]:
     trainer._finish_save()
     trainer.train_step()
     trainer.save()
-    run_checkpoints._remove = remove_behind_the_gate
+    runs._remove = remove_behind_the_gate
     while trainer.checkpoints.poll() is None:
         time.sleep(0.01)
     look()
@@ -179,7 +180,7 @@ def failing(config: RunConfig, how: str) -> tuple[str, int]:
     """What a run says whose rank 1 cannot write its tensors at step 2; and the step it got to."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
-    write = writing._write
+    write = background._write
 
     def write_in_vain(*arguments: Any) -> None:
         if how == "killed":
@@ -188,7 +189,7 @@ def failing(config: RunConfig, how: str) -> tuple[str, int]:
         write(*arguments)
 
     if platform.rank == 1:
-        writing._write = write_in_vain
+        background._write = write_in_vain
     try:
         trainer.run()
     except CheckpointError as error:
@@ -215,13 +216,13 @@ def test_a_write_that_fails_is_an_error_of_the_run_on_all_ranks(
 def leave(config: RunConfig) -> None:
     """A run that ends while its writer has more to tell than a pipe holds."""
     signal.alarm(30)
-    write = writing._write
+    write = background._write
 
     def write_and_tell_much(jobs: Any, sender: Any, receiver: Any) -> None:
         write(jobs, sender, receiver)
         sender.send(bytes(2**20))
 
-    writing._write = write_and_tell_much
+    background._write = write_and_tell_much
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     trainer.save()

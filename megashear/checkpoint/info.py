@@ -18,33 +18,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform as python_platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
-from torch import Tensor
 
-import megashear
-from megashear.checkpoint import checksums, sharded, stream
-from megashear.checkpoint.agreement import on_first_process
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.hf_config import refuse
+from megashear.checkpoint.foreign import refuse
 from megashear.config.decode import stored
 from megashear.config.loader import load_shape
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError, ConfigError
-from megashear.files import read_small, write_whole
+from megashear.files import read_small
 
 FORMAT = 1
-INFO, LATEST, MASKS = "checkpoint.json", "latest", "masks.safetensors"
+
+INFO, LATEST, MASKS_FILE = "checkpoint.json", "latest", "masks.safetensors"
+
 HUGGINGFACE, MEGATRON_LM = "huggingface", "megatron-lm"
 """Stages of models that were not made here."""
-STAGES = ("pretrain", "prune", "continue", "imported", "extracted")
+
+CHECKPOINT_STAGES = ("pretrain", "prune", "continue", "imported", "extracted")
 """Of those that were."""
+
 ITERATION = "latest_checkpointed_iteration.txt"
 """Beside the checkpoints of Megatron-LM: the number of the newest."""
 
@@ -119,16 +115,6 @@ class CheckpointInfo:
         return (*self.history, Record(*this))
 
 
-def versions() -> dict[str, str]:
-    """What a checkpoint was written with."""
-    return {
-        "megashear": megashear.__version__,
-        "megatron-core": megatron.core.__version__,
-        "torch": str(torch.__version__),
-        "python": python_platform.python_version(),
-    }
-
-
 def find(path: str | Path) -> Path:
     """The checkpoint directory that a path means: itself, or the latest of a run directory.
 
@@ -191,7 +177,11 @@ def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInf
 
 def _impossible(info: CheckpointInfo) -> list[str]:
     """What no checkpoint of ours says, though it is of the right types."""
-    problems = [] if info.stage in STAGES else [f"stage = {info.stage!r} is none of {STAGES}"]
+    problems = (
+        []
+        if info.stage in CHECKPOINT_STAGES
+        else [f"stage = {info.stage!r} is none of {CHECKPOINT_STAGES}"]
+    )
     counts = {"step": info.step, "tokens": info.tokens}
     for index, record in enumerate(info.history):
         counts |= {f"history[{index}].{n}": getattr(record, n) for n in ("steps", "tokens")}
@@ -244,107 +234,6 @@ def is_megatron(path: str | Path) -> bool:
     return is_megatron_lm(path) or any((Path(path) / name).is_file() for name in ours)
 
 
-def is_huggingface(path: str | Path) -> bool:
-    """Whether a path is a Hugging Face model directory."""
-    return (Path(path) / "config.json").is_file()
-
-
-def history_of(path: str | Path | None) -> tuple[Record, ...]:
-    """The stages that led to the model at a path, as of `read_shape`; none to random weights.
-
-    Raises:
-        CheckpointError: as `read_shape`.
-    """
-    if path is None:
-        return ()
-    if is_huggingface(path):
-        return (Record(HUGGINGFACE, str(Path(path).resolve()), read_shape(path)),)
-    return read_info(path).records
-
-
-def generation_of(path: str | Path | None) -> dict[str, Any]:
-    """What the model at a path says of special tokens and generation; nothing of random weights.
-
-    Raises:
-        CheckpointError: as `read_shape`.
-    """
-    if path is None:
-        return {}
-    if is_huggingface(path):
-        return HuggingFaceReader(path).generation
-    return read_info(path).generation
-
-
-def read_shape(path: str | Path, shape_file: Path | None = None) -> ModelShape:
-    """Shape of the model at a path: a checkpoint, a run, or a Hugging Face directory.
-
-    Of Megatron-LM's own checkpoint, and of no other, it is what `shape_file` says.
-
-    Raises:
-        CheckpointError: there is no such thing, or its description cannot be read.
-    """
-    if is_huggingface(path):
-        return HuggingFaceReader(Path(path)).shape
-    return read_info(path, shape_file if is_megatron_lm(path) else None).shape
-
-
-def write_model(
-    directory: Path,
-    info: CheckpointInfo,
-    weights: Iterable[tuple[str, Tensor]],
-    *,
-    overwrite: bool = False,
-) -> CheckpointInfo:
-    """Write a dense model's checkpoint: beside its place, then renamed; a collective.
-
-    Args:
-        directory: where it is to lie.
-        info: of it; `versions` are filled in here.
-        weights: every tensor of `table(info.shape)`; of several processes, each its `share`.
-        overwrite: whether an existing checkpoint there is replaced.
-
-    Raises:
-        CheckpointError: the directory exists, or the weights do not fit the shape.
-    """
-    info = dataclasses.replace(info, versions=versions(), directory=directory)
-    known = {"content": (INFO, checksums.FILE, "model/"), "overwrite": overwrite}
-    with stream.processes(), stream.shared_directory(directory, **known) as partial:
-        sums = stream.write_weights(partial / "model", info.shape, weights)
-        on_first_process(lambda: (partial / INFO).write_text(info.to_json()))
-        checksums.seal(partial, {str(file.relative_to(partial)): sums[file] for file in sums})
-    return info
-
-
-def open_weights(info: CheckpointInfo) -> sharded.WeightsReader:
-    """What reads the weights of a checkpoint tensor by tensor; a collective where there are ranks.
-
-    Raises:
-        CheckpointError: they are damaged, or not of the shape that the checkpoint says.
-    """
-    if info.stage != MEGATRON_LM:  # which has no checksums
-        checksums.verify(info.directory, INFO, "model")
-    return sharded.WeightsReader(info.model_directory, info.shape)
-
-
-@contextmanager
-def reading_weights(info: CheckpointInfo) -> Iterator[sharded.WeightsReader]:
-    """The same in one process, for a block beside which a thread looks for damage.
-
-    Raises:
-        CheckpointError: as `open_weights`, of damage at the end of the block.
-    """
-    is_ours = info.stage != MEGATRON_LM
-    with checksums.verifying(info.directory, INFO, "model") if is_ours else nullcontext():
-        yield sharded.WeightsReader(info.model_directory, info.shape)
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Write a small file so that after a crash it is there whole or as it was before.
-
-    Raises:
-        CheckpointError: it cannot be written (a full disk).
-    """
-    try:
-        write_whole(file, text)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written: {error}") from error
+def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """`bfloat16` and the like, each once."""
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})

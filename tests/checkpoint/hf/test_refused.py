@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megashear.checkpoint.hf import HuggingFaceReader
+from megashear.checkpoint.hf.reader import HuggingFaceReader
 from megashear.errors import CheckpointError
 from tests.support.hf_models import (
     change_config,

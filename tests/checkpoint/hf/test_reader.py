@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.hf.writer import write_huggingface
 from tests.support.hf_models import (
     VARIANTS,
     assert_same_tensors,

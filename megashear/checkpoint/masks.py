@@ -1,4 +1,4 @@
-"""Cuts the target model out of a pruning run's checkpoint, into a dense checkpoint of its own."""
+"""The masks of a pruning run, as its checkpoints have them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megashear.checkpoint.checksums import verify
-from megashear.checkpoint.manager import (
-    INFO,
-    MASKS,
-    CheckpointInfo,
-    open_weights,
-    read_info,
-    write_model,
-)
-from megashear.checkpoint.stream import processes, share
+from megashear.checkpoint.info import INFO, MASKS_FILE, CheckpointInfo, read_info
 from megashear.config.schema import QUERY_GROUP
-from megashear.console import progress
 from megashear.console import table as text_table
 from megashear.errors import CheckpointError
-from megashear.platform.launched import launched_rank
 from megashear.pruning.extract import (
     OffTarget,
-    extract,
     format_off_target,
     off_target,
-    uniform_shape,
 )
 from megashear.pruning.lagrangian import constraint_targets, constraints
 from megashear.pruning.masks import Masks
@@ -104,12 +92,12 @@ def read_pruned(path: Path) -> PrunedRun:
         CheckpointError: there is none, or it is not of a pruning run, or it is damaged.
     """
     info = read_info(path)
-    file = info.directory / MASKS
+    file = info.directory / MASKS_FILE
     if info.stage != "prune":
         raise CheckpointError(
             f"{info.directory} is of stage {info.stage}: there are no masks in it"
         )
-    verify(info.directory, INFO, MASKS)
+    verify(info.directory, INFO, MASKS_FILE)
     config = yaml.safe_load(info.config or "{}")
     head_unit = config.get("pruning", {}).get("head_unit", QUERY_GROUP)
     masks = Masks(info.shape, info.target, head_unit)
@@ -149,31 +137,3 @@ def _ends(values: Tensor) -> tuple[Any, Any]:
 
 def _range(ends: tuple[float, float], form: str) -> str:
     return " to ".join(dict.fromkeys(format(end, form) for end in ends))
-
-
-def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write the dense target model of a pruning run; each process cuts and writes its share.
-
-    Args:
-        pruned: what `read_pruned` returned.
-        out: directory of the dense checkpoint.
-        overwrite: whether an existing one is replaced.
-
-    Raises:
-        CheckpointError: the layers do not come out alike, or `out` exists.
-    """
-    info, z = pruned.info, pruned.z
-    head_unit = pruned.masks.head_unit
-    shape = uniform_shape(info.shape, z, head_unit)
-    dense = CheckpointInfo(
-        shape=shape,
-        stage="extracted",
-        history=info.records,
-        tokenizer=info.tokenizer,
-        generation=info.generation,
-    )
-    with processes():
-        names = share(shape)
-        weights = extract(info.shape, z, open_weights(info).read, head_unit, names)
-        shown = progress(weights, "extracting", len(names), "tensors", speaks=launched_rank() == 0)
-        return write_model(out, dense, shown, overwrite=overwrite)

@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megashear.checkpoint import checksums, sharded, stream, writing
-from megashear.checkpoint.extraction import extract_checkpoint, read_pruned
-from megashear.checkpoint.manager import CheckpointInfo, read_info
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint import checksums
+from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.info import CheckpointInfo, read_info
+from megashear.checkpoint.masks import read_pruned
+from megashear.checkpoint.torch_dist import background, stream
+from megashear.checkpoint.torch_dist.reader import WeightsReader
+from megashear.checkpoint.torch_dist.state import without_extra_state
 from megashear.config.schema import ParallelConfig, PlatformConfig, RunConfig
 from megashear.model.build import build_model
 from megashear.platform import parallel
@@ -22,7 +25,7 @@ from megashear.pruning.extract import extract
 from megashear.pruning.masks import Masks
 from megashear.pruning.table import param_rules
 from megashear.training.trainer import Trainer
-from tests.checkpoint.test_stream import BIG, peak_of
+from tests.checkpoint.torch_dist.test_stream import BIG, peak_of
 from tests.support.distributed import run_distributed
 from tests.support.runs import (
     GENERATION,
@@ -141,8 +144,8 @@ def save_big(directory: Path) -> None:
         info = CheckpointInfo(BIG, "prune", target=target)
         (directory / "run" / "checkpoint.json").write_text(info.to_json())
     platform.largest(0)
-    state = sharded.without_extra_state(chunks[0].sharded_state_dict())
-    writing.save(state, directory / "run" / "model")
+    state = without_extra_state(chunks[0].sharded_state_dict())
+    background.save(state, directory / "run" / "model")
     checksums.seal(directory / "run", {})
     parallel.stop()
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.manager import find, read_info, read_shape
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.info import find, read_info
+from megashear.checkpoint.models import read_shape
+from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.model.build import bound_rules

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megashear.checkpoint.optimizer_state import rectangles
+from megashear.checkpoint.torch_dist.optimizer import rectangles
 from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.model.build import bound_rules
 from megashear.platform import parallel

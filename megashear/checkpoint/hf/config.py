@@ -9,20 +9,14 @@ by `hf_rotary`. Imports neither Megatron nor transformers.
 
 from __future__ import annotations
 
-import json
 import reprlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
-from megashear.checkpoint.hf_rotary import NESTED, THETA, positive, read_rotary, rotary_settings
-from megashear.checkpoint.mapping import FAMILIES, PARTS, Family
+from megashear.checkpoint.foreign import refuse
+from megashear.checkpoint.hf.mapping import FAMILIES, PARTS, Family
+from megashear.checkpoint.hf.rotary import NESTED, THETA, positive, read_rotary, rotary_settings
 from megashear.config.schema import ModelShape
-from megashear.errors import CheckpointError
-from megashear.files import read_small
-
-MOST_LINES, LONGEST_LINE = 50, 500
-"""Problems that one message lists, and characters of each; wrong files can make thousands."""
 
 LARGEST = 2**20
 """Largest size believed; a config that claims more is damaged (positions may be more)."""
@@ -38,11 +32,14 @@ SIZES = {
     "max_position_embeddings": "max_position_embeddings",
 }
 """Fields of the shape that are sizes, and their keys in config.json."""
+
 DERIVED = ("num_key_value_heads", "head_dim")
 """Sizes that follow from the others where they are left out."""
 
 NO_BIAS = "this architecture has no such biases in transformers"
+
 NO_WINDOW = "this architecture has no sliding window in transformers"
+
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only the gated SiLU feed-forward is supported"),
     "attention_bias": ((False,), NO_BIAS),
@@ -67,11 +64,13 @@ ORIGIN = (
     "torch_dtype use_bfloat16 torchscript tokenizer_class unsloth_version unsloth_fixed "
     "transformers.js_config max_sequence_length"
 )
+
 RUNNING = (
     "initializer_range use_cache output_attentions output_hidden_states return_dict "
     "return_dict_in_generate output_scores chunk_size_feed_forward tf_legacy_loss is_decoder "
     "_attn_implementation_autoset attn_implementation _attn_implementation"
 )
+
 GENERATION = (
     "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id "
     "forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens "
@@ -80,53 +79,20 @@ GENERATION = (
     "exponential_decay_length_penalty remove_invalid_values early_stopping max_length "
     "max_new_tokens min_length num_beams num_beam_groups diversity_penalty num_return_sequences"
 )
+
 OTHER_MODELS = (
     "id2label label2id num_labels problem_type task_specific_params finetuning_task "
     "tie_encoder_decoder cross_attention_hidden_size"
 )
+
 NEUTRAL = frozenset(f"{ORIGIN} {RUNNING} {GENERATION} {OTHER_MODELS}".split())
 """Keys known not to change the mathematics of a causal language model, whatever their value."""
 
 NORM, TIED, LAYER_TYPES = "rms_norm_eps", "tie_word_embeddings", "layer_types"
+
 FULL, SLIDING = "full_attention", "sliding_attention"
+
 EMPTY: tuple[Any, ...] = (None, {}, [], "")
-
-
-def refuse(source: object, problems: Sequence[str]) -> NoReturn:
-    """Raise one CheckpointError that lists every problem found in `source`."""
-    count = len(problems)
-    lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
-    lines += [f"  {printable(problem)}" for problem in problems[:MOST_LINES]]
-    lines += [f"  and {count - MOST_LINES} more"] if count > MOST_LINES else []
-    raise CheckpointError("\n".join(lines))
-
-
-def printable(text: str) -> str:
-    """A line that says what a foreign file says, and does nothing to a terminal."""
-    text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
-
-    Raises:
-        CheckpointError: it is missing or holds something else.
-    """
-    try:
-        value = json.loads(read_small(file))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: must be a mapping")
-    return value
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that people read too."""
-    file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.json") -> ModelShape:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import writing
 from megashear.checkpoint.compare import megatron_logits
-from megashear.checkpoint.convert import export_huggingface, import_huggingface
-from megashear.checkpoint.hf import HuggingFaceReader
-from megashear.checkpoint.load import load_model, sharded_weights
-from megashear.checkpoint.manager import read_info
-from megashear.checkpoint.sharded import WeightsReader
+from megashear.checkpoint.dense import export_huggingface, import_huggingface
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.info import read_info
+from megashear.checkpoint.models import load_model
+from megashear.checkpoint.torch_dist import background
+from megashear.checkpoint.torch_dist.reader import WeightsReader
+from megashear.checkpoint.torch_dist.state import sharded_weights
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.model.build import build_model
 from megashear.platform import parallel
@@ -55,7 +56,7 @@ def save_again(directory: Path, layout: str) -> dict[str, dict[str, Any]]:
         shape = read_info(imported).shape
         chunks = build_model(shape, platform, LAYOUTS[layout], TOKENS.shape[1])
         load_model(imported, chunks, platform)
-        writing.save(sharded_weights(chunks), saved)
+        background.save(sharded_weights(chunks), saved)
         again, source = WeightsReader(saved, shape), HuggingFaceReader(directory / name / "source")
         found["wrong"][name] = [
             key for key, tensor in again.items() if not torch.equal(tensor, source.read(key))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megashear.checkpoint.hf import write_huggingface
+from megashear.checkpoint.hf.writer import write_huggingface
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules

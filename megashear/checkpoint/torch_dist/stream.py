@@ -29,13 +29,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megashear.checkpoint import sharded, writing
-from megashear.checkpoint.agreement import on_each_process, on_first_process
+from megashear.checkpoint.atomic import whole_directory
 from megashear.checkpoint.checksums import Checksum, checksum
-from megashear.checkpoint.whole import whole_directory
+from megashear.checkpoint.torch_dist import background
+from megashear.checkpoint.torch_dist.metadata import check_metadata, place_on_disk
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.files import flush
+from megashear.platform.collectives import on_each_process, on_first_process
 from megashear.platform.parallel import single_process
 from megashear.pruning.table import param_rules
 
@@ -105,7 +106,7 @@ def write_weights(
         CheckpointError: tensors are missing, unexpected, of the wrong shape or of another type
             than in other layers (all are named), or cannot be written, here or elsewhere.
     """
-    writing.save({}, directory)
+    background.save({}, directory)
     home, mine = files(shape), share(shape)
     parts = []
     with _Files(directory, home, shape, mine) as files_of_mine:
@@ -180,7 +181,7 @@ class _Files:
 
 
 def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
-    _, layer = sharded.place_on_disk(name)
+    _, layer = place_on_disk(name)
     try:
         with file.open("ab") as stream:
             start = stream.tell()
@@ -225,7 +226,7 @@ def _mixed_types(entries: Iterable[_Entry]) -> Iterator[str]:
     """Tensors of another type than in the first layer; a checkpoint has one type for all layers."""
     first: dict[str, torch.dtype] = {}
     for entry in entries:
-        key, _ = sharded.place_on_disk(entry.name)
+        key, _ = place_on_disk(entry.name)
         dtype = first.setdefault(key, entry.properties.dtype)
         if entry.properties.dtype != dtype:
             yield f"{entry.name} is {entry.properties.dtype}, layers before it are {dtype}"
@@ -233,11 +234,11 @@ def _mixed_types(entries: Iterable[_Entry]) -> Iterator[str]:
 
 def _enter(directory: Path, shape: ModelShape, entries: Iterable[_Entry]) -> None:
     """Put tensors into the table of contents."""
-    metadata = sharded.check_metadata(directory)
+    metadata = check_metadata(directory)
     vars(metadata).pop("all_local_plans", None)  # Megatron-Core's note on how it wrote nothing
     sizes = {rule.name: rule.shape() for rule in param_rules(shape)}
     for name, properties, place in entries:
-        key, layer = sharded.place_on_disk(name)
+        key, layer = place_on_disk(name)
         stacked, size = tuple(shape.num_layers for _ in layer), sizes[name]
         whole = TensorStorageMetadata(properties, torch.Size((*stacked, *size)), [])
         held = metadata.state_dict_metadata.setdefault(key, whole)

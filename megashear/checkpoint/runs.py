@@ -16,24 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megashear.checkpoint import checksums, sharded
-from megashear.checkpoint.agreement import on_each_process, on_first_process
-from megashear.checkpoint.load import fill_from_checkpoint, sharded_weights
-from megashear.checkpoint.manager import (
-    INFO,
-    LATEST,
-    MASKS,
-    CheckpointInfo,
-    read_info,
-    versions,
-    write_durably,
-)
-from megashear.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
-from megashear.checkpoint.whole import flush_tree
-from megashear.checkpoint.writing import Writing
+from megashear.checkpoint import checksums
+from megashear.checkpoint.atomic import flush_tree
+from megashear.checkpoint.info import INFO, LATEST, MASKS_FILE, CheckpointInfo, read_info
+from megashear.checkpoint.models import versions
+from megashear.checkpoint.torch_dist.background import Writing
+from megashear.checkpoint.torch_dist.optimizer import load_optimizer_state, optimizer_state
+from megashear.checkpoint.torch_dist.state import fill_from_checkpoint, load, sharded_weights
 from megashear.config.loader import DOMAINS_FILE
 from megashear.errors import CheckpointError
-from megashear.files import flush
+from megashear.files import flush, write_durably
+from megashear.platform.collectives import on_each_process, on_first_process
 from megashear.platform.parallel import Platform
 from megashear.platform.random_states import random_states, restore_random_states
 
@@ -97,7 +90,7 @@ class CheckpointManager:
         if self.platform.rank == 0:
             (partial / INFO).write_text(info.to_json())
             if tensors:
-                _write_tensors(partial / MASKS, dict(tensors))
+                _write_tensors(partial / MASKS_FILE, dict(tensors))
         states, plain = random_states(self.platform.device)
         plain["place"] = self.platform.layout_rank
         _write_tensors(self._random_file(partial), states, plain)
@@ -150,7 +143,7 @@ class CheckpointManager:
         shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one `latest` did not get to
         os.replace(partial, final)
         flush(self.directory)
-        write_durably(self.directory / LATEST, final.name + "\n")
+        write_durably(self.directory / LATEST, final.name + "\n", CheckpointError)
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
@@ -231,9 +224,9 @@ class CheckpointManager:
         """
         fill_from_checkpoint(info, chunks)
         state = optimizer_state(sharded_weights(chunks), optimizer)
-        loaded = sharded.load(state, info.directory / "optimizer")
+        loaded = load(state, info.directory / "optimizer")
         load_optimizer_state(state, loaded, optimizer, info.step)
-        file = info.directory / MASKS
+        file = info.directory / MASKS_FILE
         try:
             return load_file(file) if info.stage == "prune" else {}
         except (OSError, SafetensorError) as error:

@@ -25,10 +25,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megashear.checkpoint.agreement import on_each_process, on_first_process
 from megashear.checkpoint.checksums import Checksum, checksum
 from megashear.errors import CheckpointError
 from megashear.platform.checkpoints import BUILT_IN_WRITER, errors_put_off
+from megashear.platform.collectives import on_each_process, on_first_process
 from megashear.platform.parallel import data_and_context_group
 
 _FORK = multiprocessing.get_context("fork")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megashear.checkpoint.hf_config import shape_from_hf_config
+from megashear.checkpoint.hf.config import shape_from_hf_config
 from megashear.config.schema import RotaryScaling
 from megashear.pruning.counting import parameter_count
 

@@ -16,7 +16,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from megashear.checkpoint.hf_config import read_json, refuse
+from megashear.checkpoint.foreign import read_json, refuse
 from megashear.errors import CheckpointError
 from megashear.files import read_small
 

@@ -1,4 +1,4 @@
-"""The two ways between Hugging Face and Megatron: import a model, export a checkpoint."""
+"""Dense models: imported from Hugging Face, cut out of a pruning run, exported."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pathlib import Path
 from torch import Tensor
 
 from megashear.checkpoint.description import model_card
-from megashear.checkpoint.hf import HuggingFaceReader, write_huggingface
-from megashear.checkpoint.manager import (
+from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.hf.writer import write_huggingface
+from megashear.checkpoint.info import (
     HUGGINGFACE,
     CheckpointInfo,
     Record,
-    is_huggingface,
     is_megatron,
-    reading_weights,
-    write_model,
 )
-from megashear.checkpoint.stream import processes, share
+from megashear.checkpoint.masks import PrunedRun
+from megashear.checkpoint.models import is_huggingface, open_weights, reading_weights, write_model
+from megashear.checkpoint.torch_dist.stream import processes, share
 from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.platform.launched import launched_rank
+from megashear.pruning.extract import (
+    extract,
+    uniform_shape,
+)
 
 
 def import_huggingface(
@@ -110,3 +114,31 @@ def _read(
     """Tensors by their names; the progress bar counts names, since it would hold a tensor."""
     for name in progress(names, what, len(names), "tensors", speaks=launched_rank() == 0):
         yield name, read(name)
+
+
+def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
+    """Write the dense target model of a pruning run; each process cuts and writes its share.
+
+    Args:
+        pruned: what `read_pruned` returned.
+        out: directory of the dense checkpoint.
+        overwrite: whether an existing one is replaced.
+
+    Raises:
+        CheckpointError: the layers do not come out alike, or `out` exists.
+    """
+    info, z = pruned.info, pruned.z
+    head_unit = pruned.masks.head_unit
+    shape = uniform_shape(info.shape, z, head_unit)
+    dense = CheckpointInfo(
+        shape=shape,
+        stage="extracted",
+        history=info.records,
+        tokenizer=info.tokenizer,
+        generation=info.generation,
+    )
+    with processes():
+        names = share(shape)
+        weights = extract(info.shape, z, open_weights(info).read, head_unit, names)
+        shown = progress(weights, "extracting", len(names), "tensors", speaks=launched_rank() == 0)
+        return write_model(out, dense, shown, overwrite=overwrite)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megashear.checkpoint.whole import whole_directory
+from megashear.checkpoint.atomic import whole_directory
 from megashear.errors import CheckpointError
 
 FORK = multiprocessing.get_context("fork")

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megashear.checkpoint.info import dtype_names
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of plain weights, by their names in safetensors; others are quantised."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
-    """`bfloat16` and the like, each once."""
-    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
 
 
 class _Shard:

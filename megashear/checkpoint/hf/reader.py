@@ -7,7 +7,7 @@ loader. Imports neither Megatron nor transformers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megashear.checkpoint import shards
-from megashear.checkpoint.hf_config import (
-    hf_config,
-    read_json,
-    refuse,
-    shape_from_hf_config,
-    write_json,
-)
-from megashear.checkpoint.hf_tokenizer import (
-    CONFIG,
-    GENERATION,
-    READERS,
-    TEMPLATES,
+from megashear.checkpoint.foreign import read_json, refuse
+from megashear.checkpoint.hf import safetensors as shards
+from megashear.checkpoint.hf.config import shape_from_hf_config
+from megashear.checkpoint.hf.mapping import hf_tensors, to_megatron
+from megashear.checkpoint.hf.safetensors import DTYPES
+from megashear.checkpoint.hf.tokenizer import (
     Generation,
-    check_generation,
-    copy_tokenizer,
     has_tokenizer,
     read_generation,
-    settings_of,
 )
-from megashear.checkpoint.mapping import hf_tensors, to_hf, to_megatron
-from megashear.checkpoint.shards import DTYPES, dtype_names
-from megashear.checkpoint.whole import whole_directory
-from megashear.config.schema import ModelShape
+from megashear.checkpoint.info import dtype_names
 from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules
 
 SINGLE = (shards.SINGLE, "pytorch_model.bin")
+
 INDICES = (shards.INDEX, "pytorch_model.bin.index.json")
 
-CONTENT = (
-    *(CONFIG, GENERATION, "README.md", "*.safetensors", shards.INDEX),
-    *(*READERS, f"{TEMPLATES}/"),
-)
-"""What is in a directory that we write: patterns for `whole_directory`."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError)
 """What the libraries raise for files that are missing, truncated, or not what they say."""
 
@@ -249,70 +233,3 @@ def _is_plain(name: Any, tensor: Any) -> bool:
     """Whether it is a named tensor with its numbers in memory."""
     named = isinstance(name, str) and isinstance(tensor, Tensor)
     return named and tensor.layout == torch.strided and tensor.device.type == "cpu"
-
-
-def write_huggingface(
-    directory: str | Path,
-    shape: ModelShape,
-    weights: Iterable[tuple[str, Tensor]],
-    *,
-    dtype: str | None = None,
-    tokenizer: str | Path | None = None,
-    generation: Generation | None = None,
-    other_tokenizer: bool = False,
-    card: str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    overwrite: bool = False,
-) -> Path:
-    """Write a model as transformers loads it; what is there is replaced only with `overwrite`.
-
-    Args:
-        directory: where it is to lie.
-        shape: of the model.
-        weights: every tensor of `param_rules(shape)`, under its name; one is held at a time.
-        dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
-        tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
-        generation: what its source says of special tokens and generation.
-        other_tokenizer: whether the tokenizer need not be the source's, so that its ids count.
-        card: text of README.md.
-        max_shard_bytes: size that no file exceeds unless one tensor does.
-        overwrite: as for `whole_directory`.
-
-    Raises:
-        CheckpointError: the weights do not fit the shape or are not finite, transformers cannot
-            express the shape, or the directory exists or cannot be written.
-    """
-    config = hf_config(shape)
-    kept = generation or {}
-    check_generation(kept, shape.vocab_size, "special tokens and generation of the checkpoint")
-    with whole_directory(directory, overwrite=overwrite, content=CONTENT) as partial:
-        told: Generation = {}
-        if tokenizer is not None:
-            told = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
-        ids, settings = settings_of(kept, told, other_tokenizer)
-        tensors = _hf_tensors_of(shape, weights, None if dtype is None else getattr(torch, dtype))
-        names = hf_tensors(shape)
-        config["torch_dtype"] = shards.write_shards(partial, tensors, names, max_shard_bytes)
-        write_json(partial / CONFIG, {**config, **ids})
-        write_json(partial / GENERATION, settings)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-    return Path(directory)
-
-
-def _hf_tensors_of(
-    shape: ModelShape, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of Hugging Face's names and layouts, each checked."""
-    expected = {rule.name: rule.shape() for rule in param_rules(shape)}
-    for name, whole in weights:
-        if expected.pop(name, None) != tuple(whole.shape):
-            text = f"{name} {list(whole.shape)} is unexpected, comes twice or has another shape"
-            raise CheckpointError(f"{text} than the model's")
-        for hf_name, part in to_hf(shape, name, whole.detach()):
-            tensor = part.to("cpu", dtype or part.dtype).contiguous()
-            if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-                raise CheckpointError(f"{name} holds values that are not finite in {tensor.dtype}")
-            yield hf_name, tensor
-    if expected:
-        raise CheckpointError(f"weights are missing: {', '.join(expected)}")

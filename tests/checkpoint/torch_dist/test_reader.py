@@ -15,11 +15,13 @@ import torch
 from megatron.core import package_info
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megashear.checkpoint import sharded, writing
-from megashear.checkpoint.load import fill_from_reader, sharded_weights
-from megashear.checkpoint.optimizer_state import optimizer_state
-from megashear.checkpoint.sharded import WeightsReader
-from megashear.checkpoint.stream import processes, write_weights
+from megashear.checkpoint.models import fill_from_reader
+from megashear.checkpoint.torch_dist import background
+from megashear.checkpoint.torch_dist.metadata import check_metadata
+from megashear.checkpoint.torch_dist.optimizer import optimizer_state
+from megashear.checkpoint.torch_dist.reader import WeightsReader
+from megashear.checkpoint.torch_dist.state import load, sharded_weights
+from megashear.checkpoint.torch_dist.stream import processes, write_weights
 from megashear.config.schema import ModelShape, OptimizerConfig, ParallelConfig, PlatformConfig
 from megashear.errors import CheckpointError
 from megashear.model.build import build_model
@@ -58,8 +60,8 @@ def save_model(source: Path, out: Path, shape: ModelShape, tensor: int) -> None:
     layout = ParallelConfig(tensor=tensor)
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
     (model,) = build_model(shape, platform, layout, seq_length=8)
-    model.load_state_dict(sharded.load(sharded_weights([model]), source), strict=False)
-    writing.save(sharded_weights([model]), out)
+    model.load_state_dict(load(sharded_weights([model]), source), strict=False)
+    background.save(sharded_weights([model]), out)
     parallel.stop()
 
 
@@ -70,7 +72,7 @@ def refusals(directory: Path, tensor: int = 1) -> list[str]:
     (model,) = build_model(SHAPE, platform, layout, seq_length=8)
     messages = []
     for attempt in (
-        lambda: sharded.load(sharded_weights([model]), directory),
+        lambda: load(sharded_weights([model]), directory),
         lambda: list(WeightsReader(directory, SHAPE).items()),
     ):
         try:
@@ -116,7 +118,7 @@ def save_as_megatron_lm(source: Path, out: Path, shape: ModelShape, metadata: An
     moments = optimizer_state(
         sharded_weights(chunks), WeightOptimizer(chunks, OptimizerConfig(), layout, 2).megatron
     )
-    writing.save({"model": state, "optimizer": moments}, out)
+    background.save({"model": state, "optimizer": moments}, out)
     parallel.stop()
 
 
@@ -127,7 +129,7 @@ def test_megatron_lms_own_checkpoint_is_read_up_to_the_vocabulary(
     shape, metadata = MEGATRON_LM[case]
     run_distributed(write, 1, tmp_path / "source", shape)
     run_distributed(save_as_megatron_lm, 2, tmp_path / "source", tmp_path / "out", shape, metadata)
-    keys = sharded.check_metadata(tmp_path / "out").state_dict_metadata
+    keys = check_metadata(tmp_path / "out").state_dict_metadata
     assert ("decoder.layers.1.mlp.linear_fc2.weight" in keys) == bool(metadata)
     assert f"optimizer.state.exp_avg.{EMBEDDING}" in keys
     for vocabulary in (shape.vocab_size, 65, 5):

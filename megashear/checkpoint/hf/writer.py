@@ -1,0 +1,107 @@
+"""Writes a Hugging Face directory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.atomic import whole_directory
+from megashear.checkpoint.hf import safetensors as shards
+from megashear.checkpoint.hf.config import hf_config
+from megashear.checkpoint.hf.mapping import hf_tensors, to_hf
+from megashear.checkpoint.hf.tokenizer import (
+    CONFIG,
+    GENERATION,
+    READERS,
+    TEMPLATES,
+    Generation,
+    check_generation,
+    copy_tokenizer,
+    settings_of,
+)
+from megashear.config.schema import ModelShape
+from megashear.errors import CheckpointError
+from megashear.pruning.table import param_rules
+
+CONTENT = (
+    *(CONFIG, GENERATION, "README.md", "*.safetensors", shards.INDEX),
+    *(*READERS, f"{TEMPLATES}/"),
+)
+"""What is in a directory that we write: patterns for `whole_directory`."""
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that people read too."""
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_huggingface(
+    directory: str | Path,
+    shape: ModelShape,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    generation: Generation | None = None,
+    other_tokenizer: bool = False,
+    card: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as transformers loads it; what is there is replaced only with `overwrite`.
+
+    Args:
+        directory: where it is to lie.
+        shape: of the model.
+        weights: every tensor of `param_rules(shape)`, under its name; one is held at a time.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
+        tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
+        generation: what its source says of special tokens and generation.
+        other_tokenizer: whether the tokenizer need not be the source's, so that its ids count.
+        card: text of README.md.
+        max_shard_bytes: size that no file exceeds unless one tensor does.
+        overwrite: as for `whole_directory`.
+
+    Raises:
+        CheckpointError: the weights do not fit the shape or are not finite, transformers cannot
+            express the shape, or the directory exists or cannot be written.
+    """
+    config = hf_config(shape)
+    kept = generation or {}
+    check_generation(kept, shape.vocab_size, "special tokens and generation of the checkpoint")
+    with whole_directory(directory, overwrite=overwrite, content=CONTENT) as partial:
+        told: Generation = {}
+        if tokenizer is not None:
+            told = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
+        ids, settings = settings_of(kept, told, other_tokenizer)
+        tensors = _hf_tensors_of(shape, weights, None if dtype is None else getattr(torch, dtype))
+        names = hf_tensors(shape)
+        config["torch_dtype"] = shards.write_shards(partial, tensors, names, max_shard_bytes)
+        write_json(partial / CONFIG, {**config, **ids})
+        write_json(partial / GENERATION, settings)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    return Path(directory)
+
+
+def _hf_tensors_of(
+    shape: ModelShape, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of Hugging Face's names and layouts, each checked."""
+    expected = {rule.name: rule.shape() for rule in param_rules(shape)}
+    for name, whole in weights:
+        if expected.pop(name, None) != tuple(whole.shape):
+            text = f"{name} {list(whole.shape)} is unexpected, comes twice or has another shape"
+            raise CheckpointError(f"{text} than the model's")
+        for hf_name, part in to_hf(shape, name, whole.detach()):
+            tensor = part.to("cpu", dtype or part.dtype).contiguous()
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+                raise CheckpointError(f"{name} holds values that are not finite in {tensor.dtype}")
+            yield hf_name, tensor
+    if expected:
+        raise CheckpointError(f"weights are missing: {', '.join(expected)}")

@@ -1,0 +1,1 @@
+"""torch_dist, the checkpoint format of Megatron-Core: read, written concurrently or streamed."""

@@ -1,0 +1,129 @@
+"""A rank's part of a model as a sharded state dict, to be written or filled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+)
+from torch.nn import functional
+
+from megashear.checkpoint.info import CheckpointInfo
+from megashear.checkpoint.torch_dist.metadata import check_metadata, reason_of
+from megashear.errors import CheckpointError
+from megashear.model.build import unwrap
+from megashear.platform.checkpoints import layout_of_newer_release, weights_only
+from megashear.pruning.table import outer_rules
+
+
+def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A sharded state dict without Megatron's `_extra_state` objects.
+
+    They hold fp8 scales of Transformer Engine, are empty otherwise, and are the one thing in a
+    torch_dist checkpoint that torch would unpickle without a check.
+    """
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
+    """Names in a sharded state dict, as Megatron-Core's optimizers expect them."""
+    return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
+
+
+def _without_padding(chunk: Any) -> dict[str, Any]:
+    """The sharded state dict of a chunk, with a vocabulary that is padded in memory alone."""
+    state = without_extra_state(chunk.sharded_state_dict())
+    rules = outer_rules(unwrap(chunk).shape)
+    sizes = {rule.name: rule.axes[0].units for rule in rules if rule.axes[0].vocabulary}
+    for name, entry in state.items():
+        if entry.key in sizes:
+            state[name] = _cut(entry, sizes[entry.key])
+    return state
+
+
+def _cut(entry: ShardedTensor, size: int) -> ShardedTensor | ShardedTensorFactory:
+    """Of a vocabulary what is written and read: its part of `size` rows in all, padded or not."""
+    entry = dataclasses.replace(entry, allow_shape_mismatch=False)
+    if entry.global_shape[0] == size:
+        return entry
+    offset, length = entry.global_offset[0], entry.local_shape[0]
+    rows = len(range(size)[offset : offset + length])
+
+    def build(key: str, data: Tensor, replica_id: Any, _: None) -> list[ShardedTensor]:
+        part = dataclasses.replace(
+            entry,
+            key=key,
+            data=data.detach()[:rows],
+            local_shape=(rows, *entry.local_shape[1:]),
+            global_shape=(size, *entry.global_shape[1:]),
+            global_offset=(min(offset, size), *entry.global_offset[1:]),
+            axis_fragmentations=None,  # no regular grid
+            replica_id=replica_id,
+        )
+        return [part]
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return functional.pad(parts[0], (0, 0, 0, length - rows))
+
+    return ShardedTensorFactory(entry.key, entry.data, build, merge, entry.replica_id)
+
+
+def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    """The sharded state dict of this rank's part of a model; of several chunks one of each."""
+    states = [_without_padding(chunk) for chunk in chunks]
+    names = _chunk_names(chunks)
+    return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore
+
+
+def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for; a collective over all ranks.
+
+    Args:
+        state: the values are Megatron-Core ShardedTensors and the like, to be filled.
+        directory: the checkpoint.
+
+    Raises:
+        CheckpointError: the directory lacks something asked for, or is not a checkpoint.
+    """
+    stored = check_metadata(directory).state_dict_metadata
+    parts = [part for part in nested_values(dict(state)) if isinstance(part, ShardedBase)]
+    objects = [p.key for p in parts if isinstance(stored.get(p.key), BytesStorageMetadata)]
+    if objects:  # torch would unpickle these without a check
+        raise CheckpointError(
+            f"{directory}: refused: holds pickled objects instead of tensors as "
+            f"{', '.join(objects)}. Do not load it"
+        )
+    try:
+        with weights_only():
+            return dist_checkpointing.load(dict(state), str(directory))
+    except (Exception, CheckpointException) as error:  # a damaged checkpoint can fail in any way
+        reason = layout_of_newer_release(directory, stored) or reason_of(error)
+        raise CheckpointError(f"{directory}: cannot be loaded: {reason}") from error
+
+
+def fill_from_checkpoint(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
+    """Fill this rank's part of a model from a checkpoint of any layout that is known to be whole.
+
+    A collective.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    state = sharded_weights(chunks)
+    loaded = load(state, info.model_directory)
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        part, filled = (tree if name is None else tree[name] for tree in (state, loaded))
+        chunk.load_state_dict(filled, strict=False)  # not strict for _extra_state alone:
+        missing = [key for key, value in part.items() if key not in filled and value is not None]
+        if missing:
+            raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
