@@ -34,13 +34,17 @@ from tests.tools import test_megatron_lm as megatron_lm
 
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("data", "checkpoints", "cluster", "metrics")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("walkthrough", "data", "checkpoints", "cluster", "metrics")
+    ),
     *(ROOT / "docs" / f"{name}.md" for name in ("numerics", "configuration")),
     ROOT / "examples" / "smollm2" / "README.md",
     ROOT / "CONTRIBUTING.md",
 ]
 """Pages whose commands a reader types. The log's commands belong to the commits that it names."""
 LINKED = sorted({*DOCUMENTS, *(ROOT / "docs").glob("*.md")})
+NAMING = [file for file in LINKED if file.name != "log.md"]
 PROGRAMS = {"megashear", "python", "torchrun", "make", "pip", "bash", "export", "apt-get"}
 SLURM = {"srun", "sbatch", "scancel", "scontrol", "squeue", "salloc"}
 
@@ -122,7 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
     config = LlamaConfig(**sizes, num_hidden_layers=32, vocab_size=32000)
     config.save_pretrained(world / "7b")
-    for name, tree in yaml_files(ROOT / "README.md").items():
+    for name, tree in yaml_files(ROOT / "docs" / "walkthrough.md").items():
         small = shrink(tree) if "stage" in tree else tree
         (world / name).write_text(yaml.safe_dump(small))
     for name, size in (("7b", 7e9), ("13b", 13e9), ("70b", 70e9)):
@@ -178,11 +182,12 @@ def is_elsewhere(command: str) -> bool:
 
 
 def test_the_documents_show_commands() -> None:
-    assert len(commands(ROOT / "README.md")) > 15
+    assert len(commands(ROOT / "README.md")) > 6
+    assert len(commands(ROOT / "docs" / "walkthrough.md")) > 12
     assert len(shown()) > 30
 
 
-@pytest.mark.slow  # 90 s: the walk-through of the README and more
+@pytest.mark.slow  # 90 s: the walkthrough and more
 def test_every_command_runs(world: Path) -> None:
     here = dict.fromkeys(command for _, command in shown() if not is_elsewhere(command))
     assert len(here) >= 20
@@ -224,3 +229,19 @@ def test_the_program_of_the_library_page_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "the small model has 2 layers" in done.stdout
+
+
+def test_the_picture_has_the_numbers_of_the_demo() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| model | parameters |")[1].split("\n\n")[0]
+    picture = (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8")
+    losses = re.findall(r"\d\.\d{3}", table)
+    assert len(losses) == 4
+    assert all(loss in picture and loss in readme.split("(docs/demo.svg)")[0] for loss in losses)
+
+
+@pytest.mark.parametrize("document", NAMING, ids=lambda file: file.name)
+def test_every_file_that_a_page_names_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|svg|txt|yaml))\b", text):
+        assert (ROOT / path).exists() or (ROOT / "megashear" / path).exists(), path
