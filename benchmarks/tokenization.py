@@ -39,7 +39,7 @@ from harness import Ratio, Report, interleaved, parser, ratio
 from megashear.console import run
 from megashear.data.tokenize.jsonl import find_inputs, read_chunks, text_of
 from megashear.data.tokenize.preprocess import tokenize_files
-from megashear.data.tokenize.tokenizer import Tokenizer, load_tokenizer
+from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
 PIECES = 32_000  # of the byte-level BPE that stands for Hugging Face's tokenizers
 

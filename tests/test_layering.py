@@ -26,8 +26,18 @@ DIRECTION: dict[str, set[str]] = {
     "planning": {"errors", "config", "console", "hardware", "pruning"},
     "platform": {"errors", "config", "console", "hardware"},
     "model": {"errors", "config", "pruning", "platform", "hardware"},
-    "data": {"errors", "files", "config", "platform"},
-    "checkpoint": {"errors", "files", "config", "console", "model", "pruning", "platform"},
+    "tokenizer": {"errors"},
+    "data": {"errors", "files", "config", "platform", "tokenizer"},
+    "checkpoint": {
+        "errors",
+        "files",
+        "config",
+        "console",
+        "model",
+        "pruning",
+        "platform",
+        "tokenizer",
+    },
     "training": {
         *("errors", "files", "config", "console", "records", "hardware"),
         *("checkpoint", "data", "model", "pruning", "platform"),
@@ -39,6 +49,7 @@ DIRECTION: dict[str, set[str]] = {
 
 EVERYTHING = {"cli", "commands", "__main__"}
 LIGHT = {
+    "tokenizer",
     "errors",
     "files",
     "records",

@@ -19,8 +19,9 @@ import sentencepiece
 
 from megashear import console
 from megashear.data.tokenize.jsonl import find_inputs, read_chunks, text_of
-from megashear.data.tokenize.tokenizer import SENTENCEPIECE, save_for_transformers
 from megashear.errors import DataError
+from megashear.tokenizer.convert import save_for_transformers
+from megashear.tokenizer.files import SENTENCEPIECE
 
 SAMPLE_BYTES = 2_000_000
 LLAMA: dict[str, Any] = {

@@ -17,8 +17,9 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megashear import cli
-from megashear.data.tokenize.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
+from megashear.tokenizer.convert import save_for_transformers
+from megashear.tokenizer.load import load_tokenizer
 from tests.support.hf_models import save_llama
 from tests.support.make_tokenizer import real_texts, write_jsonl
 from tests.tools.conftest import Tool

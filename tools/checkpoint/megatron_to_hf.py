@@ -70,7 +70,7 @@ def main() -> None:
 def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
     """The tokenizer to copy; of a bare sentencepiece model, one made in `scratch` with its twin."""
     from megashear.checkpoint.foreign import printable
-    from megashear.data.tokenize.tokenizer import save_for_transformers
+    from megashear.tokenizer.convert import save_for_transformers
 
     if named in (None, "none"):
         return None

@@ -113,7 +113,7 @@ def read_text(arguments: argparse.Namespace) -> list[int]:
     """The ids of the text, by the tokenizer of whichever side has one."""
     from megashear.checkpoint.info import is_megatron_lm, read_info
     from megashear.checkpoint.models import is_huggingface
-    from megashear.data.tokenize.tokenizer import load_tokenizer
+    from megashear.tokenizer.load import load_tokenizer
 
     path = arguments.tokenizer
     for side in (arguments.a, arguments.b):

@@ -24,8 +24,8 @@ import numpy as np
 
 from megashear.data.tokenize.jsonl import Chunk, Place, read_chunks, text_of
 from megashear.data.tokenize.token_files import Documents, token_type
-from megashear.data.tokenize.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import PlatformError
+from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from megashear.data.fingerprint import Fingerprint
 from megashear.data.tokenize.encoding import Encoded, Encoding, encode_all
 from megashear.data.tokenize.jsonl import find_inputs
 from megashear.data.tokenize.token_files import SUFFIXES, Counts, token_type
-from megashear.data.tokenize.tokenizer import Tokenizer, load_tokenizer
 from megashear.data.tokenize.unfinished import Job, Unfinished, folder_of, id_of, workplace
 from megashear.errors import DataError
+from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
 BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
 MAX_PROBLEMS = 20

@@ -22,9 +22,9 @@ import numpy as np
 from megashear.data.fingerprint import Fingerprint
 from megashear.data.tokenize.jsonl import START, Place
 from megashear.data.tokenize.token_files import Counts, Documents, TokenFile, holds, publish
-from megashear.data.tokenize.tokenizer import Tokenizer
 from megashear.errors import DataError, PlatformError
 from megashear.files import locked, write_whole
+from megashear.tokenizer.load import Tokenizer
 
 SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
 _JOURNAL = "journal.json"

@@ -23,8 +23,9 @@ from transformers import (
 
 from megashear.data.fingerprint import Fingerprint
 from megashear.data.tokenize.preprocess import tokenize_files
-from megashear.data.tokenize.tokenizer import load_tokenizer, save_for_transformers
 from megashear.errors import DataError
+from megashear.tokenizer.convert import save_for_transformers
+from megashear.tokenizer.load import load_tokenizer
 from tests.support.make_tokenizer import SHARED_DATA, make_tokenizer, real_texts, write_jsonl
 
 AWKWARD = [
@@ -77,23 +78,38 @@ def test_transformers_gives_sentencepieces_ids(
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 500)
 
 
+@pytest.fixture(scope="module")
+def json_alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer without its sentencepiece model."""
+    alone = tmp_path_factory.mktemp("json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, alone)
+    return alone
+
+
 @given(text=st.text(st.sampled_from(" \n\t_=ae1ée🦙<>/s.-#") | st.characters(codec="utf-8")))
-def test_both_formats_give_the_same_ids(folder: Path, text: str) -> None:
+def test_both_formats_give_the_same_ids(folder: Path, json_alone: Path, text: str) -> None:
     ours = load_tokenizer(folder / "tokenizer.model").encode([text])
-    assert load_tokenizer(folder / "tokenizer.json").encode([text]) == ours
+    assert load_tokenizer(json_alone).encode([text]) == ours
 
 
-def test_names_of_special_tokens_in_text_are_text(folder: Path) -> None:
-    for name in ("tokenizer.model", "tokenizer.json"):
-        (ids,) = load_tokenizer(folder / name).encode(["<s>a</s> b<unk>"])
+def test_names_of_special_tokens_in_text_are_text(folder: Path, json_alone: Path) -> None:
+    for path in (folder, json_alone):
+        (ids,) = load_tokenizer(path).encode(["<s>a</s> b<unk>"])
         assert not {0, 1, 2} & set(ids)
 
 
-def test_hash_follows_the_content(folder: Path, tmp_path: Path) -> None:
+def test_hash_follows_the_content(folder: Path, json_alone: Path, tmp_path: Path) -> None:
     other = tmp_path / "renamed.model"
     shutil.copy(folder / "tokenizer.model", other)
     assert load_tokenizer(other).sha256 == load_tokenizer(folder).sha256
-    assert load_tokenizer(other).sha256 != load_tokenizer(folder / "tokenizer.json").sha256
+    assert load_tokenizer(other).sha256 != load_tokenizer(json_alone).sha256
+
+
+def test_every_form_of_a_tokenizer_is_one(folder: Path) -> None:
+    forms = (folder, folder / "tokenizer.model", folder / "tokenizer.json")
+    found = [load_tokenizer(form) for form in forms]
+    assert len({(t.sha256, t.bos_id, t.eos_id, t.vocab_size) for t in found}) == 1
 
 
 def test_hugging_face_tokenizer_without_bos(tmp_path: Path) -> None:
@@ -109,7 +125,7 @@ def test_hugging_face_tokenizer_without_bos(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (4, None, 3)
     assert tokenizer.encode(["a b a b"]) == [[1, 2, 1, 2]]
     config.unlink()
-    with pytest.raises(DataError, match=r"tokenizer_config\.json must stand beside it"):
+    with pytest.raises(DataError, match="must name a token of the vocabulary as eos_token"):
         load_tokenizer(tmp_path)
 
 
