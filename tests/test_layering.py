@@ -25,6 +25,7 @@ DIRECTION: dict[str, set[str]] = {
     "pruning": {"errors", "config"},
     "planning": {"errors", "config", "console", "hardware", "pruning"},
     "platform": {"errors", "config", "console", "hardware"},
+    "doctor": {"config", "platform"},
     "model": {"errors", "config", "pruning", "platform", "hardware"},
     "tokenizer": {"errors"},
     "data": {"errors", "files", "config", "platform", "tokenizer"},

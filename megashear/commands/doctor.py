@@ -15,7 +15,7 @@ from megashear.config.schema import PlatformConfig, RunConfig
 from megashear.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megashear.platform.machine import Finding
+    from megashear.doctor.machine import Finding
 
 EPILOG = """\
 examples:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> int:
     """Print what was found, each remedy below it, and a count; the exit status."""
-    from megashear.platform.machine import PROBLEM, WARNING, host
+    from megashear.doctor.machine import PROBLEM, WARNING, host
 
     count = {mark: sum(each.mark == mark for each in findings) for mark in (PROBLEM, WARNING)}
     if as_json:
@@ -69,7 +69,7 @@ def show(findings: Sequence[Finding], *, as_json: bool) -> int:
 
 def _findings(args: argparse.Namespace) -> list[Finding]:
     """All checks; those that import something run beside each other."""
-    from megashear.platform import machine, pair, software
+    from megashear.doctor import machine, pair, software
 
     config, of_config = _config(args.config)
     where = args.dir or Path(config.run_dir if config else ".")
@@ -89,7 +89,7 @@ def _findings(args: argparse.Namespace) -> list[Finding]:
 def _config(file: Path | None) -> tuple[RunConfig | None, list[Finding]]:
     """A run's configuration, where it can be read, and what is wrong with it."""
     from megashear.config.loader import load_config
-    from megashear.platform.machine import OK, PROBLEM, Finding
+    from megashear.doctor.machine import OK, PROBLEM, Finding
 
     if file is None:
         return None, []

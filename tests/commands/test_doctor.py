@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megashear.commands import doctor as command
-from megashear.platform import machine, pair, software
-from megashear.platform.machine import OK, PROBLEM, WARNING, Finding
+from megashear.doctor import machine, pair, software
+from megashear.doctor.machine import OK, PROBLEM, WARNING, Finding
 from tests.support.make_tokenizer import REPOSITORY
 
 
@@ -68,7 +68,7 @@ def test_a_broken_machine_is_told_with_remedies(tmp_path: Path) -> None:
         for number, line in enumerate(lines)
         if line.startswith(f"  {PROBLEM}")
     }
-    gpus = "driver 550.54, torch can use none" if torch.version.cuda else "torch is a CPU build"
+    gpus = "driver 550.54, torch can use none" if torch.version.cuda else "torch is built for CPUs"
     assert gpus in remedies["GPUs"][0]
     assert why in remedies["Transformer"][0]
     assert "killed by signal 6" in remedies["Apex"][0]
@@ -107,8 +107,8 @@ def test_processes_that_never_meet_end_in_a_remedy() -> None:
 @pytest.mark.parametrize(
     ("script", "mark", "words"),
     [
-        ("exit 9", PROBLEM, "ends with status 9 and says nothing"),
-        ("exit 0", OK, "none: runs go on the CPU"),
+        ("exit 9", PROBLEM, "exit status 9, no output"),
+        ("exit 0", OK, "none: a run uses the CPU"),
         ("echo 'NVIDIA-SMI has failed'; exit 9", PROBLEM, "NVIDIA-SMI has failed"),
     ],
 )

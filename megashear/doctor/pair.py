@@ -1,6 +1,6 @@
-"""Two processes that add up a number: whether collectives work on this machine.
+"""Whether collectives work on this machine: two processes add up a number.
 
-`python -m megashear.platform.pair RANK PORT BACKEND` is one of them.
+`python -m megashear.doctor.pair RANK PORT BACKEND` runs one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from megashear.platform.machine import OK, PROBLEM, Finding, run
+from megashear.doctor.machine import OK, PROBLEM, Finding, run
 
 SECONDS = 90
 GLOO = (
@@ -22,19 +22,19 @@ NCCL = "export NCCL_DEBUG=INFO shows where it stops; try NCCL_P2P_DISABLE=1, NCC
 
 
 def collective(gpus: int, seconds: float = SECONDS) -> Finding:
-    """Start both, by NCCL where two GPUs are, else by gloo, and wait for their sum."""
+    """Run an all-reduce of two processes, by NCCL if there are two GPUs, else by gloo."""
     backend = "nccl" if gpus > 1 else "gloo"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
     def process(rank: int) -> tuple[int, str]:
-        command = (sys.executable, "-m", "megashear.platform.pair", str(rank), port, backend)
+        command = (sys.executable, "-m", "megashear.doctor.pair", str(rank), port, backend)
         return run(*command, seconds=seconds)
 
     began = time.monotonic()
     with ThreadPoolExecutor() as pool:
-        failed = [said for status, said in pool.map(process, (0, 1)) if status != 0]
+        failed = [output for status, output in pool.map(process, (0, 1)) if status != 0]
     if failed:
         text = f"{backend}: {failed[0].splitlines()[-1][:300]}"
         return Finding(PROBLEM, "collective", text, NCCL if gpus > 1 else GLOO)
@@ -43,20 +43,20 @@ def collective(gpus: int, seconds: float = SECONDS) -> Finding:
 
 
 def main() -> None:
-    """One of the two."""
+    """Run one of the two processes."""
     import torch
     from torch import distributed
 
     from megashear.platform import cuda
 
     rank, port, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a torchrun around this
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # set by a torchrun around this
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     device = cuda.device_of_rank(rank) if backend == "nccl" else torch.device("cpu")
     distributed.init_process_group(backend, rank=rank, world_size=2)
     number = torch.tensor([rank + 1.0], device=device)
     distributed.all_reduce(number)
-    assert number.item() == 3.0, f"1 + 2 came to {number.item()}"
+    assert number.item() == 3.0, f"1 + 2 gave {number.item()}"
     distributed.destroy_process_group()
 
 

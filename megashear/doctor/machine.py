@@ -1,7 +1,4 @@
-"""What a machine has for a run: directory, locks, memory, limits. Never imports torch.
-
-Every check is a function that gives Findings; `megashear doctor` prints them.
-"""
+"""What this machine has for a run: directory, locks, memory, limits."""
 
 from __future__ import annotations
 
@@ -35,13 +32,13 @@ with open(sys.argv[1], "a+") as stream:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what was found.
+    """The result of one check.
 
     Attributes:
         mark: OK, WARNING or PROBLEM.
-        item: what was looked at.
-        text: how it is.
-        remedy: what to do; empty where nothing is to be done.
+        item: what was checked.
+        text: what was found.
+        remedy: what to do; empty if there is nothing to do.
     """
 
     mark: str
@@ -51,25 +48,21 @@ class Finding:
 
 
 def judged(item: str, text: str, *faults: tuple[bool, str, str]) -> Finding:
-    """A finding that is well unless one of the faults (is it there, mark, remedy) is; the first."""
-    there = ((mark, remedy) for is_there, mark, remedy in faults if is_there)
-    mark, remedy = next(there, (OK, ""))
+    """Return a finding with the first fault (condition, mark, remedy) that holds; else it is OK."""
+    mark, remedy = next((fault[1:] for fault in faults if fault[0]), (OK, ""))
     return Finding(mark, item, text, remedy)
 
 
 def probe(code: str, *arguments: str, seconds: float = PROBE_SECONDS) -> tuple[bool, str]:
-    """Run Python code in a process of its own, which may crash or hang: (ended well, what it said).
-
-    Of what failed it is the last line.
-    """
-    status, said = run(sys.executable, "-c", code, *arguments, seconds=seconds)
-    return status == 0, said if status == 0 else said.splitlines()[-1][:300]
+    """Run Python code in a new process, which may crash: (success, output or last error)."""
+    status, output = run(sys.executable, "-c", code, *arguments, seconds=seconds)
+    return status == 0, output if status == 0 else output.splitlines()[-1][:300]
 
 
 def run(*command: str, seconds: float = 20) -> tuple[int, str]:
-    """A program's exit status and what it said: of what failed, its errors; never nothing then.
+    """Run a program and return its exit status and output; if it fails, its errors, never empty.
 
-    Status 127 where it is not there, or cannot be started, or does not end.
+    The status is 127 if it is missing, cannot be started or does not end.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -81,23 +74,23 @@ def run(*command: str, seconds: float = 20) -> tuple[int, str]:
         return 0, done.stdout.strip()
     if done.returncode < 0:
         return done.returncode, f"killed by signal {-done.returncode}"
-    said = done.stderr.strip() or done.stdout.strip()
-    return done.returncode, said or f"ends with status {done.returncode} and says nothing"
+    output = done.stderr.strip() or done.stdout.strip()
+    return done.returncode, output or f"exit status {done.returncode}, no output"
 
 
 def host() -> str:
-    """This machine's name."""
+    """Return this machine's name."""
     return socket.gethostname()
 
 
 def directory(path: Path) -> Iterator[Finding]:
-    """Space, kind of file system, and whether files can be written and locked."""
+    """Check space and kind of file system, and that files can be written and locked."""
     path = path.resolve()
-    while not path.exists():  # a run directory that a run will make
+    while not path.exists():  # a run will make it
         path = path.parent
     kind, free = file_system(path), shutil.disk_usage(path).free
-    lost = "what lies there is lost when the machine ends. Give another run_dir"
-    small = "checkpoints of a 7B model take 94 GB each: `megashear plan` says what yours take"
+    lost = "its files are lost when the machine stops. Give another run_dir"
+    small = "a checkpoint of a 7B model takes 94 GB: `megashear plan` shows the size of yours"
     yield judged(
         "directory",
         f"{path}: {free / GIB:,.0f} GiB free, {kind}",
@@ -110,12 +103,12 @@ def directory(path: Path) -> Iterator[Finding]:
             os.fsync(stream.fileno())
             yield locks(Path(stream.name), kind)
     except OSError as error:
-        remedy = "give a directory that you may write to, with room in your quota"
+        remedy = "give a directory that you can write to, with space left in your quota"
         yield Finding(PROBLEM, "directory", f"{path} cannot be written: {error.strerror}", remedy)
 
 
 def file_system(path: Path) -> str:
-    """The kind of file system that a path is on, of /proc/mounts; `unknown` without that."""
+    """Return the kind of file system of a path, by /proc/mounts; `unknown` without that file."""
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()
     except OSError:
@@ -129,10 +122,10 @@ def file_system(path: Path) -> str:
 
 
 def locks(file: Path, kind: str) -> Finding:
-    """Whether a lock of this process keeps another from taking it."""
+    """Check that a lock of this process keeps another process from taking it."""
     import fcntl
 
-    remedy = "two jobs could run in one run directory. Give another (local, NFS with locks)"
+    remedy = "two jobs could run in one run directory. Give another (local disk, NFS with locks)"
     with file.open("a+") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,15 +135,15 @@ def locks(file: Path, kind: str) -> Finding:
     if status != 9:
         return Finding(PROBLEM, "file locks", "a second process gets the same lock", remedy)
     network = kind.startswith(NETWORK)
-    where = "between processes of this machine; between machines not tried" if network else "here"
-    return Finding(OK, "file locks", f"work {where}")
+    where = " between processes here; not tried between machines" if network else ""
+    return Finding(OK, "file locks", f"work{where}")
 
 
 def shared_memory() -> Finding:
-    """Of /dev/shm, by which NCCL talks within a machine."""
+    """Check /dev/shm, which NCCL uses within a machine."""
     path = Path("/dev/shm")
     if not path.is_dir():
-        return Finding(WARNING, "shared memory", "/dev/shm is not there", "mount a tmpfs there")
+        return Finding(WARNING, "shared memory", "/dev/shm is missing", "mount a tmpfs there")
     size = shutil.disk_usage(path)
     text = f"/dev/shm: {size.free / GIB:.1f} of {size.total / GIB:.1f} GiB free"
     remedy = "NCCL may fail. In a container: --shm-size=8g or --ipc=host"
@@ -158,7 +151,7 @@ def shared_memory() -> Finding:
 
 
 def cores() -> Finding:
-    """Cores that this process may use."""
+    """Check the cores that this process may use."""
     mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     too_many = threads.isdecimal() and int(threads) > mine
@@ -171,7 +164,7 @@ def cores() -> Finding:
 
 
 def memory() -> Finding:
-    """Of this machine, and of the control groups that the process is in."""
+    """Report the memory of this machine, and the limit of this process's control groups."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     limit = memory_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
@@ -180,11 +173,11 @@ def memory() -> Finding:
 
 
 def memory_limit(groups: Path, mounted: Path) -> float:
-    """Bytes that a process's control group and those above it allow (versions 1 and 2).
+    """Return the bytes that a control group and its parents allow (versions 1 and 2).
 
     Args:
-        groups: the process's own list: `4:memory:/job_7` is of version 1, `0::/job_7` of 2.
-        mounted: where groups are; in a container often its own alone, then as the root.
+        groups: the process's list: `4:memory:/job_7` in version 1, `0::/job_7` in version 2.
+        mounted: where groups are mounted; in a container often its own group alone, as the root.
     """
     limits = [math.inf]
     for line in groups.read_text().splitlines() if groups.is_file() else []:
@@ -203,12 +196,12 @@ def memory_limit(groups: Path, mounted: Path) -> float:
 
 
 def limits() -> Finding:
-    """Of open files; and of locked memory, where there is InfiniBand."""
+    """Check the limits of open files and, where there is InfiniBand, of locked memory."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     free = locked == resource.RLIM_INFINITY
     shown = "unlimited" if free else f"{locked / 2**20:.0f} MiB"
-    pinned = "NCCL cannot use InfiniBand. ulimit -l unlimited; of Slurm: PropagateResourceLimits"
+    pinned = "NCCL cannot use InfiniBand. ulimit -l unlimited; in Slurm: PropagateResourceLimits"
     return judged(
         "limits",
         f"open files {files:,}, locked memory {shown}",
