@@ -53,7 +53,7 @@ from megashear.hardware import gpu_of_device
 from megashear.planning.memory import stage_memory
 from megashear.planning.setup import TORCH, setup_of
 from megashear.pruning.counting import flops_per_token, parameter_count
-from megashear.training.run_log import peak_flops
+from megashear.training.run_records import peak_flops
 from megashear.training.trainer import Trainer
 from tests.performance.counting import saved_bytes
 from tests.performance.steps import half, trainers

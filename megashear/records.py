@@ -109,6 +109,9 @@ class EndRecord(TypedDict):
     verdict: str  # warning about masks that are off their targets; empty if there are none
 
 
+Record = StartRecord | StepRecord | EvaluationRecord | SaveRecord | EndRecord
+
+
 def upgrade(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record of any older schema as one of this schema.
 

@@ -20,7 +20,7 @@ from megashear.config.decode import decode
 from megashear.config.schema import DataConfig, Domain, ModelShape, RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import FAULTY, Faulty, Problem, Unreadable, join, show
-from megashear.errors import ConfigError, ShearError
+from megashear.errors import CheckpointError, ConfigError, ShearError
 
 DOMAINS_FILE = "domains.yaml"
 """Domains of a run with their weights at the last save, in its directory; `data.domains_from`."""
@@ -185,6 +185,26 @@ def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield from _flat(value, join(path, str(key)))
+
+
+def refuse_other_settings(config: RunConfig, before: RunConfig) -> None:
+    """Refuse to resume a run with options that would change what it computes.
+
+    Raises:
+        CheckpointError: lists all options that differ.
+    """
+    old, new = settings(before), settings(config)
+    differences = [
+        f"  {name}: {old.get(name)!r} in the run, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{config.run_dir} holds a run of another configuration:\n"
+            + "\n".join(differences)
+            + "\nUndo the changes to continue it, or give another run_dir"
+        )
 
 
 def domains_to_yaml(domains: Sequence[Domain]) -> str:

@@ -124,6 +124,10 @@ class DomainWeights:
         """Weights of the newest segment, one per domain."""
         return self.segments[-1].weights
 
+    def by_name(self) -> dict[str, float]:
+        """Return the weights of the newest segment by domain."""
+        return dict(zip(self.names, self.weights, strict=True))
+
     def update(self, first_sample: int, losses: Mapping[str, float]) -> None:
         """Blend by new weights from global sample `first_sample` on (no sample before it changes).
 

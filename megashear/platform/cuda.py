@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -72,15 +72,15 @@ class Moment:
 
 
 class ToHost:
-    """Numbers on their way from the device to the host, which goes on meanwhile.
+    """Copies named tensors from the device to the host in the background.
 
     Args:
-        tensors: of any shapes, on one device.
+        tensors: tensors of any shapes, on one device.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._shapes = [tensor.shape for tensor in tensors]
-        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
         self._event: torch.cuda.Event | None = None
         if flat.is_cuda:
             self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
@@ -90,12 +90,13 @@ class ToHost:
         else:
             self._flat = flat
 
-    def read(self) -> list[Tensor]:
-        """The tensors, float64 on the CPU; waits for those that have not come."""
+    def read(self) -> dict[str, Tensor]:
+        """Return the tensors by name, float64 on the CPU; waits until they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        parts = self._flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        parts = self._flat.split([shape.numel() for shape in self._shapes.values()])
+        shapes = self._shapes.items()
+        return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Validation losses of a model that is not in training: any checkpoint, or a Hugging Face one."""
+"""Measure the validation losses of a checkpoint or a Hugging Face model, outside of training."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megashear.training.evaluation import DomainLoss, Evaluator
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model came to.
+    """Losses of one model.
 
     Attributes:
-        model: what it is: path, stage, step and masks.
-        parameters: that it has, under its masks.
+        model: its path, stage, step and masks, as a title.
+        parameters: number of parameters, under its masks.
         domains: loss and number of tokens by domain.
     """
 
@@ -41,7 +41,7 @@ class Measured:
 
 
 def check(models: Sequence[str], config: RunConfig) -> None:
-    """Refuse, before anything is loaded and for all models at once, what cannot be measured.
+    """Refuse what cannot be measured, for all models at once and before anything is loaded.
 
     Raises:
         ConfigError: names the models that cannot be read, and the options that one does not allow.
@@ -64,13 +64,13 @@ def check(models: Sequence[str], config: RunConfig) -> None:
 
 
 def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
-    """Losses of one model on the validation sets of a configuration that `check` passed.
+    """Measure one model on the validation sets of a configuration that `check` passed.
 
-    A collective. Weights are laid out as `config.parallel` says, whatever layout wrote them.
+    A collective. The weights are distributed as `config.parallel` says, whatever layout wrote them.
 
     Raises:
         CheckpointError: the model is damaged.
-        DataError: validation text cannot be read.
+        DataError: validation tokens cannot be read.
         TrainingError: a loss is not finite.
     """
     info = None if is_huggingface(model) else read_info(model)

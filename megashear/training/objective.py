@@ -1,8 +1,8 @@
-"""What a stage optimises besides the loss: nothing (language modelling), or the masks (pruning)."""
+"""What a stage optimises: the loss (language modelling), or the loss and the masks (pruning)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,88 +21,96 @@ from megashear.pruning.table import HIDDEN
 from megashear.training.optimizer import WeightOptimizer
 
 
-class LanguageModeling:
-    """Stages pretrain and continue: the loss alone."""
+class Objective:
+    """What a stage optimises besides the loss. Here every hook does nothing.
+
+    Attributes:
+        target: shape to prune to; None if there is none.
+    """
 
     target: ModelShape | None = None
 
     def step_weights(self, step: int) -> AbstractContextManager[None]:
-        """The weights as they are during the micro-batches of a step."""
+        """Return a context in which the weights are those of the step's micro-batches."""
         return nullcontext()
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
-        """The weights as they are during an evaluation."""
+        """Return a context in which the weights are those of an evaluation."""
         return nullcontext()
 
     def backward(self, step: int) -> None:
-        """After the micro-batches' backward: what the objective adds."""
+        """Add the objective's gradients, after the backward pass of the micro-batches."""
 
-    def update(self, step: int, lr_share: float) -> None:
-        """Apply the objective's own gradients, at this share of their learning rates."""
+    def update(self, step: int, lr_fraction: float) -> None:
+        """Apply the objective's own gradients, at this fraction of their learning rates."""
 
-    def numbers(self) -> list[Tensor]:
-        """What `metrics` needs of the device, to be brought to the host."""
-        return []
+    def measured(self) -> dict[str, Tensor]:
+        """Return the tensors on the device, by name, that `metrics` needs on the host."""
+        return {}
 
-    def metrics(self, step: int, numbers: Sequence[Tensor]) -> dict[str, Any]:
-        """What the record of a step says of the objective, from `numbers` on the host."""
+    def metrics(self, step: int, measured: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the objective's fields of a `StepRecord`, from `measured` on the host."""
         return {}
 
     def kept(self) -> dict[str, list[int]]:
-        """Units of each mask that are kept by now, of each row."""
+        """Return the number of units that are kept now, by mask and row."""
         return {}
 
     def extracted(self) -> dict[str, list[list[int]]]:
-        """1 for each unit of each mask's rows that extraction would keep now, else 0."""
+        """Return 1 for each unit that extraction would keep now, else 0, by mask and row."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to resume from, equal on every rank."""
+        """Return all that a resumed run needs, equal on every rank."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up a state again."""
+        """Load what `state` returned."""
 
     def result(self) -> str:
-        """What the run came to, besides losses; empty if there is nothing to say."""
+        """Describe the result of the run besides its losses; empty if there is nothing to add."""
         return ""
 
     def verdict(self) -> str:
-        """What must be said of the result at the end of the run; empty if all is well."""
+        """Return a warning about the result; empty if all is well."""
         return ""
 
 
+class LanguageModeling(Objective):
+    """Optimise the loss alone: stages pretrain and continue."""
+
+
 @dataclass
-class _Ahead:
-    """What a step needs of the masks, drawn while the device is busy with the step before.
+class _StepMasks:
+    """The masks of one step, drawn while the device is still busy with the step before.
 
     Attributes:
-        step: that it is for, counted from 0.
+        step: the step, counted from 0.
         z: masks, with their graph.
-        sparsity: of each constraint [rows], with its graph.
-        nonzero: hidden dimensions whose mask is not exactly 0, on the device.
-        kept: the same, once the host has it.
+        sparsity: expected sparsity of each constraint [rows], with its graph.
+        nonzero: number of hidden dimensions whose mask is not exactly 0, on the device.
+        kept_hidden: the same number on the host; None until it has arrived.
     """
 
     step: int
     z: dict[str, Tensor]
     sparsity: dict[str, Tensor]
     nonzero: Tensor
-    kept: int | None = None
+    kept_hidden: int | None = None
 
 
-class PruningObjective(LanguageModeling):
-    """Stage prune: masks that descend on loss and penalty, multipliers that ascend.
+class PruningObjective(Objective):
+    """Stage prune: masks descend on loss and penalty, multipliers ascend (Sheared LLaMA, 2.1).
 
     Masks, multipliers and their optimizer are the same on every rank: the noise is a function of
-    (seed, step), mask gradients are summed over the ranks of a model, and all that follows is
-    computed everywhere alike.
+    (seed, step), mask gradients are summed over the ranks of a model, and every rank computes the
+    rest identically.
 
     Args:
-        config: of the run.
-        weights: the model's optimizer, with this rank's part of the model in it.
-        source: the model's shape.
-        platform: where it stands.
+        config: configuration of the run.
+        weights: the optimizer of the weights, which holds this rank's shard of the model.
+        source: shape of the model.
+        platform: process group and device.
     """
 
     def __init__(
@@ -145,30 +153,30 @@ class PruningObjective(LanguageModeling):
             weight_decay=0.0,
             foreach=True,
         )
-        # Of all masks in one tensor, which is summed over the ranks at once.
+        # One tensor for all masks, so that one collective sums it over the ranks.
         log_alphas = self._groups["log_alpha"].values()
         sizes = [log_alpha.numel() for log_alpha in log_alphas]
         self._mask_gradients = torch.zeros(sum(sizes), device=platform.device)
         parts = self._mask_gradients.split(sizes)
         for log_alpha, part in zip(log_alphas, parts, strict=True):
             log_alpha.grad = part.view_as(log_alpha)
-        self._next: _Ahead | None = None
+        self._next: _StepMasks | None = None
 
-    def _ahead(self, step: int) -> _Ahead:
-        """What a step needs: already drawn, unless the run has just begun."""
+    def _step_masks(self, step: int) -> _StepMasks:
+        """Return the masks of a step: already drawn, except at the start of a run."""
         if self._next is None or self._next.step != step:
             z = self.masks.sample(self.config.trainer.seed, step)
-            self._next = _Ahead(step, z, constraints(self.masks), z[HIDDEN].count_nonzero())
+            self._next = _StepMasks(step, z, constraints(self.masks), z[HIDDEN].count_nonzero())
         return self._next
 
     def step_weights(self, step: int) -> AbstractContextManager[None]:
-        """The weights under the masks drawn for this step."""
-        ahead = self._ahead(step)
-        return self.masked_weights.masked(ahead.z, ahead.kept)
+        """Return a context in which the weights are masked by the masks of this step."""
+        masks = self._step_masks(step)
+        return self.masked_weights.masked(masks.z, masks.kept_hidden)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """The weights under deterministic masks, of the current or the target model."""
+        """Mask the weights deterministically, as the current or the target model has them."""
         which: Literal["current", "target"] = (
             "target" if self.config.evaluation.masks == "target" else "current"
         )
@@ -177,66 +185,71 @@ class PruningObjective(LanguageModeling):
         self._weights.collect()
 
     def backward(self, step: int) -> None:
-        """Chain rule to the weights and log_alpha, then the penalty, which needs no data."""
+        """Apply the chain rule to weights and log_alpha, then add the gradients of the penalty."""
         self._optimizer.zero_grad(set_to_none=False)
         self.masked_weights.backward()
-        if self.config.parallel.distributed_optimizer:  # each rank has a part of the gradients
+        if self.config.parallel.distributed_optimizer:  # each rank has a shard of the gradients
             self.platform.sum_over_all(self._mask_gradients)
         else:
             self.platform.sum_over_model(self._mask_gradients)
-        self._penalty = self.lagrangian.penalty(self._ahead(step).sparsity, step)
+        self._penalty = self.lagrangian.penalty(self._step_masks(step).sparsity, step)
         self._penalty.backward()
 
-    def update(self, step: int, lr_share: float) -> None:
-        """Masks descend, multipliers ascend; each kind's gradients are clipped by its own norm.
+    def update(self, step: int, lr_fraction: float) -> None:
+        """Descend with the masks, ascend with the multipliers, and draw the next step's masks.
 
-        Then the masks of the next step are drawn.
+        The gradients of either kind are clipped by their own norm.
         """
-        groups = zip(self._groups.values(), self._optimizer.param_groups, self._lrs, strict=True)
-        self._grad_norms = []
-        for parameters, group, lr in groups:
-            clip_grad = self.config.pruning.clip_grad
-            self._grad_norms.append(nn.utils.clip_grad_norm_(parameters.values(), clip_grad))
-            group["lr"] = lr * lr_share
+        clip_grad, norms = self.config.pruning.clip_grad, {}
+        groups = zip(self._groups.items(), self._optimizer.param_groups, self._lrs, strict=True)
+        for (kind, parameters), group, lr in groups:
+            norms[kind] = nn.utils.clip_grad_norm_(parameters.values(), clip_grad)
+            group["lr"] = lr * lr_fraction
         self._optimizer.step()
         self.masks.clamp_()
-        self._ahead(step + 1)
+        self._grad_norms = norms
+        self._step_masks(step + 1)
 
-    def numbers(self) -> list[Tensor]:
-        """Of the step that was done, and of the next one."""
+    def measured(self) -> dict[str, Tensor]:
+        """Return numbers of the completed step, and the kept hidden dimensions of the next one."""
         assert self._next is not None
-        multipliers = [self._groups["multipliers"][name] for name in self._next.sparsity]
-        sparsity = [rows.mean() for rows in self._next.sparsity.values()]
-        return [self._next.nonzero, self._penalty, *self._grad_norms, *sparsity, *multipliers]
-
-    def metrics(self, step: int, numbers: Sequence[Tensor]) -> dict[str, Any]:
-        """Of the step that was done: what `StepRecord` says of stage prune."""
-        assert self._next is not None
-        sparsity = self._next.sparsity
-        nonzero, *others = numbers
-        self._next.kept = int(nonzero)
-        penalty, mask_grad_norm, multiplier_grad_norm, *rest = [n.tolist() for n in others]
+        sparsity, multipliers = self._next.sparsity, self._groups["multipliers"]
         return {
-            "mask_grad_norm": mask_grad_norm,
-            "multiplier_grad_norm": multiplier_grad_norm,
-            "penalty": penalty,
-            "multipliers": dict(zip(sparsity, rest[len(sparsity) :], strict=True)),
-            "sparsity": dict(zip(sparsity, rest, strict=False)),
+            "next_nonzero": self._next.nonzero,
+            "mask_grad_norm": self._grad_norms["log_alpha"],
+            "multiplier_grad_norm": self._grad_norms["multipliers"],
+            "penalty": self._penalty,
+            **{f"multipliers/{name}": multipliers[name] for name in sparsity},
+            **{f"sparsity/{name}": rows.mean() for name, rows in sparsity.items()},
+        }
+
+    def metrics(self, step: int, measured: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the fields of a `StepRecord` that only stage prune has."""
+        assert self._next is not None
+        self._next.kept_hidden = int(measured["next_nonzero"])
+        scalars = ("mask_grad_norm", "multiplier_grad_norm", "penalty")
+        by_constraint = {
+            field: {name: measured[f"{field}/{name}"].tolist() for name in self._next.sparsity}
+            for field in ("multipliers", "sparsity")
+        }
+        return {
+            **{name: measured[name].item() for name in scalars},
+            **by_constraint,
             "target_sparsity": self.lagrangian.warmed_targets(step),
         }
 
     def kept(self) -> dict[str, list[int]]:
-        """Units of each mask that are kept by now, of each row."""
+        """Return the number of units that are kept now, by mask and row."""
         current = self.masks.deterministic("current")
         return {mask: z.count_nonzero(1).tolist() for mask, z in current.items()}
 
     def extracted(self) -> dict[str, list[list[int]]]:
-        """1 for each unit of each mask's rows that extraction would keep now, else 0."""
-        z = self.masks.deterministic("target")  # of the current model where there is no target
+        """Return 1 for each unit that extraction would keep now, else 0, by mask and row."""
+        z = self.masks.deterministic("target")  # the current units if there is no target
         return {mask: (rows > 0).int().tolist() for mask, rows in z.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """log_alpha, multipliers, and the moments of their optimizer."""
+        """Return log_alpha, the multipliers, and the moments of their optimizer."""
         state = {}
         for kind, parameters in self._groups.items():
             for name, parameter in parameters.items():
@@ -247,7 +260,7 @@ class PruningObjective(LanguageModeling):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up masks, multipliers and moments again."""
+        """Load masks, multipliers and moments."""
         for kind, parameters in self._groups.items():
             for name, parameter in parameters.items():
                 parameter.copy_(state[f"{kind}.{name}"])
@@ -263,7 +276,7 @@ class PruningObjective(LanguageModeling):
 
     @torch.no_grad()
     def result(self) -> str:
-        """Units that the masks keep by now, over the rows of each mask, and the expected size."""
+        """Describe the expected size, and the units that each mask keeps over its rows."""
         masks, source = self.masks, self.masks.source
         probability = masks.probability_kept()
         count = float(expected_parameter_count(source, probability, masks.head_unit))
@@ -278,7 +291,7 @@ class PruningObjective(LanguageModeling):
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """The masks that did not reach their targets, each by how much."""
+        """Return a warning that lists the masks off their targets, and by how much."""
         return format_off_target(
             off_target(self.masks, target_sparsity=self.config.target_sparsity)
         )

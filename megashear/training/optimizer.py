@@ -1,4 +1,4 @@
-"""Megatron-Core's data parallelism, optimizer and schedule, put together for a run."""
+"""Build Megatron-Core's data parallelism, optimizer and schedule for a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class WeightOptimizer:
     """AdamW on the weights, clipped by their global norm, with warm-up and cosine decay.
 
     Args:
-        chunks: this rank's part of the model, without data parallelism around it.
-        config: the schedule's and AdamW's numbers.
-        parallel: whether its state is distributed, and what overlaps.
+        chunks: this rank's shard of the model, one chunk for each virtual pipeline stage.
+        config: options of AdamW and of the schedule.
+        parallel: says whether the optimizer's state is distributed, and what overlaps.
         steps: length of the run.
 
     Attributes:
-        chunks: as given: what checkpoints hold.
-        models: the same in Megatron-Core's DistributedDataParallel; gradients are in `main_grad`.
+        chunks: the given chunks, which checkpoints hold.
+        models: the chunks in Megatron-Core's DistributedDataParallel, with gradients in
+            `main_grad`.
         megatron: Megatron-Core's optimizer.
     """
 
@@ -44,8 +45,8 @@ class WeightOptimizer:
             overlap_param_gather=parallel.overlap_param_gather,
             align_param_gather=parallel.overlap_param_gather,
         )
-        # Only the first chunk's gradients are reduced in several buckets, as in Megatron-LM: those
-        # of the others are ready long before the backward pass ends.
+        # Only the gradients of the first chunk are reduced in several buckets, as in Megatron-LM:
+        # those of the others are ready long before the backward pass ends.
         self.models = [
             DistributedDataParallel(model_config, buckets, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(chunks)
@@ -86,21 +87,21 @@ class WeightOptimizer:
         )
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.megatron.scale_loss
-        if parallel.overlap_grad_reduce:  # reduces with the last micro-batch alone
+        if parallel.overlap_grad_reduce:  # reduce with the last micro-batch only
             no_sync = [model.no_sync for model in self.models]
             model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
         for model in self.models:
             model.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def owned(self, parameter: torch.nn.Parameter) -> range:
-        """Positions of a parameter, flattened, whose reduced gradient and state this rank has.
+        """Return the range of a flattened parameter whose reduced gradient and state this rank has.
 
-        All of them, but with a distributed optimizer: its buckets are cut evenly over the ranks
-        that see other tokens, wherever a parameter begins.
+        Without a distributed optimizer that is all of it. A distributed optimizer splits its
+        buckets evenly over the data-parallel ranks, wherever a parameter begins.
         """
         size = parameter.numel()
         if not self.parallel.distributed_optimizer:
@@ -110,43 +111,46 @@ class WeightOptimizer:
         bucket = next(bucket for bucket in group.buckets if parameter in bucket.params)
         gradient: Any = parameter.main_grad  # type: ignore[attr-defined]
         begin = gradient.storage_offset() - bucket.grad_data.storage_offset()
-        share = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
-        first = group.intra_distributed_optimizer_instance_rank * share - begin
-        return range(min(max(first, 0), size), min(max(first + share, 0), size))
+        shard = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
+        first = group.intra_distributed_optimizer_instance_rank * shard - begin
+        return range(min(max(first, 0), size), min(max(first + shard, 0), size))
 
     def master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """The float32 weights that the optimizer keeps beside bf16 ones, where `owned`, flattened.
+        """Return the optimizer's fp32 copy of a bf16 parameter, flattened, in the `owned` range.
 
-        None under fp32: the parameter is its own.
+        None in fp32, where the parameter is its own master.
         """
         main = getattr(parameter, "main_param", None)  # Megatron-Core's name
         return None if main is None else main.detach().view(-1)
 
     def collect(self) -> None:
-        """Give all ranks the weights that their owners alone have put in order.
+        """All-gather weights that only the ranks that own them have restored.
 
-        With `overlap_param_gather` that is done before each use, by `gather`.
+        With `overlap_param_gather`, `gather` does that before each use.
         """
         if self.parallel.distributed_optimizer and not self.parallel.overlap_param_gather:
             for model in self.models:
                 model.start_param_sync()
 
     def gather(self, *, wait: bool = False) -> None:
-        """With `overlap_param_gather`: begin to collect all weights from the ranks that own them.
+        """With `overlap_param_gather`, start to all-gather the weights from their owners.
 
-        Modules wait for theirs before their forward pass. Without it a step has done that.
+        Modules wait for their weights before their forward pass. Without it this does nothing: a
+        step has gathered them.
 
         Args:
-            wait: return when all are there.
+            wait: wait until all weights have arrived.
         """
         if self.parallel.overlap_param_gather:
             for model in self.models:
                 model.start_param_sync(force_sync=wait)
 
     def begin_step(self, step: int) -> float:
-        """Set the learning rate of the step after `step` completed ones; returns it as a share.
+        """Set the learning rate of the step after `step` completed ones.
 
-        The share (of the configured lr) is a function of the step alone: nothing to resume.
+        Returns:
+            The learning rate as a fraction of `config.lr`. It depends on the step alone, so there
+            is nothing to resume.
         """
         self._schedule.num_steps = step + 1
         self._schedule.step(0)
@@ -154,11 +158,11 @@ class WeightOptimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate in force."""
+        """Return the current learning rate."""
         return float(self.megatron.param_groups[0]["lr"])
 
     def step(self) -> float:
-        """Clip and apply the gradients; returns their norm before clipping."""
+        """Clip and apply the gradients; return their norm before clipping."""
         success, grad_norm, _ = self.megatron.step()
-        assert success, "only loss scaling, which is not used, can refuse a step"
+        assert success, "only loss scaling, which is not used, can skip a step"
         return float(grad_norm)

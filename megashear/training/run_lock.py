@@ -1,7 +1,8 @@
 """One run at a time in a run directory: rank 0 holds a lock on the file `lock` in it.
 
-A POSIX lock. It ends with the process, however that ends; what the process forks (readers of data,
-writers of checkpoints) does not have it; and it holds between machines that share a file system.
+It is a POSIX lock, unlike `files.locked`: processes that the run forks (data workers, checkpoint
+writers) do not inherit it, so the lock ends with the run itself even if one of them lives on; and
+it holds between machines that share a file system.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from megashear.platform.collectives import on_first_process
 from megashear.platform.launched import report_once
 
 FORMER_SELF_S = 60.0
-"""Seconds that a requeued job waits for what is left of it on its former nodes."""
+"""Seconds that a requeued job waits for its previous incarnation to release the lock."""
 
 
 class RunLock:
-    """Held from the beginning until `close`. All processes make one together.
+    """Holds the lock from its creation until `close`. All processes create it together.
 
     Raises:
         CheckpointError: another run holds it.
@@ -42,18 +43,18 @@ class RunLock:
                 raise CheckpointError(self._refusal(holder))
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._stream is not None:
             self._stream.truncate(0)
             self._stream.close()
 
     def _take(self) -> dict[str, Any] | None:
-        """Lock the file, or tell who has."""
+        """Lock the file, or return who holds it."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self.file.open("a+")
         except OSError as error:
-            raise PlatformError(f"run_dir {self.file.parent} cannot be made: {error}") from error
+            raise PlatformError(f"run_dir {self.file.parent} cannot be created: {error}") from error
         until = time.monotonic() + FORMER_SELF_S
         while not _lock(self._stream):
             holder = _read(self._stream)
@@ -96,7 +97,7 @@ def _read(stream: IO[str]) -> dict[str, Any]:
     try:
         return dict(json.loads(stream.read()))
     except (ValueError, TypeError):
-        return {}  # just being written
+        return {}  # its holder is just writing it
 
 
 def _me() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Forward and backward of one step, or forward alone, by Megatron-Core's own schedules."""
+"""Run the micro-batches of one step, forward and backward or forward only, as Megatron does."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megashear.platform.parallel import Platform
 
 
 class DomainLosses:
-    """Losses of domains, from sums that the host has.
+    """Losses by domain.
 
     Args:
-        totals: float64 [2, domains] as of `run_micro_batches`, over all ranks.
+        totals: what `run_micro_batches` returns, summed over all ranks, on the host.
 
     Attributes:
-        sums: nats, float64 [domains].
-        tokens: float64 [domains].
+        sums: sums of token losses in nats, float64 [domains].
+        tokens: numbers of tokens, float64 [domains].
     """
 
     def __init__(self, totals: Tensor) -> None:
@@ -32,11 +32,11 @@ class DomainLosses:
 
     @property
     def mean(self) -> float:
-        """Loss over all tokens (nats per token)."""
+        """Return the mean loss over all tokens (nats per token)."""
         return float(self.sums.sum() / self.tokens.sum())
 
     def of_domains(self) -> list[float]:
-        """Loss of each domain (nats per token); NaN for one without tokens."""
+        """Return the loss of each domain (nats per token); NaN for a domain without tokens."""
         return (self.sums / self.tokens).tolist()
 
 
@@ -48,18 +48,18 @@ def run_micro_batches(
     *,
     forward_only: bool = False,
 ) -> Tensor:
-    """Run all micro-batches of this rank; with the backward pass, gradients end up reduced.
+    """Run all micro-batches of this rank; after a backward pass, gradients are reduced.
 
     Args:
-        models: this rank's part, one for each virtual pipeline stage.
-        batches: this rank's micro-batches, equally shaped and equally many on every rank.
-        platform: where to compute.
-        num_domains: domains that `dataset_id` may name.
-        forward_only: without the backward pass.
+        models: this rank's shard of the model, one for each virtual pipeline stage.
+        batches: this rank's micro-batches; all ranks have the same number, of the same shape.
+        platform: process group and device.
+        num_domains: number of domains; `dataset_id` is below it.
+        forward_only: skip the backward pass.
 
     Returns:
-        Sums of token losses (nats) and numbers of tokens, float64 [2, domains], such that the sum
-        over all ranks is over all tokens, each once.
+        Sums of token losses (nats) and numbers of tokens, float64 [2, domains]. Summed over all
+        ranks, each token counts once.
     """
     micro_batch_size, seq_length = batches[0]["tokens"].shape
     iterators = [iter(batches) for _ in models]
@@ -73,8 +73,8 @@ def run_micro_batches(
         forward_only=forward_only,
     )
     total = torch.zeros(2, num_domains, dtype=torch.float64, device=platform.device)
-    if platform.tensor_rank == 0:  # the others have the same
-        for report in reports:  # there are none but on the last pipeline stage
+    if platform.tensor_rank == 0:  # the other tensor ranks have the same losses
+        for report in reports:  # empty except on the last pipeline stage
             total += report["domains"]
     return total
 
@@ -92,14 +92,14 @@ def _forward(
 
 
 def within_documents(document_ids: Tensor) -> Tensor:
-    """The causal mask of documents that lie one after another in sequences.
+    """Return the causal mask that keeps attention within the documents of a sequence.
 
     Args:
         document_ids: number of the document that each token belongs to, [b, s].
 
     Returns:
-        [b, s, s], True where a token (axis 1) must not look at another (axis 2), as Megatron has
-        it: at a later one, or at another document.
+        [b, s, s], True where a token (axis 1) must not attend to another (axis 2), as in Megatron:
+        to a later token, or to another document.
     """
     length = document_ids.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).triu(1)
@@ -109,7 +109,7 @@ def within_documents(document_ids: Tensor) -> Tensor:
 def _loss(
     losses: Tensor, *, batch: MicroBatch, num_domains: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses [b, s], number of tokens, and both per domain, for Megatron."""
+    """Reduce token losses [b, s] for Megatron: sum, number of tokens, and both by domain."""
     mask = batch["loss_mask"].float()
     per_sample = (losses.float() * mask).sum(1)  # [b]
     tokens = mask.sum(1)

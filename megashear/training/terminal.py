@@ -1,4 +1,4 @@
-"""What a run prints: lines for a file that a scheduler writes; on a terminal a bar below them."""
+"""Print a run: lines, which also suit a log file, and on a terminal a bar below them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megashear.console import leave_terminal, table
 
 
 class Terminal:
-    """A view of the records on stdout; the bar is there from a start until `close`."""
+    """A view of the records on stdout; the bar exists from a start record until `close`."""
 
     def __init__(self, config: TrainerConfig) -> None:
         self.steps, self.interval = config.steps, config.log_interval
         self._weights: Mapping[str, float] = {}
-        self._shown: list[Mapping[str, Any]] = []  # records since the last line
+        self._steps: list[Mapping[str, Any]] = []  # records since the last line
         self._bar: tqdm | None = None
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Print what a record has to say."""
+        """Print a record."""
         if record["kind"] == "start":
             self._weights = record["domain_weights"]
             self.say(start_line(record))
@@ -40,41 +40,41 @@ class Terminal:
             self._weights = record["domain_weights"]
 
     def _step(self, record: Mapping[str, Any]) -> None:
-        self._shown.append(record)
+        self._steps.append(record)
         step = record["step"]
         if step == 1 or step % self.interval == 0 or step == self.steps:
-            self.say(step_line(self._shown, self.steps))
-            self._shown = []
+            self.say(step_line(self._steps, self.steps))
+            self._steps = []
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def say(self, text: str, file: TextIO | None = None) -> None:
-        """Print above the bar; on stdout unless told otherwise."""
+        """Print above the bar, by default on stdout."""
         file = file or sys.stdout
         with tqdm.external_write_mode(file) if self._bar is not None else nullcontext():
             try:
                 print(text, file=file, flush=True)
             except OSError as error:
-                if error.errno != errno.EIO:  # of a terminal that is gone; tqdm knows it too
+                if error.errno != errno.EIO:  # the terminal is gone; tqdm handles that too
                     raise
                 leave_terminal()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _room(_: object) -> tuple[int, int]:
-    """Columns and lines for a bar: what a terminal echoes of Ctrl-C has room behind it."""
+    """Return columns and lines for a bar, with room for the ^C that a terminal echoes."""
     size = shutil.get_terminal_size()
     return max(size.columns - 4, 10), size.lines
 
 
 def start_line(record: Mapping[str, Any]) -> str:
-    """When and where a run starts, which a file of several jobs does not tell otherwise."""
+    """Describe when and where a run starts, since several jobs may append to one log file."""
     hosts, count = record["hosts"], 1
     for size in record["layout"].values():
         count *= size
@@ -84,7 +84,7 @@ def start_line(record: Mapping[str, Any]) -> str:
 
 
 def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
-    """One line of the steps since the last one: the newest values, at their mean speed."""
+    """Format the steps since the last line: newest values, mean speed."""
     last = records[-1]
     seconds = sum(record["seconds"] for record in records) / len(records)
     width = len(str(steps))
@@ -96,7 +96,7 @@ def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
         target = last["target_sparsity"]
         pairs = [f"{name} {now:.2f}/{target[name]:.2f}" for name, now in last["sparsity"].items()]
         parts.append("sparsity " + " ".join(pairs))
-    speed = last["seconds"] / seconds  # of the last step, to that of all
+    speed = last["seconds"] / seconds  # mean speed relative to that of the last step
     parts.append(f"tok/s {last['tokens_per_second'] * speed:,.0f}")
     if last["mfu"] is not None:
         parts.append(f"mfu {last['mfu'] * speed:.1%}")
@@ -106,7 +106,7 @@ def step_line(records: Sequence[Mapping[str, Any]], steps: int) -> str:
 
 
 def evaluation_table(record: Mapping[str, Any], before: Mapping[str, float]) -> str:
-    """Losses (nats per token), references and gaps by domain, and how the weights moved."""
+    """Format losses (nats per token), references, gaps and the change of weights by domain."""
     rows = []
     for name, loss in record["losses"].items():
         gap = f"{record['gaps'][name]:+.3f}" if name in record["gaps"] else "-"

@@ -1,6 +1,6 @@
 """The training loop: one run from its configuration to its last checkpoint, stopped and resumed.
 
-Stages differ by their Objective. Everything that a resumed run needs is in its checkpoint or is a
+Stages differ in their Objective. Everything that a resumed run needs is in its checkpoint or is a
 function of the step.
 """
 
@@ -10,17 +10,13 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megashear import console
 from megashear.checkpoint.info import CheckpointInfo, read_info
 from megashear.checkpoint.models import (
     generation_of,
@@ -30,33 +26,37 @@ from megashear.checkpoint.models import (
     read_shape,
 )
 from megashear.checkpoint.runs import CheckpointManager
-from megashear.config.loader import DOMAINS_FILE, domains_to_yaml, from_yaml, settings, to_yaml
+from megashear.config.loader import (
+    DOMAINS_FILE,
+    domains_to_yaml,
+    from_yaml,
+    refuse_other_settings,
+    to_yaml,
+)
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.domain_weights import DomainWeights
-from megashear.data.loader import Fetcher, MicroBatch, TrainLoader, torch_fetcher
+from megashear.data.loader import Fetcher, TrainLoader, torch_fetcher
 from megashear.errors import CheckpointError, TrainingError
 from megashear.files import write_durably
 from megashear.model.build import build_model
-from megashear.platform import cuda
 from megashear.platform.collectives import on_first_process
 from megashear.platform.cuda import Moment, ToHost
 from megashear.platform.parallel import Platform
-from megashear.pruning.counting import flops_per_token, parameter_count
-from megashear.records import KEPT_UNITS_FILE, EvaluationRecord, pack, utc
+from megashear.pruning.counting import parameter_count
+from megashear.records import KEPT_UNITS_FILE, pack, utc
 from megashear.training.evaluation import Evaluator, cost_of_evaluations
-from megashear.training.objective import LanguageModeling, PruningObjective
+from megashear.training.objective import LanguageModeling, Objective, PruningObjective
 from megashear.training.optimizer import WeightOptimizer
 from megashear.training.run_lock import RunLock
-from megashear.training.run_log import RunLog, peak_flops, start_record
+from megashear.training.run_log import RunLog
+from megashear.training.run_records import RunRecords, StepTimes
+from megashear.training.signals import StopSignals
 from megashear.training.step import DomainLosses, run_micro_batches
-
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-"""That end a run in order, by their numbers."""
 
 
 def source_shape(config: RunConfig) -> ModelShape:
-    """The shape that a run trains: its `model`, or that of the model at `init_from`."""
+    """Return the shape that a run trains: `model`, or that of the model at `init_from`."""
     if config.model is not None:
         return config.model
     assert config.init_from is not None
@@ -67,12 +67,12 @@ class Trainer:
     """One run on one process.
 
     Args:
-        config: checked.
-        platform: started.
+        config: a validated configuration.
+        platform: the initialised process group and device.
     """
 
     def __init__(self, config: RunConfig, platform: Platform) -> None:
-        # On another device `auto` may come to another precision: the run keeps the one it has.
+        # On another device `auto` may mean another precision: a resumed run keeps the one it has.
         config = replace(config, platform=replace(config.platform, precision=platform.precision))
         self.config, self.platform = config, platform
         self.shape = source_shape(config)
@@ -83,7 +83,8 @@ class Trainer:
         platform.heartbeat.mark("check of the checkpoints")
         resumed, passed_over = self.checkpoints.newest_whole()
         if resumed is not None:
-            _refuse_other_config(resumed, config)
+            assert resumed.config is not None, "a run's checkpoint has its configuration"
+            refuse_other_settings(config, from_yaml(resumed.config))
         self.step = resumed.step if resumed else 0
         self.history = resumed.history if resumed else history_of(config.init_from)
         kept = resumed.generation if resumed else generation_of(config.init_from)
@@ -113,7 +114,7 @@ class Trainer:
         if resumed is None and config.init_from is not None:
             self._initialise(chunks, config.init_from)
         self.optimizer = WeightOptimizer(chunks, config.optimizer, config.parallel, trainer.steps)
-        self.objective = (
+        self.objective: Objective = (
             PruningObjective(config, self.optimizer, self.shape, platform)
             if config.stage == "prune"
             else LanguageModeling()
@@ -131,23 +132,20 @@ class Trainer:
             consumed_samples=self.step * trainer.global_batch_size,
             fetcher=self._fetcher(),
         )
-        if resumed is not None:  # last, since what is made before may draw numbers
+        if resumed is not None:  # last: what is built before may draw random numbers
             self.checkpoints.restore_random_states(resumed)
-        self._signal = 0  # the newest that this process got
-        self._agreed = 0  # the one that ends the run, on all ranks
-        peak = peak_flops(platform)
-        self._peak_flops = peak and peak * platform.world_size
-        self._flops_per_token = flops_per_token(self.shape, data.seq_length)
-        self._saving = (0, 0.0)  # step of the newest checkpoint, and seconds that it was waited for
+        self.signals = StopSignals(platform)
+        self.records = RunRecords(config, platform, self.shape, self.domain_weights)
+        self._saving = (0, 0.0)  # step of the newest checkpoint, and seconds that training waited
 
     def _introduce(self) -> None:
-        """Say what is about to run, on what."""
+        """Print what is about to run, and on which devices."""
         target = self.objective.target
         size = f"{parameter_count(self.shape):,} parameters"
         size += f" -> {parameter_count(target):,}" if target else ""
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
-        cost, much = cost_of_evaluations(self.config, self.evaluator.sequences)
-        (self.log.warn if much else self.log.say)(cost)
+        cost, high = cost_of_evaluations(self.config, self.evaluator.sequences)
+        (self.log.warn if high else self.log.say)(cost)
 
     def _fetcher(self) -> Fetcher:
         if self.config.platform.loader == "torch":
@@ -185,29 +183,29 @@ class Trainer:
         """Train to the last step, or until a signal; either way the last state is saved.
 
         Raises:
-            TrainingError: the loss is not finite.
-            SystemExit: a signal ended the run; the status is 128 + its number, as in a shell.
+            TrainingError: a loss or a gradient norm is not finite.
+            SystemExit: a signal stopped the run; the status is 128 + its number, as in a shell.
         """
         steps = self.config.trainer.steps
         if self.step >= steps:
             self.log.say(f"{self.run_dir} is complete: {steps} steps. Nothing to do")
             return
-        with closing(self.lock), self._signals(), closing(self.log):
-            self._start()
+        with closing(self.lock), self.signals.caught(), closing(self.log):
+            self.log.record(self.records.start(self.step, self.objective.target))
             saved: int | None = self.step
-            if not self.losses:  # the run begins: a resumed one has those of its checkpoint
+            if not self.losses:  # a new run: a resumed one has the losses of its checkpoint
                 self._evaluate()
-                self._hear()
+                self.signals.sync()
                 saved = None
-            while self.step < steps and not self._agreed:
+            while self.step < steps and not self.signals.agreed:
                 self.train_step()
                 if self._due(self.config.evaluation.interval):
                     self._evaluate()
-                    self._hear()
+                    self.signals.sync()
                 if self._due(self.config.trainer.save_interval):
                     self.save()
                     saved = self.step
-                    self._hear()
+                    self.signals.sync()
                 self._finish_save(wait=False)
             if saved != self.step:
                 self.save()
@@ -215,31 +213,19 @@ class Trainer:
             self._end()
         self.loader.close()
         if self.step < steps:
-            raise SystemExit(128 + self._agreed)
-
-    def _start(self) -> None:
-        shapes, now = (self.shape, self.objective.target), (self.step, self._weights())
-        self.log.start(start_record(self.config, self.platform, *shapes, *now))
-
-    def _weights(self) -> dict[str, float]:
-        return dict(zip(self.domain_weights.names, self.domain_weights.weights, strict=True))
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        if self._peak_flops is None:
-            return None
-        return tokens_per_second * self._flops_per_token / self._peak_flops
+            raise SystemExit(128 + self.signals.agreed)
 
     def _end(self) -> None:
-        """Say what the run came to, or what stopped it."""
+        """Print the result of the run or what stopped it, and record it."""
         reason, verdict = "complete", self.objective.verdict()
         if self.step < self.config.trainer.steps:
-            reason, verdict = signal.Signals(self._agreed).name, ""
+            reason, verdict = signal.Signals(self.signals.agreed).name, ""
             self.log.say(f"stopped by {reason} at step {self.step}; start it again to go on")
         elif result := self.objective.result():
             self.log.say(result)
         if verdict:
             self.log.warn(verdict)
-        self.log.end(
+        self.log.record(
             {"kind": "end", "step": self.step, "time": utc(), "reason": reason, "verdict": verdict}
         )
 
@@ -249,8 +235,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: every micro-batch forward and backward, then one update.
 
-        What the host wants to know of it comes while the weights are updated: it waits for the
-        device where Megatron's own step does, and nowhere else.
+        Losses and metrics are copied to the host while the weights are updated: the host waits for
+        the device where Megatron's own step does, and nowhere else.
         """
         began, platform = time.perf_counter(), self.platform
         mark, device = platform.heartbeat.mark, platform.device
@@ -258,7 +244,7 @@ class Trainer:
         self.loader.fetch_until(self._next_evaluation() * self.config.trainer.global_batch_size)
         batches = self.loader.next_step()
         loaded, first = time.perf_counter(), Moment(device)
-        lr_share = self.optimizer.begin_step(self.step)
+        lr_fraction = self.optimizer.begin_step(self.step)
         self.optimizer.zero_grad()
         mark("micro-batches")
         with self.objective.step_weights(self.step):
@@ -269,74 +255,44 @@ class Trainer:
         computed = Moment(device)
         mark("optimizer")
         self.objective.backward(self.step)
-        self.objective.update(self.step, lr_share)
-        told = ToHost([*self._agree(totals), *self.objective.numbers()])
+        self.objective.update(self.step, lr_fraction)
+        totals, signals = self.signals.sum_with(totals)
+        copies = ToHost({"losses": totals, "signals": signals, **self.objective.measured()})
         grad_norm = self.optimizer.step()
-        totals, signals, *numbers = told.read()
-        losses = DomainLosses(totals)
-        got = [number for number, ranks in zip(SIGNALS, signals.tolist(), strict=True) if ranks]
-        self._agreed = max(got, default=0)
-        objective = self.objective.metrics(self.step, numbers)
-        norms = {name: value for name, value in objective.items() if isinstance(value, float)}
-        self._check_finite({"loss": losses.mean, "grad_norm": grad_norm, **norms}, losses, batches)
+        measured = copies.read()
+        self.signals.agree(measured["signals"])
+        losses = DomainLosses(measured["losses"])
+        metrics = self.objective.metrics(self.step, measured)
+        self._check_finite(losses, {"grad_norm": grad_norm, **metrics})
         self.step += 1
-        self._log_step(losses, grad_norm, objective, (began, loaded, computed.since(first)))
+        times = StepTimes(time.perf_counter() - began, loaded - began, computed.since(first))
+        results = (losses, self.optimizer.lr, grad_norm, metrics, times)
+        self.log.record(self.records.step(self.step, *results))
 
     def _next_evaluation(self) -> int:
         interval = self.config.evaluation.interval
         return min((self.step // interval + 1) * interval, self.config.trainer.steps)
 
-    def _check_finite(
-        self, told: dict[str, float], losses: DomainLosses, batches: list[MicroBatch]
-    ) -> None:
-        """What is not finite has spoilt weights or masks: they must not be saved."""
-        wrong = [f"{name} is {value}" for name, value in told.items() if not math.isfinite(value)]
+    def _check_finite(self, losses: DomainLosses, metrics: Mapping[str, Any]) -> None:
+        """Raise if a number is not finite: the update spoiled the weights or masks in memory."""
+        wrong = [
+            f"{name} is {value}"
+            for name, value in {"loss": losses.mean, **metrics}.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
         if not wrong:
             return
-        counts = {
-            name: int(tokens) // self.config.data.seq_length
-            for name, tokens in zip(self.domain_weights.names, losses.tokens, strict=True)
-        }
+        names = self.domain_weights.names
+        sequences = (losses.tokens / self.config.data.seq_length).int().tolist()
+        counts = zip(names, sequences, strict=True)
         self._finish_save()
         good = self.checkpoints.latest()
         raise TrainingError(
             f"step {self.step + 1}: {', '.join(wrong)}. Sequences of its batch by domain: "
-            f"{', '.join(f'{name} {count}' for name, count in counts.items())}; losses by domain: "
-            f"{dict(zip(self.domain_weights.names, losses.of_domains(), strict=True))}. Last good "
-            f"checkpoint: {good.directory if good else 'none'}. Lower the learning rate or check "
-            "the domain's text, then start again: the run goes on from that checkpoint"
-        )
-
-    def _log_step(
-        self,
-        losses: DomainLosses,
-        grad_norm: float,
-        objective: dict[str, Any],
-        times: tuple[float, float, float],
-    ) -> None:
-        began, loaded, forward_backward = times
-        seconds = time.perf_counter() - began
-        tokens = self.config.trainer.global_batch_size * self.config.data.seq_length
-        of_domains = zip(self.domain_weights.names, losses.of_domains(), strict=True)
-        self.log.step(
-            {
-                "kind": "step",
-                "step": self.step,
-                "time": time.time(),
-                "tokens": self.step * tokens,
-                "loss": losses.mean,
-                "domain_losses": {name: loss for name, loss in of_domains if not math.isnan(loss)},
-                "domain_weights": self._weights(),
-                "lr": self.optimizer.lr,
-                "grad_norm": grad_norm,
-                **objective,  # type: ignore[typeddict-item]
-                "seconds": seconds,
-                "data_seconds": loaded - began,
-                "forward_backward_seconds": forward_backward,
-                "tokens_per_second": tokens / seconds,
-                "mfu": self._mfu(tokens / seconds),
-                "memory_gib": cuda.peak_memory_gib(self.platform.device),
-            }
+            f"{', '.join(f'{name} {count}' for name, count in counts)}; losses by domain: "
+            f"{dict(zip(names, losses.of_domains(), strict=True))}. Last good checkpoint: "
+            f"{good.directory if good else 'none'}. Lower the learning rate or check the domain's "
+            "text, then start again: the run goes on from that checkpoint"
         )
 
     def _evaluate(self) -> None:
@@ -349,24 +305,13 @@ class Trainer:
         if self.step < self.config.trainer.steps:
             samples = self.step * self.config.trainer.global_batch_size
             self.domain_weights.update(samples, self.losses)
-        references, of_domains = self.domain_weights.references, self.losses.items()
-        record: EvaluationRecord = {
-            "kind": "evaluation",
-            "step": self.step,
-            "time": time.time(),
-            "seconds": time.perf_counter() - began,
-            "losses": self.losses,
-            "references": references,
-            "gaps": {n: loss - references[n] for n, loss in of_domains if n in references},
-            "domain_weights": self._weights(),
-        }
-        if kept := self.objective.kept():
-            record["kept"] = kept
-        self.log.evaluation(record)
+        seconds = time.perf_counter() - began
+        kept = self.objective.kept()
+        self.log.record(self.records.evaluation(self.step, self.losses, seconds, kept))
 
     def save(self) -> None:
-        """Write a checkpoint; with `async_save` begin to, and `run` finishes it."""
-        self._finish_save()  # the one before, if it takes so long
+        """Write a checkpoint; with `async_save` only begin to, and `run` finishes it."""
+        self._finish_save()  # of the previous checkpoint, if it is still being written
         began, config = time.perf_counter(), self.config
         self.platform.heartbeat.mark("save", self.step)
         info = CheckpointInfo(
@@ -391,81 +336,24 @@ class Trainer:
             self._finish_save()
 
     def _finish_save(self, *, wait: bool = True) -> None:
-        """Give the checkpoint that is being written its name, and tell of it."""
+        """Publish the checkpoint that is being written once it is complete, and record it."""
         began, (step, seconds) = time.perf_counter(), self._saving
         checkpoint = self.checkpoints.finish() if wait else self.checkpoints.poll()
         seconds += time.perf_counter() - began
         self._saving = (step, seconds)
         if checkpoint is not None:
             self.log.say(f"saved {checkpoint}")
-            self.log.save({"kind": "save", "step": step, "time": time.time(), "seconds": seconds})
+            self.log.record({"kind": "save", "step": step, "time": time.time(), "seconds": seconds})
 
     def _write_run_files(self) -> None:
-        """Beside the checkpoints: records, configuration, and domains with their newest weights."""
+        """Write the files beside the checkpoints: records, configuration, newest domain weights."""
         weights = zip(self.config.data.domains, self.domain_weights.weights, strict=True)
         domains = [replace(domain, weight=weight) for domain, weight in weights]
         self.log.flush()
-        self.checkpoints.directory.mkdir(exist_ok=True)  # before DOMAINS_FILE, which tells of it
-        write_durably(self.run_dir / DOMAINS_FILE, domains_to_yaml(domains), CheckpointError)
-        write_durably(self.run_dir / "config.yaml", to_yaml(self.config), CheckpointError)
+        self.checkpoints.directory.mkdir(exist_ok=True)  # a run with DOMAINS_FILE has checkpoints
+        files = {DOMAINS_FILE: domains_to_yaml(domains), "config.yaml": to_yaml(self.config)}
         if masks := self.objective.extracted():
             packed = {name: pack(rows) for name, rows in masks.items()}
-            text = json.dumps({"step": self.step, "masks": packed})
-            write_durably(self.run_dir / KEPT_UNITS_FILE, text, CheckpointError)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a lost terminal) end the run.
-
-        After the step, and with a save. Under nohup SIGHUP stays ignored.
-        """
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        if before[signal.SIGHUP] == signal.SIG_IGN:
-            del before[signal.SIGHUP]
-
-        def stop(number: int, frame: Any) -> None:
-            self._signal = number
-            if number == signal.SIGHUP:
-                console.leave_terminal()  # it takes no messages any more
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _agree(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of losses over all ranks, and how many of them got each of SIGNALS.
-
-        Signals come at different moments on different ranks; one that comes after this counts in
-        the next step, unless an evaluation or a save comes before.
-        """
-        signals = totals.new_zeros(len(SIGNALS))
-        if self._signal:
-            signals[SIGNALS.index(self._signal)].fill_(1)
-        flat = self.platform.sum_over_all(torch.cat([totals.flatten(), signals]))
-        sums, signals = flat.split([totals.numel(), len(SIGNALS)])
-        return sums.view_as(totals), signals
-
-    def _hear(self) -> None:
-        """Agree on signals where all ranks have waited for the device anyway."""
-        self._agreed = max(self._agreed, self.platform.largest(self._signal))
-
-
-def _refuse_other_config(info: CheckpointInfo, config: RunConfig) -> None:
-    """A run is continued under the configuration that it began with, but for free options."""
-    assert info.config is not None, "a run's checkpoint has its configuration"
-    before, after = settings(from_yaml(info.config)), settings(config)
-    differences = [
-        f"  {name}: {before.get(name)!r} in the run, {after.get(name)!r} now"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{config.run_dir} holds a run of another configuration:\n"
-            + "\n".join(differences)
-            + "\nUndo the changes to continue it, or give another run_dir"
-        )
+            files[KEPT_UNITS_FILE] = json.dumps({"step": self.step, "masks": packed})
+        for name, text in files.items():
+            write_durably(self.run_dir / name, text, CheckpointError)

@@ -1,6 +1,6 @@
-"""TensorBoard and Weights & Biases as views of a run's records: neither is needed, or may end it.
+"""Show a run's records in TensorBoard and Weights & Biases.
 
-The only module that imports either.
+Both are optional, and a failure of either does not stop a run. Only this module imports them.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from megashear.config.schema import RunConfig
 from megashear.files import write_whole
 
 _WAIT = 30.0
-"""Seconds that a server is waited for at the start and at the end of a run."""
+"""Seconds to wait for a server at the start and at the end of a run."""
 
 
 class View(Protocol):
-    """Shows the records that go to metrics.jsonl."""
+    """Shows the records of metrics.jsonl."""
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Show a record."""
 
     def close(self) -> None:
-        """Show what is left."""
+        """Show what remains, and end."""
 
 
 def views(
     config: RunConfig, resumed_step: int | None, warn: Callable[[str], None]
 ) -> Iterator[View]:
-    """The views that `log` asks for; one that fails says so by `warn`, once, and ends.
+    """Open the views that `log` asks for; one that fails warns once and ends.
 
     Args:
-        config: of the run; its packages are installed.
-        resumed_step: that the run goes on from; None where it begins.
-        warn: says a message.
+        config: configuration of the run; the packages of its views are installed.
+        resumed_step: step that the run resumes from; None in a new run.
+        warn: prints a warning.
     """
     if config.log.tensorboard:
         yield Guarded("TensorBoard", lambda: TensorBoard(config, resumed_step), warn)
@@ -46,7 +46,7 @@ def views(
 
 
 class Guarded:
-    """A view whose failure does not end the run."""
+    """A view whose failure does not stop the run."""
 
     def __init__(self, name: str, make: Callable[[], View], warn: Callable[[str], None]) -> None:
         self._name, self._warn = name, warn
@@ -61,7 +61,7 @@ class Guarded:
                 self._view.take(record)
 
     def close(self) -> None:
-        """Show what is left."""
+        """Show what remains, and end."""
         with self._guarded():
             if self._view is not None:
                 self._view.close()
@@ -70,7 +70,7 @@ class Guarded:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # no failure of a view is worth a run
             self._view = None
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             text = f"{self._name} failed, and the run goes on without it: {what}"
@@ -78,7 +78,7 @@ class Guarded:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard; what a resumed run does again replaces what was there."""
+    """Event files in RUN/tensorboard; steps that a resumed run repeats replace the old ones."""
 
     def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -88,19 +88,19 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory), purge_step=purge)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Add its numbers."""
+        """Add the numbers of a record."""
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"])
-        if record["kind"] == "save":  # a run that is resumed from it adds those of later steps only
+        if record["kind"] == "save":  # a run that resumes from it adds only later steps
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what remains."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A W&B run, whose id is kept in RUN/wandb-id; its x axis is `step`."""
+    """A W&B run with its id in RUN/wandb-id; the x axis is `step`."""
 
     def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
         import wandb
@@ -119,7 +119,7 @@ class WeightsAndBiases:
             id=file.read_text().strip(),
             resume="allow",
             mode=config.log.wandb,  # type: ignore[arg-type]
-            # It would stand between the run and its terminal, or wait for a key to be typed.
+            # W&B's console capture would come between the run and its terminal, or wait for a key.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -132,20 +132,20 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Send its numbers; a step that is done again is there twice, with equal values."""
+        """Send the numbers of a record; a repeated step is there twice, with equal values."""
         if values := dict(scalars(record)):
             self._run.log({**values, "step": record["step"]})
 
     def close(self) -> None:
-        """Send what is left, for half a minute at most."""
+        """Send what remains, for half a minute at most."""
         self._run.finish()
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a record by name: `step/loss`, `evaluation/seconds`, `losses/cc`.
+    """Yield the numbers of a record by name: `step/loss`, `evaluation/seconds`, `losses/cc`.
 
-    A number of the record itself is named by the record's kind, one of a domain, mask or constraint
-    by its field. Rows of a mask are shown by their mean.
+    A number of the record itself is named after the record's kind, a number of a domain, mask or
+    constraint after its field. The rows of a mask are shown as their mean.
     """
     if record["kind"] not in ("step", "evaluation", "save"):
         return

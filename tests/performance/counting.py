@@ -107,7 +107,7 @@ def host_waits() -> Iterator[Counter[str]]:
     """
     waits, read = _Waits(), ToHost.read
 
-    def read_once(to_host: ToHost) -> list[Tensor]:
+    def read_once(to_host: ToHost) -> dict[str, Tensor]:
         waits.calls["ToHost.read"] += 1
         found = read(to_host)
         waits.came_to_host(found)

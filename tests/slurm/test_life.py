@@ -37,7 +37,7 @@ def undisturbed(folder: Path, steps: int) -> None:
 
     def step_with_signal() -> None:
         if trainer.step == steps - 1:
-            trainer._signal = signal.SIGINT
+            trainer.signals.received = signal.SIGINT
         step()
 
     trainer.train_step = step_with_signal  # type: ignore[method-assign]

@@ -276,15 +276,15 @@ def signalled_while_ranks_agree(config: RunConfig) -> list[int]:
     """A run that gets SIGTERM after the collective that says whether any rank did."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
-    agree = trainer._agree
+    sum_with = trainer.signals.sum_with
 
-    def agree_and_signal(totals: Tensor) -> tuple[Tensor, Tensor]:
-        agreed = agree(totals)
+    def sum_and_signal(totals: Tensor) -> tuple[Tensor, Tensor]:
+        sums = sum_with(totals)
         if trainer.step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return agreed
+        return sums
 
-    trainer._agree = agree_and_signal  # type: ignore[method-assign]
+    trainer.signals.sum_with = sum_and_signal  # type: ignore[method-assign]
     with pytest.raises(SystemExit) as ended:
         trainer.run()
     parallel.stop()

@@ -137,10 +137,11 @@ def three_steps(config: RunConfig) -> dict[str, Any]:
     owned = trainer.optimizer.owned
 
     def keep(record: dict[str, Any]) -> None:
-        found["losses"].append(record["loss"])
-        found["norms"].append(record["grad_norm"])
+        if record["kind"] == "step":
+            found["losses"].append(record["loss"])
+            found["norms"].append(record["grad_norm"])
 
-    trainer.log.step = keep  # type: ignore[method-assign, assignment]
+    trainer.log.record = keep  # type: ignore[method-assign, assignment]
     found["early"] = count_early_reductions(trainer.optimizer.models)
     objective, megatron_step = trainer.objective, trainer.optimizer.step
     if config.stage == "prune":

@@ -57,7 +57,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
         return batches[-1]
 
     trainer.loader.next_step = keep  # type: ignore[method-assign]
-    trainer.log.step = lambda record: losses.append(record["loss"])  # type: ignore
+    trainer.log.record = lambda record: losses.append(record["loss"])  # type: ignore
     for _ in range(STEPS):
         trainer.train_step()
     rules = bound_rules(trainer.optimizer.chunks)

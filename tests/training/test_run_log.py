@@ -144,9 +144,9 @@ def norms(config: RunConfig) -> dict[str, Any]:
     """What a step records, and norms of the gradients that it left, which were not clipped."""
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
-    trainer._peak_flops = 1e9
+    trainer.records.peak_flops = 1e9 / platform.world_size
     found: list[Any] = []
-    trainer.log.step = found.append  # type: ignore[method-assign, assignment]
+    trainer.log.record = found.append  # type: ignore[method-assign]
     trainer.train_step()
     objective: Any = trainer.objective
     groups = {"mask": objective.masks.log_alpha, "multiplier": objective.lagrangian.multipliers}

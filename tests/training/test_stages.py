@@ -192,7 +192,7 @@ def penalties(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, A
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     logged: list[float] = []
-    trainer.log.step = lambda record: logged.append(record["penalty"])  # type: ignore
+    trainer.log.record = lambda record: logged.append(record["penalty"])  # type: ignore
     expected = []
     for step in range(5):
         total = 0.0

@@ -93,18 +93,19 @@ def steps(config: RunConfig, until: int) -> dict[str, Any]:
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     trainer = Trainer(config, platform)
     found: dict[str, Any] = {"losses": [], "tokens": []}
-    log_step, next_step = trainer.log.step, trainer.loader.next_step
+    log_record, next_step = trainer.log.record, trainer.loader.next_step
 
     def note_loss(record: Any) -> None:
-        found["losses"].append(record["loss"])
-        log_step(record)
+        if record["kind"] == "step":
+            found["losses"].append(record["loss"])
+        log_record(record)
 
     def note_tokens() -> Any:
         batches = next_step()
         found["tokens"].append(torch.cat([batch["tokens"] for batch in batches]))
         return batches
 
-    trainer.log.step = note_loss  # type: ignore[method-assign]
+    trainer.log.record = note_loss  # type: ignore[method-assign]
     trainer.loader.next_step = note_tokens  # type: ignore[method-assign]
     while trainer.step < until:
         trainer.train_step()
