@@ -1,1 +1,1 @@
-"""Text in, token files, and the dynamic blend of domains that a run reads."""
+"""Reading token files, and the dynamic blend of domains that a run draws from them."""

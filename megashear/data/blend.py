@@ -1,4 +1,4 @@
-"""The order in which a blend of fixed weights takes its domains. Numpy and Megatron's rule only."""
+"""The order in which a blend of fixed weights draws from its domains, by Megatron's own rule."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.utils import normalize
 
 _BLOCK = 1024  # positions from one stored count to the next
-_LEAST = 4096  # positions computed at once
+_MIN_LENGTH = 4096  # positions computed at once
 
 
 class Blend:
-    """Megatron's greedy blend of domains, computed as far as it has been asked for.
+    """Megatron's greedy blend of domains, computed only as far as needed.
 
-    The rule takes the domain that is furthest behind its share, so a longer order begins with the
-    shorter one, and doubling the length keeps the cost per sample constant. A position takes one
-    byte; while the order grows, ten more.
+    The rule draws from the domain that is furthest behind its weight, so a longer order begins with
+    the shorter one, and doubling the length keeps the cost per sample constant. A position takes
+    one byte, and ten more while the order grows.
 
-    It is BlendedDataset's order, and goes on where that ends. A domain of weight 0, which
-    BlendedDataset refuses, is left out: the rule would take it when all others are exactly even.
+    The order is that of BlendedDataset, without its end. BlendedDataset refuses a weight of 0; here
+    such a domain is left out, since the rule would draw from it when all others are exactly even.
     """
 
     def __init__(self, weights: tuple[float, ...]) -> None:
@@ -27,7 +27,7 @@ class Blend:
         self._before = np.zeros((1, len(weights)), dtype=np.int64)  # samples before each block
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(domain, how many samples it gave before) at a position of the order."""
+        """Return (domain, number of samples that it gave before) at a position of the order."""
         self._grow(position + 1)
         domain = int(self._domains[position])
         block = position // _BLOCK
@@ -35,7 +35,7 @@ class Blend:
         return domain, int(self._before[block, domain] + inside)
 
     def counts(self, length: int) -> np.ndarray:
-        """Samples of every domain among the first `length`, int64."""
+        """Return the number of samples of every domain among the first `length`, int64."""
         self._grow(length)
         block = length // _BLOCK
         rest = np.bincount(self._domains[block * _BLOCK : length], minlength=len(self.weights))
@@ -44,7 +44,7 @@ class Blend:
     def _grow(self, length: int) -> None:
         if length <= len(self._domains):
             return
-        length = max(length, 2 * len(self._domains), _LEAST)
+        length = max(length, 2 * len(self._domains), _MIN_LENGTH)
         length += -length % _BLOCK
         domains, samples = np.zeros(length, dtype=np.int16), np.zeros(length, dtype=np.int64)
         active = np.flatnonzero(self.weights)

@@ -1,7 +1,7 @@
 """NVIDIA DALI behind torch's loader: the same micro-batches, bit for bit.
 
-Torch's workers read ahead; DALI keeps the next micro-batches finished and, where there is a GPU,
-copies them there while another is computed on. The only module that imports DALI, when asked for.
+Torch's workers read ahead; DALI keeps the next micro-batches ready and, on a GPU, copies them there
+while another one is computed on. Only this module imports DALI, and only if a run asks for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megashear.errors import DataError
 from megashear.platform import cuda
 
 READY = 2
-"""Micro-batches that DALI keeps finished; more than one, or it would not see an epoch's end."""
+"""Micro-batches that DALI keeps ready; with only one it would not see the end of an epoch."""
 
 
 class DaliFetcher:
-    """Each `iter` fetches the steps that `order` then has, all of which have to be taken.
+    """Each `iter` fetches the steps that `order` has then; the caller must take all of them.
 
-    With no workers this process reads, when asked for a batch. Batches are given on `device`.
+    Without workers this process reads when it is asked for a batch. Batches are on `device`.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class DaliFetcher:
             num_threads=1,
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=READY,
-            exec_dynamic=True,  # outputs can be bound to a stream
-            seed=0,  # it draws nothing
+            exec_dynamic=True,  # so that outputs can be bound to a stream
+            seed=0,  # nothing is random here
         )
         with self._pipeline:
             samples = fn.external_source(
@@ -53,7 +53,7 @@ class DaliFetcher:
         self._pipeline.build()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | DataError]:
-        self._pipeline.reset()  # it has met the end of the steps before: it reads ahead
+        self._pipeline.reset()  # reading ahead, it has met the end of the previous steps
         self._source.samples = iter(self._loader)
         try:
             with suppress(StopIteration):
@@ -68,14 +68,16 @@ class DaliFetcher:
 
 
 class _Source:
-    """What DALI calls for each micro-batch; an epoch of DALI's ends with the steps or an error."""
+    """DALI calls it for each micro-batch; an epoch of DALI ends with the steps or with an error."""
 
     samples: Iterator[Samples | DataError]
     error: DataError | None = None
 
     def __call__(self) -> Samples:
         samples = next(self.samples)
-        if isinstance(samples, DataError):  # told behind what is finished, by whoever takes that
+        if isinstance(
+            samples, DataError
+        ):  # raised after the batches that are ready, by their consumer
             self.error = samples
             raise StopIteration
         return samples

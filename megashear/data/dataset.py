@@ -1,7 +1,7 @@
-"""Training text as functions of a number: the samples of one domain, and the blend of all of them.
+"""Samples as functions of their number: of one domain, and of the blend of all domains.
 
-Megatron-Core's IndexedDataset, GPTDataset and blending rule do the work; here they become endless
-and re-weightable. Needs no process group, and imports nothing of model or training.
+Megatron-Core's IndexedDataset, GPTDataset and blending rule do the work; this module makes them
+endless and re-weightable. It needs no process group, and imports nothing from model or training.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from megashear.errors import DataError
 log = logging.getLogger("megashear")
 
 VALIDATION_SEED = 0
-"""Fixed, so that runs of any seed, and the source model, are measured on the same sequences."""
+"""Fixed, so that runs of any seed and the source model are measured on the same sequences."""
 
 
 class DomainDataset(Dataset[np.ndarray]):
-    """The endless sequence of samples of one domain: epoch after epoch, each in its own shuffle.
+    """The endless sequence of samples of one domain: epoch after epoch, each shuffled anew.
 
     Sample k is a function of the file, the seed and k: sample k % samples_per_epoch of an
-    EpochDataset that is built when its epoch is first needed. Documents run on across sample
+    EpochDataset that is built when its epoch is first needed. Documents continue across sample
     boundaries.
 
     Args:
-        name: the domain; with `seed`, any integer, it keys the shuffles.
+        name: name of the domain; the shuffles depend on it and on `seed`, any integer.
         prefix: path of the token file without .bin/.idx.
         seq_length: tokens of a sample (one more is read, for the last label).
-        vocab_size: ids in the file must be below it.
+        vocab_size: size of the vocabulary; all ids in the file must be below it.
         dataset_id: number of the domain in its blend.
-        index_cache: directory of epoch indices; None stands for one beside the file.
+        index_cache: directory of epoch indices; by default `index_cache` next to the file.
         eos: id of the token that ends a document; None lets attention cross documents.
 
     Raises:
@@ -73,7 +73,7 @@ class DomainDataset(Dataset[np.ndarray]):
         if self.samples_per_epoch < 1:
             raise DataError(
                 f"{prefix}.bin holds {tokens} tokens, fewer than the {seq_length + 1} of one "
-                f"sample: give domain {name} more text, or lower data.seq_length."
+                f"sample: give domain {name} more text, or lower data.seq_length"
             )
         kept = len(self._file) + self.samples_per_epoch >= CACHED_FROM
         directory = Path(index_cache) if index_cache else Path(prefix).parent / "index_cache"
@@ -93,12 +93,12 @@ class DomainDataset(Dataset[np.ndarray]):
         if outside.size:
             raise DataError(
                 f"{self.prefix}.bin holds token id {outside[0]}, but the vocabulary ends at "
-                f"{self.vocab_size - 1}: tokenize domain {self.name} with the model's tokenizer."
+                f"{self.vocab_size - 1}: tokenize domain {self.name} with the model's tokenizer"
             )
         return tokens.astype(np.int32)
 
     def _epoch(self, epoch: int) -> EpochDataset:
-        """Index of an epoch; the one before it is kept too, for samples still on their way."""
+        """Return the index of an epoch; the previous one is kept for samples still in flight."""
         if epoch not in self._epochs:
             key = hashlib.sha256(f"{self.seed}/{self.name}/{epoch}".encode()).digest()
             seed = int.from_bytes(key[:4], "little")
@@ -125,9 +125,9 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         assert [member.dataset_id for member in members] == list(range(len(members)))
         self.members, self.domain_weights = list(members), domain_weights
         self.eos = members[0].eos
-        self._segments: tuple[Segment, ...] = ()  # the ones that _cursors was made for
+        self._segments: tuple[Segment, ...] = ()  # the segments of _cursors
         self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
-        self._blend = Blend(())  # of the segment asked for last
+        self._blend = Blend(())  # blend of the segment that was used last
         self._epochs: dict[int, int] = {}
 
     def __getitem__(self, n: int) -> tuple[int, np.ndarray]:
@@ -136,7 +136,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         return domain, self.members[domain][k]
 
     def locate(self, n: int) -> tuple[int, int]:
-        """(domain, sample number within it) of global sample n, in constant time on average."""
+        """Return (domain, sample number in it) of global sample n, in constant time on average."""
         self._follow_domain_weights()
         index = bisect_right(self._segments, n, key=lambda segment: segment.first_sample) - 1
         assert index >= 0, f"there is no sample {n}"
@@ -177,7 +177,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
 def build_train_dataset(
     config: DataConfig, vocab_size: int, domain_weights: DomainWeights
 ) -> DynamicBlendedDataset:
-    """The blend of the training files of all domains.
+    """Open the training files of all domains as one blend.
 
     Raises:
         DataError: names every file that is missing, damaged or too short; or validation and
@@ -189,7 +189,7 @@ def build_train_dataset(
 
 
 def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, DomainDataset]:
-    """The validation files by domain, in an order that depends on nothing but file and domain.
+    """Open the validation files by domain; their order depends on the file and domain alone.
 
     Raises:
         DataError: names every file that is missing, damaged or too short.
@@ -199,7 +199,7 @@ def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, Domai
 
 
 def _open_all(config: DataConfig, part: str, vocab_size: int, seed: int) -> list[DomainDataset]:
-    """The `train` or `valid` files of every domain, numbered in their order."""
+    """Open the `train` or `valid` files of all domains, numbered in their order."""
     members, problems = [], []
     for number, domain in enumerate(config.domains):
         prefix = getattr(domain, part)
@@ -234,12 +234,12 @@ def _end_of_document(prefix: str) -> int:
 
 
 def _open_tokens(prefix: str) -> IndexedDataset:
-    """Open a token file, after checks that Megatron's reader makes by assertion or not at all."""
+    """Open a token file, after checks that Megatron's reader asserts or omits."""
     missing = [path for path in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.isfile(path)]
     if missing:
         raise DataError(
             f"{' and '.join(missing)} not found: write token files with `megashear tokenize`, or "
-            "correct the path in data.domains (without .bin or .idx)."
+            "correct the path in data.domains (without .bin or .idx)"
         )
     with open(f"{prefix}.idx", "rb") as file:
         header = file.read(34).ljust(34, b"\0")
@@ -247,9 +247,9 @@ def _open_tokens(prefix: str) -> IndexedDataset:
     size = 34 + 12 * sequences + 8 * documents
     known = magic == b"MMIDIDX\0\0" and version == 1 and 1 <= dtype <= 8
     if not known or os.path.getsize(f"{prefix}.idx") != size:
-        raise DataError(f"{prefix}.idx is not a whole Megatron token index: tokenize it again.")
+        raise DataError(f"{prefix}.idx is not a complete Megatron token index: tokenize it again")
     if sequences == 0 or os.path.getsize(f"{prefix}.bin") == 0:
-        raise DataError(f"{prefix}.bin holds no tokens: the domain needs text.")
+        raise DataError(f"{prefix}.bin holds no tokens: the domain needs text")
     tokens = IndexedDataset(prefix)
     found = os.path.getsize(f"{prefix}.bin")
     expected = int(tokens.sequence_lengths.sum(dtype=np.int64))
@@ -257,6 +257,6 @@ def _open_tokens(prefix: str) -> IndexedDataset:
     if found != expected:
         raise DataError(
             f"{prefix}.bin is {found} bytes long, but {prefix}.idx describes {expected}: the two "
-            "are not of one run; tokenize again."
+            "are not from one run; tokenize again"
         )
     return tokens

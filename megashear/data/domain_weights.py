@@ -1,7 +1,7 @@
-"""Domain weights: the rule that moves them, and the list of segments that is the whole state.
+"""Domain weights: the rule that updates them, and the list of segments that is their whole state.
 
-The mathematics of dynamic batch loading (Sheared LLaMA, section 2.2 and algorithm 1; DESIGN
-section 4) without any file or framework: numpy only, never torch or Megatron.
+This is the mathematics of dynamic batch loading (Sheared LLaMA, section 2.2 and algorithm 1) with
+numpy only; it imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megashear.errors import CheckpointError, DataError
 
 @dataclass(frozen=True)
 class Segment:
-    """Weights of the blend from global sample `first_sample` on, until the next segment begins."""
+    """Domain weights from global sample `first_sample` to the beginning of the next segment."""
 
     first_sample: int
     weights: tuple[float, ...]
@@ -34,11 +34,11 @@ def updated_weights(
     eta: float,
     smoothing: float,
 ) -> tuple[float, ...]:
-    """Domain weights after an evaluation: w * exp(eta * gap), normalised, then smoothed.
+    """Return domain weights after an evaluation: w * exp(eta * gap), normalised, then smoothed.
 
     The gap is `max(loss - reference, 0)` under rule `paper` (algorithm 1), and `loss - reference`
-    under `reference_code`; losses and references are in nats per token. Smoothing moves the share
-    `smoothing` of the whole evenly to all domains.
+    under `reference_code`; losses and references are in nats per token. Smoothing distributes the
+    fraction `smoothing` of all weight evenly over the domains.
 
     Raises:
         DataError: losses or references are missing or not finite; every such domain is named.
@@ -51,15 +51,15 @@ def updated_weights(
     ]
     if problems:
         raise DataError(
-            "domain weights cannot be updated and stay as they were:\n"
+            "domain weights cannot be updated and remain unchanged:\n"
             + "\n".join(problems)
-            + "\nCheck the domains' validation files, and reference_loss in data.domains."
+            + "\nCheck the domains' validation files, and reference_loss in data.domains"
         )
     gap = np.array([losses[name] - references[name] for name in names])
     exponent = eta * (np.maximum(gap, 0.0) if rule == "paper" else gap)
     old = np.asarray(weights, dtype=np.float64)
-    # Measured from the largest exponent of a domain that has weight, none overflows, and not all
-    # vanish. A domain without weight stays at 0 here, whatever its exponent.
+    # Relative to the largest exponent of a domain with weight, no exponent overflows, and not all
+    # vanish. A domain without weight stays at 0, whatever its exponent.
     new = np.where(old > 0, old * np.exp(np.minimum(exponent - exponent[old > 0].max(), 0.0)), 0.0)
     new = (1.0 - smoothing) * new / new.sum() + smoothing / len(old)
     return tuple(new.tolist())
@@ -68,18 +68,18 @@ def updated_weights(
 def within_bounds(
     weights: Sequence[float], lower: Sequence[float], upper: Sequence[float]
 ) -> tuple[float, ...]:
-    """Weights in proportion to the given ones as far as their bounds allow.
+    """Return weights in proportion to the given ones, as far as the bounds allow.
 
-    w_i <- clip(lambda * w_i, lower_i, upper_i), with the lambda that makes them sum to 1: of all
-    weights within the bounds they are the nearest in relative entropy. A weight of 0 gets more than
-    its lower bound only where the upper bounds of all others leave it something. There are such
-    weights if the lower bounds sum to 1 at most, and the upper ones to 1 at least.
+    They are clip(lambda * w_i, lower_i, upper_i) with the lambda that makes them sum to 1: of all
+    weights within the bounds, these are the nearest in relative entropy. A weight of 0 gets more
+    than its lower bound only if the upper bounds of all others leave a remainder. The lower bounds
+    must sum to 1 at most, and the upper ones to 1 at least.
     """
     given, low, high = (np.asarray(values, np.float64) for values in (weights, lower, upper))
     if ((low <= given) & (given <= high)).all():
         return tuple(weights)
     given = np.maximum(given, np.finfo(np.float64).tiny)
-    # The sum rises with lambda, in straight lines from one bound that is met to the next.
+    # The sum is piecewise linear in lambda, with a corner wherever a weight meets a bound.
     corners = np.unique(np.concatenate([low / given, high / given]))
     sums = np.clip(corners[:, None] * given, low, high).sum(1)
     scale = np.interp(1.0, sums, corners)
@@ -87,11 +87,11 @@ def within_bounds(
 
 
 class DomainWeights:
-    """The blend of domains over the run: a rule, and the segments that it has led to so far.
+    """The domain weights of a run: a rule, and the segments that it has produced so far.
 
-    Every rank keeps its own copy and must be given the same losses, bit for bit. A domain's
-    `dataset_id` is its position in `names`. `segments` ascend, and are replaced as a whole. An
-    update keeps each weight within its `bounds` (lower, upper), which default to (0, 1).
+    Every rank has its own copy and must get the same losses, bit for bit. A domain's `dataset_id`
+    is its position in `names`. `segments` ascend, and are replaced as a whole. An update keeps each
+    weight within its `bounds` (lower, upper), which default to (0, 1).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class DomainWeights:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the newest segment, one per domain."""
+        """Return the weights of the newest segment, one per domain."""
         return self.segments[-1].weights
 
     def by_name(self) -> dict[str, float]:
@@ -129,15 +129,15 @@ class DomainWeights:
         return dict(zip(self.names, self.weights, strict=True))
 
     def update(self, first_sample: int, losses: Mapping[str, float]) -> None:
-        """Blend by new weights from global sample `first_sample` on (no sample before it changes).
+        """Apply the rule: new weights hold from global sample `first_sample` on.
 
         Raises:
-            DataError: as `updated_weights`; no segment is added.
+            DataError: see `updated_weights`; no segment is added.
         """
         if self.rule == "constant":
-            return  # and so it needs neither losses nor references
+            return  # it needs neither losses nor references
         last = self.segments[-1]
-        assert first_sample >= last.first_sample, "weights cannot be changed for samples drawn"
+        assert first_sample >= last.first_sample, "samples that are drawn keep their weights"
         weights = updated_weights(
             last.weights, losses, self.references, self.names, self.rule, self.eta, self.smoothing
         )
@@ -145,7 +145,7 @@ class DomainWeights:
         self.segments = (*self.segments, Segment(first_sample, weights))
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and segments as plain lists, for a checkpoint or a JSON file."""
+        """Return names and segments as plain lists, for a checkpoint."""
         return {
             "names": list(self.names),
             "segments": [[s.first_sample, list(s.weights)] for s in self.segments],
@@ -161,7 +161,7 @@ class DomainWeights:
             raise CheckpointError(
                 f"the checkpoint blends the domains {', '.join(state['names'])}, but data.domains "
                 f"lists {', '.join(self.names)}: a resumed run needs the same ones in the same "
-                "order. Put them back, or start a new run_dir."
+                "order. Put them back, or start a new run_dir"
             )
         self.segments = tuple(
             Segment(int(first), tuple(float(weight) for weight in weights))

@@ -15,7 +15,7 @@ from megashear.errors import DataError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What stands beside a token file in PREFIX.json, for a run to check its domains with."""
+    """What PREFIX.json says about a token file, for a run to check its domains."""
 
     tokenizer_sha256: str
     vocab_size: int
@@ -23,12 +23,12 @@ class Fingerprint:
     eos_id: int
     documents: int
     tokens: int
-    highest_id: int | None = None  # in the file; None where it was not noted
+    highest_id: int | None = None  # highest token id in the file; None if unknown
     made_from: str | None = None  # hash of input, tokenizer and options
 
     @classmethod
     def read(cls, prefix: Path | str) -> Fingerprint:
-        """The fingerprint of the token files PREFIX.bin and PREFIX.idx.
+        """Read the fingerprint of the token files PREFIX.bin and PREFIX.idx.
 
         Raises:
             DataError: it is missing or damaged.
@@ -43,7 +43,7 @@ class Fingerprint:
 
 
 def check_one_tokenizer(prefixes: Sequence[str]) -> None:
-    """Refuse token files that different tokenizers made; one without PREFIX.json is not asked.
+    """Refuse token files of different tokenizers; a file without PREFIX.json is not checked.
 
     Raises:
         DataError: lists the files by tokenizer; or a fingerprint is damaged.
@@ -55,31 +55,35 @@ def check_one_tokenizer(prefixes: Sequence[str]) -> None:
     if len(files) > 1:
         lines = (f"  {sha256[:12]}: {', '.join(made)}" for sha256, made in files.items())
         raise DataError(
-            "the domains were made by different tokenizers (by sha256):\n"
+            "the token files were made by different tokenizers (by sha256):\n"
             + "\n".join(lines)
-            + "\nMake them again by one, with `megashear tokenize`"
+            + "\nMake them again with one tokenizer, with `megashear tokenize`"
         )
 
 
 def check_fingerprint(prefix: str, documents: int, tokens: int, vocab_size: int) -> None:
-    """Refuse token files that PREFIX.json, where there is one, does not describe.
+    """Refuse token files that PREFIX.json, if it exists, does not describe.
 
-    `documents` and `tokens` are what PREFIX.idx describes, `vocab_size` is the model's.
+    Args:
+        prefix: path of the token files without suffix.
+        documents: number of documents in PREFIX.idx.
+        tokens: number of tokens in PREFIX.idx.
+        vocab_size: size of the model's vocabulary.
 
     Raises:
-        DataError: they are not of one run, or of another vocabulary.
+        DataError: the files are not from one run, or have ids outside of the vocabulary.
     """
     if not Path(f"{prefix}.json").exists():
         return
     known = Fingerprint.read(prefix)
     if (known.documents, known.tokens) != (documents, tokens):
         raise DataError(
-            f"{prefix}.json is of {known.documents:,} documents with {known.tokens:,} tokens, but "
-            f"{prefix}.idx has {documents:,} with {tokens:,}: the files are not of one run. "
-            f"Tokenize again; or, if another program wrote them, delete {prefix}.json."
+            f"{prefix}.json is for {known.documents:,} documents with {known.tokens:,} tokens, but "
+            f"{prefix}.idx has {documents:,} with {tokens:,}: the files are not from one run. "
+            f"Tokenize again; or, if another program wrote them, delete {prefix}.json"
         )
     if known.highest_id is not None and known.highest_id >= vocab_size:
         raise DataError(
             f"{prefix}.bin holds token id {known.highest_id}, but the vocabulary ends at "
-            f"{vocab_size - 1}: tokenize it with the model's tokenizer."
+            f"{vocab_size - 1}: tokenize it with the model's tokenizer"
         )

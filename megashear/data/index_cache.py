@@ -1,11 +1,11 @@
-"""Epochs of a token file, with Megatron's index of each kept on disk for all who read it.
+"""Epochs of a token file, with Megatron's index of each epoch cached on disk.
 
 Ranks, workers and later runs map the same files, so an index is built once and its memory shared.
-An entry is a file named by what its index is computed from (lengths of the documents, `seq_length`,
-the shuffle's seed, Megatron-Core's release), not by where the tokens are: text that was tokenized
-anew never meets an old index. It is written beside its place and renamed, so it is whole or not
-there; one that was damaged since does not match the checksum that it begins with, and is built
-again. An epoch takes 12 bytes a sample and 4 a document.
+A cache entry is named after all that its index is computed from (lengths of the documents,
+`seq_length`, the shuffle's seed, Megatron-Core's release), not after the path of the tokens, so
+that retokenized text never gets an old index. An entry is written under another name and renamed,
+so it is complete or absent; a damaged one does not match the checksum at its beginning, and is
+built again. An epoch takes 12 bytes per sample and 4 per document.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from megatron.core.datasets.utils import Split
 from megashear.files import locked
 
 CACHED_FROM = 100_000
-"""Documents and samples of an epoch; an index of fewer takes milliseconds, and is not kept."""
+"""Documents plus samples of an epoch; a smaller index takes milliseconds, and is not cached."""
 
 Index = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of documents, samples and the shuffle, as GPTDataset has them."""
+"""GPTDataset's three arrays: documents, samples and shuffle."""
 
 _DIGEST = 32  # bytes of SHA-256 at the beginning of an entry
 
@@ -46,17 +46,17 @@ logging.getLogger(gpt_dataset.__name__).addFilter(
 
 
 class EpochDataset(GPTDataset):
-    """One epoch of a token file: every whole sample of it once, in an order that `seed` chooses.
+    """One epoch of a token file: each of its whole samples once, shuffled by `seed` (32 bits).
 
-    `seed` has 32 bits. The index is kept in `cache`, which is made, if need be; where that is None
-    or cannot be written, it stays in memory.
+    The index is cached in the directory `cache`; if that is None or cannot be written, the index
+    stays in memory.
     """
 
     def __init__(
         self, tokens: IndexedDataset, seq_length: int, seed: int, cache: Path | None
     ) -> None:
         self._cache = cache
-        # What GPTDataset asks of a tokenizer. No id is padding: every token of a file is text.
+        # What GPTDataset needs of a tokenizer. No id is padding: every token of a file counts.
         tokenizer = SimpleNamespace(vocab_size=None, eod=None, pad=-1, unique_identifiers={})
         config = GPTDatasetConfig(
             random_seed=seed,
@@ -82,15 +82,15 @@ class EpochDataset(GPTDataset):
         key = hashlib.sha256(np.ascontiguousarray(self.dataset.sequence_lengths).data)
         key.update(repr(settings).encode())
         name = Path(self.dataset.path_prefix).name
-        return _kept(self._cache / f"{name}-{key.hexdigest()[:24]}.index", build)
+        return _cached(self._cache / f"{name}-{key.hexdigest()[:24]}.index", build)
 
 
-def _kept(entry: Path, build: Callable[[], Index]) -> Index:
-    """The index that an entry holds; built, and put there, where it is missing."""
+def _cached(entry: Path, build: Callable[[], Index]) -> Index:
+    """Return the index of an entry; build and store it if it is missing."""
     if index := _read(entry):
         return index
     with _lock(entry):
-        if index := _read(entry):  # another process made it meanwhile
+        if index := _read(entry):  # another process has built it meanwhile
             return index
         if os.path.exists(entry):
             log.warning("%s is damaged: this index is built again", entry)
@@ -98,12 +98,12 @@ def _kept(entry: Path, build: Callable[[], Index]) -> Index:
         try:
             _write(entry, index)
         except OSError as error:
-            _say_unwritable(entry.parent, error.strerror)
+            _warn_unwritable(entry.parent, error.strerror)
         return _read(entry) or index
 
 
 def _read(entry: Path) -> Index | None:
-    """The index of an entry, mapped; None where there is none, or a damaged one."""
+    """Return the index of an entry, memory-mapped; None if it is missing or damaged."""
     try:
         with entry.open("rb") as file:
             if file.read(_DIGEST) != _digest(file):
@@ -115,7 +115,7 @@ def _read(entry: Path) -> Index | None:
 
 
 def _digest(file: BinaryIO) -> bytes:
-    """Of the rest of a file."""
+    """Return the SHA-256 of the rest of a file."""
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)
@@ -123,7 +123,7 @@ def _digest(file: BinaryIO) -> bytes:
 
 
 def _map(file: BinaryIO) -> np.ndarray:
-    """The next array of a file; a plain one, since each access to a memmap makes a new one."""
+    """Map the next array of a file, as a plain array: each access to a memmap creates another."""
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     start = file.tell()
@@ -133,10 +133,10 @@ def _map(file: BinaryIO) -> np.ndarray:
 
 
 def _write(entry: Path, index: Index) -> None:
-    """Put an index in its place.
+    """Store an index.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left.
+        OSError: the index cannot be written; no partial file remains.
     """
     partial = entry.with_name(f".{entry.name}.{socket.gethostname()}-{os.getpid()}")
     try:
@@ -154,8 +154,8 @@ def _write(entry: Path, index: Index) -> None:
 
 
 @functools.cache
-def _say_unwritable(directory: Path, reason: str) -> None:
-    """Once for a directory, not for each index."""
+def _warn_unwritable(directory: Path, reason: str) -> None:
+    """Warn once per directory, not for each index."""
     log.warning(
         "%s cannot be written (%s): each process keeps indices that are missing there in its own "
         "memory. Name another directory by data.index_cache",

@@ -1,7 +1,7 @@
-"""Micro-batches of a data-parallel rank, for training and for validation, fetched ahead by workers.
+"""Micro-batches of a data-parallel rank, for training and for validation, prefetched by workers.
 
-The main process alone knows the blend: it tells workers which sample of which domain to read, so
-nothing of the order of samples lives in them. Imports nothing of model or training.
+Only the main process knows the blend: it tells workers which sample of which domain to read, so
+workers have no state of the order of samples. It imports nothing from model or training.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ takes longer than reading the tokens does.
 """
 
 MicroBatch = dict[str, Tensor]
-"""tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]; document_ids [b, s] too where
-attention is to stay within documents."""
+"""tokens, labels, loss_mask, position_ids [b, s] and dataset_id [b]; also document_ids [b, s] if
+attention stays within documents."""
 
 
 def micro_batch(
@@ -58,11 +58,11 @@ def micro_batch(
 
 
 class Order:
-    """The sampler of a loader: a rank's micro-batches over `steps`, each located as handed out."""
+    """The sampler of a loader: a rank's micro-batches over `steps`, located as they are drawn."""
 
     def __init__(self, dataset: DynamicBlendedDataset, sizes: tuple[int, int, int, int]) -> None:
         self._dataset, self._sizes = dataset, sizes
-        self.steps = range(0)  # the first global sample of each
+        self.steps = range(0)  # first global sample of each step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first_sample in self.steps:
@@ -79,20 +79,21 @@ class Reader(Dataset[Any]):
     def __getitem__(self, located: list[tuple[int, int]]) -> Samples | DataError:
         try:
             tokens = np.stack([self._members[domain][k] for domain, k in located])
-        except DataError as error:  # as a value: torch would wrap a worker's traceback around it
+        except DataError as error:  # returned: torch would wrap a raised one in a traceback
             return error
         return tokens, np.array([domain for domain, _ in located])
 
 
 def as_read(samples: Any) -> Any:
-    """Keep arrays arrays on their way out of a worker."""
+    """Return samples as they are: torch's default would turn arrays into tensors."""
     return samples
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C or a scheduler's signal reaches a whole job; the parent saves, then ends its workers.
+    """Ignore Ctrl-C and a scheduler's signals in a worker: the parent saves, then ends its workers.
 
-    A worker that died of it would end the parent first, with an error and nothing saved.
+    Such signals reach all processes of a job. If a worker died first, the parent would fail with an
+    error and save nothing.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -107,38 +108,38 @@ def _end_when_parent_says() -> None:
 
 
 def torch_fetcher(reader: Reader, order: Order, num_workers: int) -> Iterable[Any]:
-    """Torch's DataLoader; each `iter` of it fetches the steps that `order` then has."""
+    """Return torch's DataLoader; each `iter` of it fetches the steps that `order` has then."""
     return DataLoader(
         reader,
-        batch_size=None,  # an index is a whole micro-batch
+        batch_size=None,  # an index is already a whole micro-batch
         collate_fn=as_read,
         sampler=order,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),  # else it would draw from the run's random state
+        generator=torch.Generator(),  # else it draws from the run's random state
     )
 
 
 Fetcher = Callable[[Reader, Order, int], Iterable[Any]]
-"""(reader, order, workers) -> Samples in the order's order, or the DataError that reading met."""
+"""(reader, order, workers) -> Samples in the given order, or the DataError of a failed read."""
 
 
 class TrainLoader:
     """The micro-batches of each step on one data-parallel rank, in the order of the blend.
 
-    Fetches whole steps, ahead only as far as `fetch_until` allows. Its position is
-    `consumed_samples` and nothing else: made anew with that number, on any number of ranks and
-    workers, it goes on with the same samples.
+    It prefetches whole steps, only as far as `fetch_until` allows. Its whole state is
+    `consumed_samples`: a loader created with that number, on any number of ranks and workers,
+    continues with the same samples.
 
     Args:
         dataset: the blend.
         global_batch_size: sequences of a step over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
-        data_rank: this rank, among `data_size` data-parallel ones.
-        num_workers: processes that fetch ahead; 0 fetches in this one, when asked.
-        fetcher: what fetches: `torch_fetcher`, or another of its kind.
-        consumed_samples: global samples that the run has taken before; then also by its steps.
+        data_rank: this rank, among `data_size` data-parallel ranks.
+        num_workers: processes that prefetch; with 0 this process reads on demand.
+        fetcher: `torch_fetcher`, or another `Fetcher`.
+        consumed_samples: global samples that the run has consumed before.
     """
 
     def __init__(
@@ -166,14 +167,15 @@ class TrainLoader:
         self._samples: Iterator[Any] = iter(())
 
     def fetch_until(self, sample: int) -> None:
-        """Allow fetching ahead of steps that end at or before `sample`: the next evaluation.
+        """Allow prefetching of steps that end at or before `sample`: the next evaluation.
 
-        The blend may change there, so it must not be passed. Without it nothing is fetched ahead.
+        Domain weights may change there, so prefetching must not pass it. Without this call nothing
+        is prefetched.
         """
         self._limit = sample
 
     def next_step(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step.
+        """Return this rank's micro-batches of the next step.
 
         Raises:
             DataError: a token file does not fit the vocabulary.
@@ -193,11 +195,11 @@ class TrainLoader:
         return [micro_batch(tokens, ids, self._eos) for tokens, ids in read]
 
     def close(self) -> None:
-        """End the workers; harmless when repeated."""
+        """End the workers; may be called again."""
         self._samples, self._loader = iter(()), None  # with the last reference torch ends them
 
     def _fetch(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Hand out the steps up to the limit, and one at least; none of them is taken back."""
+        """Start fetching all steps up to the limit, and at least one; they cannot be taken back."""
         steps = max(1, (self._limit - self.consumed_samples) // self._step_samples)
         stop = self.consumed_samples + steps * self._step_samples
         self._order.steps = range(self.consumed_samples, stop, self._step_samples)
@@ -208,7 +210,7 @@ class TrainLoader:
 def micro_batch_samples(
     first_sample: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> list[list[int]]:
-    """Sample numbers of a rank's micro-batches in the step that begins at `first_sample`.
+    """Return the sample numbers of a rank's micro-batches in the step from `first_sample` on.
 
     Micro-batch i of rank r takes `micro_batch_size` consecutive samples from
     `first_sample + (i * data_size + r) * micro_batch_size` on, so the ranks together take exactly
@@ -224,9 +226,9 @@ def micro_batch_samples(
 class ValidBatches(Sequence[MicroBatch]):
     """This rank's micro-batches of the first `sequences` samples of one epoch, or of all it has.
 
-    Read when they are asked for. Over the ranks each sequence counts once. All ranks get equally
-    many micro-batches of the same shape, in multiples of `rounds`, which Megatron's schedules need:
-    what is lacking is filled with loss_mask 0.
+    They are read on demand. Over all ranks each sequence counts once. Megatron's schedules need the
+    same number of micro-batches on all ranks, of the same shape, and a multiple of `rounds`; they
+    are padded with sequences of loss_mask 0.
     """
 
     def __init__(

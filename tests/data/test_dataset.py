@@ -148,7 +148,7 @@ class TestDomain:
         whole_index, whole_tokens = index.read_bytes(), tokens.read_bytes()
         for damaged in (b"", whole_index[:20], whole_index[:-1], b"x" * len(whole_index)):
             index.write_bytes(damaged)
-            with pytest.raises(DataError, match=r"cc\.idx is not a whole Megatron token index"):
+            with pytest.raises(DataError, match=r"cc\.idx is not a complete Megatron token index"):
                 open_domain(prefix)
         index.write_bytes(whole_index)
         tokens.write_bytes(whole_tokens[:-2])

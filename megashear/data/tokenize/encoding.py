@@ -1,6 +1,6 @@
-"""Lines of text to tokens, by several processes, in order.
+"""Encode lines of text as tokens in several processes, in the order of the input.
 
-Imports `errors` and its siblings in `data`; never torch or Megatron: every process imports this.
+Every worker process imports this module: it imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megashear.data.tokenize.jsonl import Chunk, Place, read_chunks, text_of
+from megashear.data.tokenize.jsonl import Chunk, Position, read_chunks, text_of
 from megashear.data.tokenize.token_files import Documents, token_type
 from megashear.errors import PlatformError
 from megashear.tokenizer.load import Tokenizer, load_tokenizer
@@ -30,7 +30,7 @@ from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a worker must know; `identity` tells another tokenizer at the same path."""
+    """What a worker needs to know; `identity` changes if another tokenizer is at the same path."""
 
     tokenizer: str
     identity: str
@@ -40,23 +40,23 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's documents, for each output."""
+    """The documents of a chunk, one item for each output."""
 
     parts: list[Documents]
     empty: int
     problems: list[str]
-    end: Place
+    end: Position
 
 
 def encode_all(
-    files: Sequence[Path], start: Place, job: Encoding, workers: int
+    files: Sequence[Path], start: Position, job: Encoding, workers: int
 ) -> Generator[Encoded, None, None]:
-    """Encoded chunks in order; at most two per worker are under way or waiting."""
+    """Yield encoded chunks in order; at most two per worker are in progress or waiting."""
     chunks = read_chunks(files, start)
     if workers == 1:
         yield from (_encode(job, chunk) for chunk in chunks)
         return
-    # Spawned, not forked: the caller may have threads.
+    # Spawned, not forked, since the caller may have threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     waiting: deque[Future[Encoded]] = deque()
@@ -70,7 +70,7 @@ def encode_all(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise PlatformError(
-            "a tokenizing process was killed, perhaps for want of memory. Use fewer --workers"
+            "a tokenizing process was killed, perhaps because memory ran out. Use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -104,22 +104,22 @@ def _tokenizer(job: Encoding) -> Tokenizer:
 
 
 def _is_valid(text: str, fraction: float) -> bool:
-    """Whether a document is validation text: the same for every copy of it, everywhere."""
+    """Whether a document is validation text; every copy of it has the same answer, everywhere."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait, and a process that is started within has them blocked.
+    """Defer Ctrl-C and SIGTERM inside the block; a process that is started in it has them blocked.
 
-    It is its parent's to stop. While it imports, or if the parent were interrupted while it starts
-    one, it would die with a traceback of its own.
+    The parent stops its workers. Otherwise a worker that is interrupted while it starts or imports
+    would end with a traceback of its own.
     """
     came: list[int] = []
     main = threading.current_thread() is threading.main_thread()  # only it has handlers
     stops = (signal.SIGINT, signal.SIGTERM) if main else ()
-    # The mask is for the child: where another thread gets the signal, Python's handler runs yet.
+    # The mask is for the child. Here another thread may receive the signal, so handlers defer it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     handlers = {stop: signal.signal(stop, lambda n, _: came.append(n)) for stop in stops}
     try:
@@ -133,7 +133,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    """Use one thread, end when the parent says so, and do not outlive one that is killed."""
+    """Use one thread; end when the parent sends SIGTERM, or when the parent is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -142,11 +142,11 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    def leave_when_parent_says() -> None:
+    def leave_on_sigterm_of_parent() -> None:
         # SIGTERM is blocked here (`_signals_held`): a scheduler sends it to the whole job.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(1)
 
-    for wait in (leave_with_parent, leave_when_parent_says):
+    for wait in (leave_with_parent, leave_on_sigterm_of_parent):
         threading.Thread(target=wait, daemon=True).start()

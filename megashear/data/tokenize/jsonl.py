@@ -1,7 +1,4 @@
-"""Reads text from JSONL files, plain, gzip or zstd: every line one object with the text in a field.
-
-Imports `errors`, zstandard and the standard library only.
-"""
+"""Read text from JSONL files, plain, gzip or zstd: each line is an object with a field of text."""
 
 from __future__ import annotations
 
@@ -18,21 +15,21 @@ import zstandard
 
 from megashear.errors import DataError
 
-CHUNK_BYTES = 1 << 19  # of lines, to be handed on at a time
-_BLOCK_BYTES = 1 << 17  # of compressed data, read at a time
+CHUNK_BYTES = 1 << 19  # size of a chunk of lines
+_BLOCK_BYTES = 1 << 17  # compressed data read at a time
 _GZIP = b"\x1f\x8b"
-# A frame of data, or one to skip, with which some writers begin.
+# A data frame, or a skippable frame, with which some writers begin.
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
 _UNREADABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place between two lines of the input."""
+class Position:
+    """A position between two lines of the input."""
 
-    file: int = 0  # number of the file among all
-    line: int = 0  # lines of that file before it
-    read: int = 0  # bytes on disk (compressed ones, if so) before it, of all files
+    file: int = 0  # number of the file
+    line: int = 0  # lines before the position in that file
+    read: int = 0  # bytes on disk before it in all files (compressed bytes of compressed files)
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,14 @@ class Chunk:
     file: str
     first_line: int
     lines: list[bytes]
-    end: Place
+    end: Position
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and glob patterns (`**` too) name, each once, in order.
+    """Return the files that paths and glob patterns (also `**`) name, each once, in order.
 
     Raises:
-        DataError: patterns that match nothing, and folders: all of them at once.
+        DataError: lists all patterns that match nothing, and all folders.
     """
     found: dict[Path, Path] = {}  # by resolved path
     problems = []
@@ -69,29 +66,29 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-START = Place()
+START = Position()
 
 
-def read_chunks(files: Sequence[Path], start: Place = START) -> Iterator[Chunk]:
-    """The lines of all files from a place on, about CHUNK_BYTES at a time.
+def read_chunks(files: Sequence[Path], start: Position = START) -> Iterator[Chunk]:
+    """Yield the lines of all files from a position on, about CHUNK_BYTES at a time.
 
     Raises:
         DataError: a file cannot be read or decompressed.
     """
     for number in range(start.file, len(files)):
-        here = start if number == start.file else Place(number)
+        here = start if number == start.file else Position(number)
         before = sum(file.stat().st_size for file in files[:number])
         yield from _read_file(files[number], here, before)
 
 
-def _read_file(file: Path, start: Place, before: int) -> Iterator[Chunk]:
-    """The lines of one file; `before` are the bytes of the files before it."""
+def _read_file(file: Path, start: Position, before: int) -> Iterator[Chunk]:
+    """Yield the lines of one file; `before` is the size of the files before it in bytes."""
     number, kind, size = start.line, "", 0
     lines: list[bytes] = []
 
     def chunk() -> Chunk:
-        read = before + (raw.tell() if raw.seekable() else 0)  # a pipe has no place
-        return Chunk(str(file), number - len(lines) + 1, lines, Place(start.file, number, read))
+        read = before + (raw.tell() if raw.seekable() else 0)  # a pipe has no position
+        return Chunk(str(file), number - len(lines) + 1, lines, Position(start.file, number, read))
 
     try:
         with file.open("rb") as raw:
@@ -106,27 +103,27 @@ def _read_file(file: Path, start: Place, before: int) -> Iterator[Chunk]:
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{file}: damaged {kind} data after line {number:,} ({error}). Fetch or compress it "
-            f"again; `{kind} -t` tells whether it is whole"
+            f"again; `{kind} -t` checks whether it is complete"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _kind(file: Path, head: bytes) -> str:
-    """How a file is packed: gzip, zstd or not (""), by what it holds, not by its name."""
+    """Return how a file is compressed, by its content: gzip, zstd or not at all ("")."""
     for magic, name in _UNREADABLE.items():
         if head.startswith(magic):
             raise DataError(f"{file}: {name} data. Convert it to JSONL, plain, gzip or zstd")
     kind = "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_ZSTD) else ""
     named = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix, kind)
     if head and named != kind:
-        raise DataError(f"{file}: not {named} data, in spite of its name. Compress or rename it")
+        raise DataError(f"{file}: not {named} data, despite its name. Compress or rename it")
     return kind
 
 
 def _unpacked(raw: BinaryIO, kind: str) -> Iterator[bytes]:
-    """Plain blocks of gzip members or zstd frames. Zstd's own reader takes a cut file for whole."""
-    # Any window: frames of `zstd --long=31` need 2 GiB.
+    """Decompress gzip members or zstd frames; zstd's own reader overlooks a truncated file."""
+    # Allow any window: frames of `zstd --long=31` need 2 GiB.
     zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     packed, frame = b"", None
     while packed := packed or raw.read(_BLOCK_BYTES):
@@ -139,7 +136,7 @@ def _unpacked(raw: BinaryIO, kind: str) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    pieces: list[bytes] = []  # of a line that goes on
+    pieces: list[bytes] = []  # of a line that continues in the next block
     for block in blocks:
         *ends, rest = block.split(b"\n")
         for end in ends:
@@ -151,10 +148,10 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def text_of(line: bytes, field: str) -> str:
-    """The text of one line.
+    """Return the text of one line.
 
     Raises:
-        ValueError: it is not a JSON object with text in `field`; says what it is instead.
+        ValueError: the line is not a JSON object with text in `field`; says what it is instead.
     """
     try:
         record = json.loads(line)

@@ -1,7 +1,6 @@
-"""JSONL text to Megatron token files: what `megashear tokenize` does.
+"""Tokenize JSONL files into Megatron token files: what `megashear tokenize` does.
 
-Documents keep their order, whatever the number of processes, and however often the work was
-interrupted. Imports `errors` and its siblings in `data`; never torch or Megatron.
+Documents keep their order, whatever the number of processes and interruptions.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from megashear.data.tokenize.unfinished import Job, Unfinished, folder_of, id_of
 from megashear.errors import DataError
 from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
-BYTES_PER_WORKER = 4_000_000  # below this a further process costs more than it saves
+BYTES_PER_WORKER = 4_000_000  # with less input, another process costs more than it saves
 MAX_PROBLEMS = 20
-LINE_SECONDS = 5.0  # between lines of progress, where there is no terminal for a bar
+LINE_SECONDS = 5.0  # interval of progress lines, if there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class TokenizeReport:
 
     outputs: dict[str, Counts]  # by prefix
     empty: int = 0  # documents skipped because they hold no text
-    seconds: float = 0.0  # of reading, encoding and writing; 0 where all was there already
+    seconds: float = 0.0  # duration of reading, encoding and writing; 0 if nothing was left to do
 
 
 def tokenize_files(
@@ -50,24 +49,24 @@ def tokenize_files(
     overwrite: bool = False,
     progress: bool = False,
 ) -> TokenizeReport:
-    """Tokenize JSONL files into PREFIX.bin, .idx and .json; each document [bos] ... eos.
+    """Tokenize JSONL files into PREFIX.bin, .idx and .json; a document is [bos] tokens eos.
 
-    Called again with the same arguments (but for workers, overwrite and progress) it goes on where
-    it was interrupted, and leaves alone what it had made.
+    A repeated call with the same arguments (except workers, overwrite and progress) continues where
+    the work was interrupted, and keeps files that are complete.
 
     Args:
         inputs: files or glob patterns: JSONL, plain, gzip or zstd.
         tokenizer: see `load_tokenizer`.
         output: PREFIX.
-        valid_fraction: share of documents for PREFIX_valid, the rest is PREFIX_train; which, a hash
-            of the text decides, so copies of a document are never on both sides. None: only PREFIX.
+        valid_fraction: fraction of documents for PREFIX_valid; the rest is PREFIX_train. A hash of
+            the text decides, so copies of a document are never in both. None: only PREFIX.
         field: name of the text in each record.
-        workers: processes; None takes as many as the CPUs and the size of the input warrant.
-        overwrite: whether files that came of other input, tokenizer or arguments are replaced.
-        progress: whether it is shown on stderr.
+        workers: number of processes; None depends on CPUs and the size of the input.
+        overwrite: replace files that were made from other input, tokenizer or arguments.
+        progress: show progress on stderr.
 
     Raises:
-        DataError: a problem of the input, the tokenizer or the output; nothing is in place then.
+        DataError: a problem with the input, the tokenizer or the output; nothing is published.
         PlatformError: a worker was killed.
     """
     files = find_inputs(inputs)
@@ -79,7 +78,7 @@ def tokenize_files(
         raise DataError(f"workers is {workers}; it must be 1 or more")
     job = _job(files, known, field, valid_fraction)
     encoding = Encoding(str(tokenizer), str(job["tokenizer"]), field, valid_fraction or 0.0)
-    keep = all(file.is_file() for file in files)  # not of a pipe
+    keep = all(file.is_file() for file in files)  # a pipe cannot be read again
     made = _made_before(prefixes, id_of(job))
     if made and not folder_of(str(output)).exists():
         return TokenizeReport(made)
@@ -106,7 +105,7 @@ def tokenize_files(
 
 
 def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
-    """The prefixes to write: one, or those of training and validation text."""
+    """Return the prefixes to write: one, or those of training and validation tokens."""
     if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
         raise DataError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1")
     if output.endswith(("/", *SUFFIXES)) or Path(output).is_dir():
@@ -118,7 +117,7 @@ def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
 def _job(
     files: Sequence[Path], tokenizer: Tokenizer, field: str, valid_fraction: float | None
 ) -> Job:
-    """A pipe's content is never the same again."""
+    """Describe all that the result depends on; a pipe never has the same content again."""
     stats = [(str(file), file.stat(), file.is_file()) for file in files]
     return {
         "input": [
@@ -132,7 +131,7 @@ def _job(
 
 
 def _made_before(prefixes: Sequence[str], job_id: str) -> dict[str, Counts]:
-    """The files in place, if all are there whole and this very job made them."""
+    """Return the counts of existing files, if all are complete and this very job made them."""
     made = {}
     for prefix in prefixes:
         if not all(Path(prefix + suffix).exists() for suffix in SUFFIXES):
@@ -150,13 +149,13 @@ def _refuse_existing(prefixes: Sequence[str], overwrite: bool) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
         raise DataError(
-            f"already there, of other input, tokenizer or options: {', '.join(existing)}. Use "
+            f"existing files from other input, tokenizer or options: {', '.join(existing)}. Use "
             "--overwrite to replace them"
         )
 
 
 def _default_workers(size: int) -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Slurm's share of the node; not on macOS
+    affinity = getattr(os, "sched_getaffinity", None)  # the CPUs of a Slurm job; not on macOS
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(cpus, 1 + size // BYTES_PER_WORKER)
 
@@ -164,14 +163,14 @@ def _default_workers(size: int) -> int:
 def _fill(
     work: Unfinished, encoded: Generator[Encoded, None, None], bar: tqdm, output: str
 ) -> None:
-    """Write all documents. Problems are gathered and raised together."""
+    """Write all documents. Problems are collected and raised together."""
     problems: list[str] = []
     with closing(encoded):
         for chunk in encoded:
             problems += chunk.problems
             if len(problems) >= MAX_PROBLEMS:
                 break
-            if not problems:  # else nothing will come of it
+            if not problems:  # else nothing will be published
                 work.add(chunk.parts, chunk.end, chunk.empty)
             tokens = sum(count.tokens for count in work.progress.counts)
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
@@ -195,7 +194,7 @@ def _fill(
 
 
 def _progress(size: int, done: int, shown: bool) -> tqdm:
-    """Bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
+    """Show bytes read and tokens made: a bar on a terminal, else a line every few seconds."""
     line = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
     plain = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": line, "leave": True}
     style: dict[str, Any] = {"leave": False} if sys.stderr.isatty() else plain

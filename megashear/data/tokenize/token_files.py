@@ -1,6 +1,6 @@
-"""Megatron token files: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
+"""Write Megatron token files: PREFIX.bin, PREFIX.idx and the fingerprint PREFIX.json.
 
-Needs neither torch nor Megatron, so that processes which write text as tokens start at once.
+It imports neither torch nor Megatron, so that tokenizing processes start quickly.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LENGTH = np.dtype(np.int32)
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The type of a token file, by Megatron's own rule (`DType.optimal_dtype`)."""
+    """Return the dtype of a token file, by Megatron's own rule (`DType.optimal_dtype`)."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Some documents: their tokens one after the other [total], and their lengths [documents]."""
+    """Some documents: their concatenated tokens [total] and their lengths [documents]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -37,19 +37,19 @@ class Documents:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a token file holds."""
+    """Numbers of documents and tokens in a token file, and its highest token id."""
 
     documents: int = 0
     tokens: int = 0
     highest_id: int = -1
 
     def plus(self, new: Documents) -> Counts:
-        """The same after some documents more."""
+        """Return the counts after appending documents."""
         highest = max(self.highest_id, int(new.tokens.max(initial=0)))
         return Counts(self.documents + len(new.lengths), self.tokens + len(new.tokens), highest)
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
-        """Bytes of its unfinished files."""
+        """Return the sizes of the unfinished files in bytes, by suffix."""
         return {
             ".bin": self.tokens * dtype.itemsize,
             ".lengths": self.documents * _LENGTH.itemsize,
@@ -57,11 +57,10 @@ class Counts:
 
 
 class TokenFile:
-    """One set of token files in the making, in a folder beside their place until `publish`.
+    """One set of unfinished token files, in a folder next to their destination until `publish`.
 
     Until `finish` the lengths of documents are in a file of their own, so memory does not grow.
-
-    What the files in `folder` hold beyond `counts` is cut off.
+    Unfinished files in `folder` are truncated to `counts`.
     """
 
     def __init__(self, prefix: str, folder: Path, dtype: np.dtype, counts: Counts) -> None:
@@ -76,17 +75,17 @@ class TokenFile:
         self._lengths.write(documents.lengths.astype(_LENGTH, copy=False).data)
 
     def flush(self) -> None:
-        """Make what was added survive a crash of the machine."""
+        """Flush added documents to disk, so that they survive a crash of the machine."""
         _flush(self._tokens)
         _flush(self._lengths)
 
     def close(self) -> None:
-        """Close what is open; harmless when repeated."""
+        """Close the files; may be called again."""
         self._tokens.close()
         self._lengths.close()
 
     def finish(self, fingerprint: Fingerprint) -> None:
-        """Write the index and the fingerprint beside the tokens."""
+        """Write the index and the fingerprint next to the tokens."""
         self.flush()
         lengths = np.fromfile(f"{self._partial}.lengths", dtype=_LENGTH)
         with open(f"{self._partial}.idx", "wb") as index:
@@ -97,7 +96,7 @@ class TokenFile:
 
 
 def holds(folder: Path, prefix: str, counts: Counts, dtype: np.dtype) -> bool:
-    """Whether unfinished files hold at least as much as they should."""
+    """Whether unfinished files hold at least what `counts` says."""
     for suffix, size in counts.sizes(dtype).items():
         file = folder / (Path(prefix).name + suffix)
         if not file.is_file() or file.stat().st_size < size:
@@ -106,21 +105,21 @@ def holds(folder: Path, prefix: str, counts: Counts, dtype: np.dtype) -> bool:
 
 
 def publish(prefixes: Sequence[str], folder: Path) -> None:
-    """Move finished files from a folder to their places; may be called again to end what it began.
+    """Move finished files from a folder to their destination; a repeated call completes the moves.
 
-    Killed at any point, this leaves no .bin without .idx, no .idx beside another run's .bin, and
-    PREFIX.json only where all of PREFIX is in place.
+    If it is killed at any point, there is no .bin without .idx, no .idx next to another run's .bin,
+    and PREFIX.json only if all of PREFIX is in place.
     """
 
     def waiting(*suffixes: str) -> list[tuple[Path, Path]]:
-        """(file, its place) of all that no earlier call has moved."""
+        """Return (file, destination) of all files that no earlier call has moved."""
         files = [Path(prefix + suffix) for prefix in prefixes for suffix in suffixes]
         return [(folder / file.name, file) for file in files if (folder / file.name).exists()]
 
-    for _, place in waiting(".json", ".bin"):
-        place.unlink(missing_ok=True)
-    for partial, place in waiting(".idx", ".bin", ".json"):
-        partial.replace(place)
+    for _, destination in waiting(".json", ".bin"):
+        destination.unlink(missing_ok=True)
+    for finished, destination in waiting(".idx", ".bin", ".json"):
+        finished.replace(destination)
     flush(folder.parent)
 
 
@@ -131,15 +130,15 @@ def _flush(file: BinaryIO) -> None:
 
 def _open_at(path: str, size: int) -> BinaryIO:
     """Open a file for appending after its first `size` bytes."""
-    file = open(path, "ab")  # noqa: SIM115, the caller's to close
+    file = open(path, "ab")  # noqa: SIM115, the caller closes it
     file.truncate(size)
     return file
 
 
 def _write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Megatron's index of documents of one sequence each.
+    """Write Megatron's index of documents of one sequence each.
 
-    Its own IndexedDatasetBuilder makes a Python object of every document, in memory.
+    Megatron's IndexedDatasetBuilder would hold a Python object for every document in memory.
     """
     number = len(lengths)
     code = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}[dtype]

@@ -1,7 +1,7 @@
-"""What `megashear tokenize` has done so far, so that it can go on where it stopped.
+"""Unfinished work of `megashear tokenize`, so that it can continue where it was interrupted.
 
-The files of PREFIX are made in the hidden folder `.NAME.tokenize` beside it. A journal there says
-how much of the input is in them, and of which job they are. Imports `errors` and its siblings.
+The files of PREFIX are written in the hidden folder `.NAME.tokenize` next to it. A journal there
+says which job they belong to, and how much of the input they hold.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from typing import Any
 import numpy as np
 
 from megashear.data.fingerprint import Fingerprint
-from megashear.data.tokenize.jsonl import START, Place
+from megashear.data.tokenize.jsonl import START, Position
 from megashear.data.tokenize.token_files import Counts, Documents, TokenFile, holds, publish
 from megashear.errors import DataError, PlatformError
 from megashear.files import locked, write_whole
 from megashear.tokenizer.load import Tokenizer
 
-SAVE_SECONDS = 10.0  # of work, at most, are lost by a crash
+SAVE_SECONDS = 10.0  # work that a crash loses, at most
 _JOURNAL = "journal.json"
 
 Job = dict[str, Any]
-"""All that a result depends on, in terms of JSON."""
+"""All that the result depends on, as JSON values."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """Progress of a job."""
 
-    counts: tuple[Counts, ...]  # of each token file
-    end: Place = START  # of the input that is in them
-    empty: int = 0  # documents of it that hold no text
-    seconds: float = 0.0  # of work
-    finished: bool = False  # all input is in them: what remains is to move them to their places
+    counts: tuple[Counts, ...]  # counts of each token file
+    end: Position = START  # end of the input that the files hold
+    empty: int = 0  # documents without text up to there
+    seconds: float = 0.0  # duration of the work
+    finished: bool = False  # the files hold all input, and remain to be published
 
 
 def folder_of(output: str) -> Path:
-    """Where the unfinished files of PREFIX are."""
+    """Return the folder of the unfinished files of PREFIX."""
     return Path(output).with_name(f".{Path(output).name}.tokenize")
 
 
 def id_of(job: Job) -> str:
-    """Hash of a job."""
+    """Return the hash of a job."""
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()
 
 
 @contextmanager
 def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
-    """The folder for the unfinished files of PREFIX, for one process at a time.
+    """Lock the folder of the unfinished files of PREFIX for this process.
 
-    It is removed at the end unless a journal in it says how to go on; then this is said.
+    It is removed at the end unless it has a journal to continue from, which `says` prints.
 
     Raises:
-        DataError: another process is at work there.
+        DataError: another process is using it.
     """
     folder = folder_of(output)
     lock = folder / "lock"
@@ -73,23 +73,23 @@ def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
             if not (folder / _JOURNAL).exists():
                 shutil.rmtree(folder)
             elif says:
-                text = f"what is done is kept in {folder}: the same command goes on there"
+                text = f"unfinished work is kept in {folder}: the same command continues it"
                 print(text, file=sys.stderr)
 
 
 class Unfinished:
-    """The token files of a job in the making, as a context that opens and closes them.
+    """The unfinished token files of a job, as a context that opens and closes them.
 
     Args:
         folder: their `workplace`.
-        prefixes: of their places.
-        job: makes them.
-        dtype: of tokens.
-        keep: whether the input can be read again from where it stopped.
+        prefixes: prefixes of the finished files.
+        job: the job that makes them.
+        dtype: dtype of the tokens.
+        keep: whether the input can be read again from where it was interrupted.
 
     Attributes:
-        progress: what is in the files.
-        note: how it begins, where that is not at the beginning, or in spite of a journal.
+        progress: what the files hold.
+        note: message about a journal that was found; empty if there is none.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Unfinished:
 
     def __enter__(self) -> Unfinished:
         if self.progress.end == START:
-            (self.folder / _JOURNAL).unlink(missing_ok=True)  # of files that are cut now
+            (self.folder / _JOURNAL).unlink(missing_ok=True)  # its files are truncated now
         for prefix, counts in zip(self.prefixes, self.progress.counts, strict=True):
             self._files.append(TokenFile(prefix, self.folder, self._dtype, counts))
         self._saved = time.monotonic()
@@ -115,23 +115,23 @@ class Unfinished:
                 stack.callback(file.close)
             if kind in (KeyboardInterrupt, PlatformError):
                 self.save()
-            elif kind is DataError:  # the input must change, and then this is of another
+            elif kind is DataError:  # the input must change, which makes it another job
                 (self.folder / _JOURNAL).unlink(missing_ok=True)
 
-    def add(self, parts: Sequence[Documents], end: Place, empty: int) -> None:
-        """Append documents to each file: all of the input up to `end`."""
+    def add(self, parts: Sequence[Documents], end: Position, empty: int) -> None:
+        """Append documents to each file: the rest of the input up to `end`."""
         for file, documents in zip(self._files, parts, strict=True):
             file.add(documents)
         now = zip(self.progress.counts, parts, strict=True)
         counts = tuple(before.plus(documents) for before, documents in now)
         empty += self.progress.empty
-        # In one assignment, so that an interrupt leaves it as it was, or whole.
+        # One assignment, so that an interrupt leaves the old or the new progress.
         self.progress = replace(self.progress, counts=counts, end=end, empty=empty)
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Make the progress survive whatever may happen, if there is any."""
+        """Flush the files and write the journal, if there is progress to keep."""
         now = time.monotonic()
         seconds = self.progress.seconds + now - self._saved
         self.progress, self._saved = replace(self.progress, seconds=seconds), now
@@ -142,7 +142,7 @@ class Unfinished:
             write_whole(self.folder / _JOURNAL, json.dumps(content) + "\n")
 
     def finish(self, tokenizer: Tokenizer) -> None:
-        """Write what belongs beside the tokens; after that only `publish` remains."""
+        """Write indices and fingerprints; after that only `publish` remains."""
         known = (tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         self.save()
         for file, counts in zip(self._files, self.progress.counts, strict=True):
@@ -151,20 +151,20 @@ class Unfinished:
         self.save()
 
     def publish(self) -> None:
-        """Move the files to their places."""
+        """Move the files to their destination."""
         publish(self.prefixes, self.folder)
         (self.folder / _JOURNAL).unlink()
 
     def _read(self) -> Progress:
-        """What the journal says, if it is of this job."""
+        """Return the progress that the journal records, if it belongs to this job."""
         fresh = Progress((Counts(),) * len(self.prefixes))
         try:
             content = json.loads((self.folder / _JOURNAL).read_bytes())
             job, saved = content["job"], content["progress"]
             counts = tuple(Counts(**count) for count in saved.pop("counts"))
-            progress = Progress(counts, Place(**saved.pop("end")), **saved)
+            progress = Progress(counts, Position(**saved.pop("end")), **saved)
             changed = [name for name, value in self._job.items() if job.get(name) != value]
-            wrong = f"of another {' and '.join(changed)}" if changed else ""
+            wrong = f"from another {' and '.join(changed)}" if changed else ""
             if not (wrong or progress.finished):
                 kept = zip(self.prefixes, counts, strict=True)
                 held = all(holds(self.folder, *each, self._dtype) for each in kept)
@@ -174,8 +174,8 @@ class Unfinished:
         except (ValueError, TypeError, KeyError, AttributeError):
             wrong = "damaged"
         if wrong:
-            self.note = f"unfinished work in {self.folder} is {wrong}: beginning anew"
+            self.note = f"unfinished work in {self.folder} is {wrong}: starting again"
             return fresh
         documents = sum(count.documents for count in counts)
-        self.note = f"going on where it stopped, after {documents:,} documents"
+        self.note = f"continuing after {documents:,} documents"
         return progress

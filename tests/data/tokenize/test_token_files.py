@@ -52,7 +52,7 @@ def test_files_of_another_run_or_vocabulary_are_refused(tmp_path: Path) -> None:
     check_fingerprint(prefix, 30, 1000, 500)
     check_fingerprint(prefix, 30, 1000, 512)  # a model pads its vocabulary
     for documents, tokens in ((31, 1000), (30, 999)):
-        with pytest.raises(DataError, match=rf"x\.json is of 30 documents .*{tokens:,}: .*one run"):
+        with pytest.raises(DataError, match=rf"x\.json is for 30 doc.*{tokens:,}: .*one run"):
             check_fingerprint(prefix, documents, tokens, 500)
     with pytest.raises(DataError, match="token id 499, but the vocabulary ends at 498"):
         check_fingerprint(prefix, 30, 1000, 499)

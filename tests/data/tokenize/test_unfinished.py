@@ -168,11 +168,11 @@ def test_interrupted_command_goes_on(tokenizer: Path, tmp_path: Path) -> None:
         assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
         assert os.listdir(out) == [".x.tokenize"]
         assert ("what is done is kept in" in error) == (sent != signal.SIGKILL)
-        assert ("going on where it stopped" in error) == (number > 0)
+        assert ("continuing after" in error) == (number > 0)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive and len(children) >= 2  # its processes go with it
     output, error = start(tokenizer, inputs, out / "x").communicate(timeout=60)
-    assert "going on where it stopped" in error and "x " in output
+    assert "continuing after" in error and "x " in output
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -257,7 +257,7 @@ def test_of_another_job_it_begins_anew(
     capsys.readouterr()
     tokenize_files(**arguments, output=tmp_path / "out" / "x", progress=True)
     told = capsys.readouterr().err
-    assert "is damaged: beginning anew" in told or f"{change}: beginning anew" in told
+    assert "is damaged: starting again" in told or f"{change}: starting again" in told
     tokenize_files(**arguments, output=tmp_path / "whole" / "x")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
