@@ -10,8 +10,11 @@ from pathlib import Path
 # Before torch is imported. More threads than cores make several ranks on one machine crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# GPUs are counted without starting CUDA, which no fork of this process could use after that.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest
+import torch
 from hypothesis import configuration, settings
 
 # A shell's background jobs ignore Ctrl-C, and what they start inherits it.
@@ -23,9 +26,16 @@ settings.register_profile("megashear", deadline=None, derandomize="CI" in os.env
 settings.load_profile("megashear")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make test-all`."""
+    parser.addoption("--long", action="store_true", help="run also the tests that take minutes")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes is run by itself."""
-    if config.option.markexpr != "long":
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="run by `make test-long`"))
+    """Skip what takes minutes unless it is asked for, and what needs a GPU where there is none."""
+    long = config.getoption("--long") or config.option.markexpr == "long"
+    for item in items:
+        if item.get_closest_marker("long") and not long:
+            item.add_marker(pytest.mark.skip(reason="run by `make test-long`"))
+        if item.get_closest_marker("gpu") and not torch.cuda.device_count():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -15,7 +15,6 @@ from megashear.platform import launched, parallel
 from tests.support.distributed import run_distributed
 
 CPU = torch.device("cpu")
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 no_transformer_engine = pytest.mark.skipif(
     find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
 )
@@ -35,7 +34,13 @@ def test_on_a_cpu_the_layers_are_torchs() -> None:
     assert parallel.choose_layers(PlatformConfig(layers="torch"), CPU) == "torch"
 
 
-@no_gpu
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the machine's GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_cuda_by_name_is_an_error_and_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(PlatformError) as refused:
@@ -67,7 +72,7 @@ def refused_start() -> list[Any]:
     return found
 
 
-@no_gpu
+@pytest.mark.usefixtures("no_gpu")
 def test_a_refused_start_leaves_nothing_and_runs_can_follow_each_other() -> None:
     message, initialised, *good = run_distributed(refused_start, 1)[0]
     assert "GPU" in message
