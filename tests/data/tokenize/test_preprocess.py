@@ -180,7 +180,7 @@ def test_existing_output_is_kept_unless_told(tokenizer: Path, tmp_path: Path) ->
     tokenize_files(source, tokenizer, tmp_path / "out" / "x")
     before = (tmp_path / "out" / "x.bin").read_bytes()
     write_jsonl(tmp_path / "a.jsonl", ["two", "three"])
-    with pytest.raises(DataError, match=r"already there, .*overwrite"):
+    with pytest.raises(DataError, match=r"existing files from .*overwrite"):
         tokenize_files(source, tokenizer, tmp_path / "out" / "x")
     assert (tmp_path / "out" / "x.bin").read_bytes() == before
     tokenize_files(source, tokenizer, tmp_path / "out" / "x", overwrite=True)

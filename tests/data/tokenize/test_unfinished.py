@@ -167,7 +167,7 @@ def test_interrupted_command_goes_on(tokenizer: Path, tmp_path: Path) -> None:
         assert "Traceback" not in error and output == ""
         assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
         assert os.listdir(out) == [".x.tokenize"]
-        assert ("what is done is kept in" in error) == (sent != signal.SIGKILL)
+        assert ("unfinished work is kept in" in error) == (sent != signal.SIGKILL)
         assert ("continuing after" in error) == (number > 0)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive and len(children) >= 2  # its processes go with it
@@ -185,7 +185,7 @@ def test_killed_worker_ends_the_run_and_its_work_is_kept(tokenizer: Path, tmp_pa
     next(child for child in children if "spawn_main" in "".join(child.cmdline())).kill()
     output, error = process.communicate(timeout=60)
     assert (output, process.returncode, journal.exists()) == ("", 2, True)
-    assert "Use fewer --workers" in error and "what is done is kept in" in error
+    assert "Use fewer --workers" in error and "unfinished work is kept in" in error
     assert "Traceback" not in error and not psutil.wait_procs(children, timeout=20)[1]
 
 
@@ -282,7 +282,7 @@ def test_what_was_made_is_left_alone(tokenizer: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == made
     before = contents(tmp_path / "out")
     os.truncate(tmp_path / "out" / "x.bin", 100)
-    with pytest.raises(DataError, match="already there"):
+    with pytest.raises(DataError, match="existing files from"):
         tokenize_files(inputs, tokenizer, tmp_path / "out" / "x")
     tokenize_files(inputs, tokenizer, tmp_path / "out" / "x", overwrite=True)
     assert contents(tmp_path / "out") == before
