@@ -34,6 +34,8 @@ FREE_OPTIONS = (
 )
 """Options that a resumed run may change: they do not change what it computes."""
 
+TOKEN_PATH = re.compile(r"data\.domains\.\d+\.(train|valid)")
+
 T = TypeVar("T")
 
 
@@ -170,12 +172,15 @@ def from_yaml(text: str) -> RunConfig:
     return config
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
-    """Return the options that decide what a run computes, by their paths."""
+def settings(config: RunConfig, *, token_paths: bool = True) -> dict[str, Any]:
+    """Return the options that decide what a run computes, by their paths.
+
+    Without `token_paths` the paths of token files are left out: the run compares their content.
+    """
     return {
         path: value
         for path, value in _flat(asdict(config), "")
-        if not path.startswith(FREE_OPTIONS)
+        if not path.startswith(FREE_OPTIONS) and (token_paths or not TOKEN_PATH.fullmatch(path))
     }
 
 
@@ -187,13 +192,15 @@ def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _flat(value, join(path, str(key)))
 
 
-def refuse_other_settings(config: RunConfig, before: RunConfig) -> None:
-    """Refuse to resume a run with options that would change what it computes.
+def refuse_other_settings(
+    config: RunConfig, before: RunConfig, *, token_paths: bool = True
+) -> None:
+    """Refuse to resume a run with options that would change what it computes; see `settings`.
 
     Raises:
         CheckpointError: lists all options that differ.
     """
-    old, new = settings(before), settings(config)
+    old, new = (settings(each, token_paths=token_paths) for each in (before, config))
     differences = [
         f"  {name}: {old.get(name)!r} in the run, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())

@@ -1,16 +1,25 @@
-"""The fingerprint PREFIX.json of a token file: which tokenizer made it, and what it holds.
+"""Identity of token files: PREFIX.json (which tokenizer made them), and hashes of their content.
 
 Imports neither torch nor Megatron: tokenizing processes import it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megashear.config.schema import Domain
 from megashear.errors import DataError
+
+_WHOLE = 1 << 26  # bytes of a file that is hashed as a whole; a larger one is sampled
+_BLOCKS, _BLOCK = 256, 1 << 14  # number and bytes of the samples
+
+Hashes = dict[str, dict[str, str]]
+"""content_hash of the `train` and `valid` files by domain."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +95,53 @@ def check_fingerprint(prefix: str, documents: int, tokens: int, vocab_size: int)
         raise DataError(
             f"{prefix}.bin holds token id {known.highest_id}, but the vocabulary ends at "
             f"{vocab_size - 1}: tokenize it with the model's tokenizer"
+        )
+
+
+def content_hash(prefix: str) -> str:
+    """Return a hash of the content of PREFIX.bin and PREFIX.idx, wherever they are.
+
+    Of a file above 64 MiB it takes the size and 256 evenly spaced blocks of 16 KiB: that shows text
+    which was added, removed or tokenized again, but can miss an edit of a few tokens in place.
+    """
+    digest = hashlib.sha256()
+    for file in (f"{prefix}.bin", f"{prefix}.idx"):
+        size = os.path.getsize(file)
+        digest.update(f"{size};".encode())
+        with open(file, "rb") as stream:
+            if size <= _WHOLE:
+                digest.update(stream.read())
+                continue
+            for block in range(_BLOCKS):
+                stream.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def content_hashes(domains: Sequence[Domain]) -> Hashes:
+    """Return the content hashes of the token files of all domains."""
+    return {
+        part: {domain.name: content_hash(getattr(domain, part)) for domain in domains}
+        for part in ("train", "valid")
+    }
+
+
+def refuse_changed_content(domains: Sequence[Domain], before: Hashes, now: Hashes) -> None:
+    """Refuse to resume a run whose token files have another content than at its start.
+
+    Raises:
+        DataError: lists all files that differ.
+    """
+    changed = [
+        f"  domain {domain.name}: {getattr(domain, part)} ({part})"
+        for domain in domains
+        for part in before
+        if before[part].get(domain.name) != now[part][domain.name]
+    ]
+    if changed:
+        raise DataError(
+            "token files have changed since the run began, so it cannot continue with the same "
+            "samples:\n"
+            + "\n".join(changed)
+            + "\nPut the old files back (at any path), or start a new run_dir"
         )

@@ -36,6 +36,7 @@ from megashear.config.loader import (
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.domain_weights import DomainWeights
+from megashear.data.fingerprint import content_hashes, refuse_changed_content
 from megashear.data.loader import Fetcher, TrainLoader, torch_fetcher
 from megashear.errors import CheckpointError, TrainingError
 from megashear.files import write_durably
@@ -84,7 +85,9 @@ class Trainer:
         resumed, passed_over = self.checkpoints.newest_whole()
         if resumed is not None:
             assert resumed.config is not None, "a run's checkpoint has its configuration"
-            refuse_other_settings(config, from_yaml(resumed.config))
+            # Checkpoints of earlier versions have no hashes: there the paths must stay the same.
+            known = "content" in resumed.progress
+            refuse_other_settings(config, from_yaml(resumed.config), token_paths=not known)
         self.step = resumed.step if resumed else 0
         self.history = resumed.history if resumed else history_of(config.init_from)
         kept = resumed.generation if resumed else generation_of(config.init_from)
@@ -96,8 +99,12 @@ class Trainer:
 
         self.domain_weights = DomainWeights.from_config(data)
         dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
+        valid = build_valid_datasets(data, self.shape.vocab_size)
+        self.content = on_first_process(partial(content_hashes, data.domains))
+        if resumed is not None and "content" in resumed.progress:
+            refuse_changed_content(data.domains, resumed.progress["content"], self.content)
         self.evaluator = Evaluator(
-            build_valid_datasets(data, self.shape.vocab_size),
+            valid,
             config.evaluation.sequences_per_domain,
             trainer.micro_batch_size,
             platform,
@@ -321,7 +328,11 @@ class Trainer:
             tokens=self.step * config.trainer.global_batch_size * config.data.seq_length,
             target=self.objective.target,
             history=self.history,
-            progress={"mixture": self.domain_weights.state_dict(), "losses": self.losses},
+            progress={
+                "mixture": self.domain_weights.state_dict(),
+                "losses": self.losses,
+                "content": self.content,
+            },
             config=to_yaml(config),
             tokenizer=self._tokenizer,
             generation=self.generation,

@@ -14,17 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megashear.config.schema import (
     QUERY_HEAD,
+    Domain,
     LogConfig,
     ParallelConfig,
     RunConfig,
     TargetShape,
 )
-from megashear.errors import CheckpointError
+from megashear.errors import CheckpointError, DataError
 from megashear.model.build import bound_rules
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
@@ -108,7 +110,7 @@ def refused(config: RunConfig) -> str:
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     try:
         Trainer(config, platform)
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         return str(error)
     finally:
         parallel.stop()
@@ -120,6 +122,43 @@ def with_option(config: RunConfig, path: str, value: Any) -> RunConfig:
     if not section:
         return replace(config, **{name: value})
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+def retokenized(domain: Domain, part: str, seed: int) -> None:
+    """Replace a domain's `train` or `valid` file by other tokens of the same number and lengths."""
+    file = Path(f"{getattr(domain, part)}.bin")
+    tokens = np.fromfile(file, dtype=np.uint16)
+    np.random.default_rng(seed).shuffle(tokens)
+    tokens.tofile(file)
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_other_tokens_under_the_same_name_are_refused(tmp_path: Path, part: str) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path, parallel=ParallelConfig())
+    run_distributed(train, 1, config, 3)
+    changed = config.data.domains[1]
+    retokenized(changed, part, 7)
+    (text,) = run_distributed(refused, 1, config)
+    assert f"domain {changed.name}: {getattr(changed, part)} ({part})" in text
+    assert text.count("domain ") == 1 and "new run_dir" in text
+
+
+def test_the_same_tokens_at_another_path_go_on(tmp_path: Path) -> None:
+    run_distributed(write_source, 1, tmp_path, GQA)
+    config = prune_run(tmp_path, parallel=ParallelConfig())
+    run_distributed(train, 1, config, 3)
+    (tmp_path / "moved").mkdir()
+    domains = []
+    for domain in config.data.domains:
+        paths = {part: Path(getattr(domain, part)) for part in ("train", "valid")}
+        for part, prefix in paths.items():
+            for suffix in (".bin", ".idx"):
+                Path(f"{prefix}{suffix}").rename(tmp_path / "moved" / f"{prefix.name}{suffix}")
+            paths[part] = tmp_path / "moved" / prefix.name
+        domains.append(replace(domain, **{part: str(path) for part, path in paths.items()}))
+    moved = replace(config, data=replace(config.data, domains=tuple(domains)))
+    assert run_distributed(train, 1, moved, None)[0]["began"] == 3
 
 
 MATTERS = {
