@@ -56,6 +56,7 @@ class Record:
         steps: of this stage alone, as tokens.
         tokens: trained on.
         losses: on validation text at its end, by domain, nats per token.
+        samples: [first, end) of the samples that the stage read of each domain, where it is known.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Record:
     steps: int = 0
     tokens: int = 0
     losses: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,9 @@ class CheckpointInfo:
     @property
     def records(self) -> tuple[Record, ...]:
         """The stages that led here and, last, what this is itself."""
-        losses = self.progress.get("losses") or {}
-        this = (self.stage, str(self.directory), self.shape, self.step, self.tokens, losses)
-        return (*self.history, Record(*this))
+        losses, samples = (self.progress.get(part) or {} for part in ("losses", "samples"))
+        this = (self.stage, str(self.directory), self.shape, self.step, self.tokens)
+        return (*self.history, Record(*this, losses, samples))
 
 
 def find(path: str | Path) -> Path:

@@ -107,6 +107,9 @@ class Domain:
     reference_loss: float | None = None  # nats per token; needed by every rule but `constant`
     min_weight: float = 0.0  # bounds that an update of the weights keeps to
     max_weight: float = 1.0
+    # Samples of the domain that earlier stages have read: training starts after them. The order of
+    # samples is the same only with the same data.seed, data.seq_length and train file.
+    first_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class DataConfig:
     domains: tuple[Domain, ...] = ()
     # A run whose domains, references and final weights to take, or a YAML file of domains.
     domains_from: str | None = None
+    reread_domains: bool = False  # with domains_from: read from sample 0, not where that run ended
     tokenizer: str | None = None  # directory or file copied into exports
 
 

@@ -189,6 +189,8 @@ def _weight_bounds(run: CheckContext) -> Iterator[Problem]:
     """Each weight begins within its bounds, and there are weights within all bounds."""
     domains = run.config.data.domains
     for index, domain in enumerate(domains):
+        if domain.first_sample < 0:
+            yield f"data.domains[{index}].first_sample", f"= {domain.first_sample} must be >= 0"
         low, weight, high = domain.min_weight, domain.weight, domain.max_weight
         if not 0 <= low <= high <= 1:
             text = f"= {low:g} and max_weight = {high:g}: need 0 <= min_weight <= max_weight <= 1"

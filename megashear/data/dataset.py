@@ -118,15 +118,24 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
     Args:
         members: the domains, in the order of `domain_weights`, all of one tokenizer.
         domain_weights: may be updated at any time; samples of its newest segment follow it.
+        first_samples: number of each domain's sample to start with; by default 0.
     """
 
-    def __init__(self, members: Sequence[DomainDataset], domain_weights: DomainWeights) -> None:
+    def __init__(
+        self,
+        members: Sequence[DomainDataset],
+        domain_weights: DomainWeights,
+        first_samples: Sequence[int] | None = None,
+    ) -> None:
         assert [member.name for member in members] == list(domain_weights.names)
         assert [member.dataset_id for member in members] == list(range(len(members)))
         self.members, self.domain_weights = list(members), domain_weights
         self.eos = members[0].eos
+        self._first = np.array(first_samples or [0] * len(members), dtype=np.int64)
         self._segments: tuple[Segment, ...] = ()  # the segments of _cursors
-        self._cursors: list[np.ndarray] = []  # samples that each domain gave before each segment
+        self._cursors: list[
+            np.ndarray
+        ] = []  # each domain's next sample at the start of each segment
         self._blend = Blend(())  # blend of the segment that was used last
         self._epochs: dict[int, int] = {}
 
@@ -137,14 +146,24 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
 
     def locate(self, n: int) -> tuple[int, int]:
         """Return (domain, sample number in it) of global sample n, in constant time on average."""
+        segment, cursor = self._segment_of(n)
+        domain, k = self._blend_of(segment).locate(n - segment.first_sample)
+        k += int(cursor[domain])
+        self._note_epoch(domain, k // self.members[domain].samples_per_epoch, n)
+        return domain, k
+
+    def next_samples(self, n: int) -> dict[str, int]:
+        """Return the number of each domain's next sample once n global samples are drawn."""
+        segment, cursor = self._segment_of(n)
+        counts = self._blend_of(segment).counts(n - segment.first_sample)
+        return dict(zip(self.domain_weights.names, (cursor + counts).tolist(), strict=True))
+
+    def _segment_of(self, n: int) -> tuple[Segment, np.ndarray]:
+        """Return the segment of global sample n and its cursor."""
         self._follow_domain_weights()
         index = bisect_right(self._segments, n, key=lambda segment: segment.first_sample) - 1
         assert index >= 0, f"there is no sample {n}"
-        segment = self._segments[index]
-        domain, k = self._blend_of(segment).locate(n - segment.first_sample)
-        k += int(self._cursors[index][domain])
-        self._note_epoch(domain, k // self.members[domain].samples_per_epoch, n)
-        return domain, k
+        return self._segments[index], self._cursors[index]
 
     def _follow_domain_weights(self) -> None:
         """Compute the cursors of new segments: an update costs one segment's length."""
@@ -154,7 +173,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         if segments[: len(self._segments)] != self._segments:  # a checkpoint was loaded
             self._cursors = []
         for index in range(len(self._cursors), len(segments)):
-            cursor = np.zeros(len(self.members), dtype=np.int64)
+            cursor = self._first
             if index > 0:
                 before = segments[index - 1]
                 length = segments[index].first_sample - before.first_sample
@@ -185,7 +204,8 @@ def build_train_dataset(
     """
     check_one_tokenizer([file for d in config.domains for file in (d.train, d.valid)])
     members = _open_all(config, "train", vocab_size, config.seed)
-    return DynamicBlendedDataset(members, domain_weights)
+    first_samples = [domain.first_sample for domain in config.domains]
+    return DynamicBlendedDataset(members, domain_weights, first_samples)
 
 
 def build_valid_datasets(config: DataConfig, vocab_size: int) -> dict[str, DomainDataset]:

@@ -98,7 +98,7 @@ class Trainer:
             self.log.warn(passed_over)
 
         self.domain_weights = DomainWeights.from_config(data)
-        dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
+        self.dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
         valid = build_valid_datasets(data, self.shape.vocab_size)
         self.content = on_first_process(partial(content_hashes, data.domains))
         if resumed is not None and "content" in resumed.progress:
@@ -130,7 +130,7 @@ class Trainer:
         if resumed is not None:
             self._resume(resumed)
         self.loader = TrainLoader(
-            dataset,
+            self.dataset,
             global_batch_size=trainer.global_batch_size,
             micro_batch_size=trainer.micro_batch_size,
             data_rank=platform.data_rank,
@@ -321,6 +321,8 @@ class Trainer:
         self._finish_save()  # of the previous checkpoint, if it is still being written
         began, config = time.perf_counter(), self.config
         self.platform.heartbeat.mark("save", self.step)
+        domains = config.data.domains
+        next_samples = self.dataset.next_samples(self.step * config.trainer.global_batch_size)
         info = CheckpointInfo(
             shape=self.shape,
             stage=config.stage,
@@ -332,12 +334,13 @@ class Trainer:
                 "mixture": self.domain_weights.state_dict(),
                 "losses": self.losses,
                 "content": self.content,
+                "samples": {d.name: [d.first_sample, next_samples[d.name]] for d in domains},
             },
             config=to_yaml(config),
             tokenizer=self._tokenizer,
             generation=self.generation,
         )
-        on_first_process(self._write_run_files)
+        on_first_process(partial(self._write_run_files, next_samples))
         self.optimizer.gather(wait=True)
         self.checkpoints.save(
             info, self.optimizer.chunks, self.optimizer.megatron, self.objective.state()
@@ -356,10 +359,13 @@ class Trainer:
             self.log.say(f"saved {checkpoint}")
             self.log.record({"kind": "save", "step": step, "time": time.time(), "seconds": seconds})
 
-    def _write_run_files(self) -> None:
-        """Write the files beside the checkpoints: records, configuration, newest domain weights."""
-        weights = zip(self.config.data.domains, self.domain_weights.weights, strict=True)
-        domains = [replace(domain, weight=weight) for domain, weight in weights]
+    def _write_run_files(self, next_samples: Mapping[str, int]) -> None:
+        """Write the files beside the checkpoints: records, configuration, domains as of now."""
+        weights = self.domain_weights.by_name()
+        domains = [
+            replace(d, weight=weights[d.name], first_sample=next_samples[d.name])
+            for d in self.config.data.domains
+        ]
         self.log.flush()
         self.checkpoints.directory.mkdir(exist_ok=True)  # a run with DOMAINS_FILE has checkpoints
         files = {DOMAINS_FILE: domains_to_yaml(domains), "config.yaml": to_yaml(self.config)}

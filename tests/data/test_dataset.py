@@ -249,6 +249,18 @@ class TestBlend:
         for n in np.random.default_rng(0).permutation(2000).tolist():
             assert fresh.locate(n) == after[n]
 
+    def test_a_blend_goes_on_where_another_one_stopped(self, tmp_path: Path) -> None:
+        blend = blend_of(tmp_path, (0.5, 0.3, 0.2))
+        set_segments(blend, (0, (0.5, 0.3, 0.2)), (700, (0.1, 0.1, 0.8)))
+        drawn = [blend.locate(n) for n in range(1000)]
+        next_samples = blend.next_samples(1000)
+        counts = Counter(domain for domain, _ in drawn)
+        assert list(next_samples.values()) == [counts[domain] for domain in range(3)]
+        weights = DomainWeights(blend.domain_weights.names, (0.4, 0.4, 0.2), {})
+        later = DynamicBlendedDataset(blend.members, weights, list(next_samples.values()))
+        assert not set(drawn) & {later.locate(n) for n in range(1000)}
+        assert sum(later.next_samples(1000).values()) == 2000
+
     def test_loading_other_segments_forgets_the_old_ones(self, tmp_path: Path) -> None:
         blend = blend_of(tmp_path, (0.5, 0.3, 0.2))
         set_segments(blend, (0, (0.5, 0.3, 0.2)), (100, (0.1, 0.1, 0.8)), (200, (0.3, 0.3, 0.4)))

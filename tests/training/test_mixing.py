@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from megashear.checkpoint.dense import extract_checkpoint
+from megashear.checkpoint.info import read_info
 from megashear.checkpoint.masks import read_pruned
 from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
@@ -165,7 +166,15 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
     assert [(d.name, d.train, d.valid) for d in config.data.domains] == [
         (d.name, d.train, d.valid) for d in run.config.data.domains
     ]
+    starts = {d.name: d.first_sample for d in config.data.domains}
+    assert sum(starts.values()) == run.config.trainer.steps * BATCH
+    again = load_config(file, ["data.reread_domains=true"], source_shape=read_shape, world_size=1)
+    assert [domain.first_sample for domain in again.data.domains] == [0, 0]
     run_distributed(train, 1, config)
+    *_, pruned, _, continued = read_info(tmp_path / "continue").records
+    assert pruned.samples == {name: [0, start] for name, start in starts.items()}
+    assert {name: first for name, (first, _) in continued.samples.items()} == starts
+    assert sum(end - first for first, end in continued.samples.values()) == 2 * BATCH
     first = records(tmp_path / "continue", "evaluation")[0]
     assert first["domain_weights"] == final
     assert first["references"] == REFERENCES
