@@ -32,10 +32,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megashear*"]),
+    package_data={"megashear.report": ["templates/*"]},
     install_requires=[
+        "jinja2>=3.1",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
-        "plotly>=6",
         "psutil",  # Megatron-Core's checkpoint writers hang without it, and do not declare it
         "pyyaml>=6",
         "rich>=13.7",

@@ -14,27 +14,33 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="runs as an HTML page",
-        description="Write one HTML page of a run, or of several side by side: losses against\n"
-        "references, domain weights and data, masks, speed, sizes, configuration. It needs\n"
-        "nothing beside it and no network. Runs may be unfinished or damaged: the page says what\n"
-        "could not be read.",
+        description="Write one HTML page of a run, or of several in the same figures: results,\n"
+        "losses and references, domain weights and data, masks, speed, configuration. The page\n"
+        "needs no other file and no network. Runs may be unfinished or damaged: the page says\n"
+        "what could not be read.",
         epilog="example:\n\n"
         "  megashear report runs/prune\n"
         "  megashear report runs/prune runs/continue --out report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="directory of a run, or the work_dir of a chain",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="the page, replaced where it is there (default: report.html, in RUN where it is one)",
+        help="the page to write or replace (default: report.html, in RUN if only one is given)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the runs, and write their page.
+    """Read the runs and write their page.
 
     Raises:
         DataError: a run is no directory, or none of a run, or the page cannot be written.
@@ -43,13 +49,18 @@ def run(args: argparse.Namespace) -> None:
     from megashear.files import write_whole
     from megashear.records import utc
     from megashear.report.page import render
-    from megashear.report.runs import RecordedRun, reject_unrelated_directories
+    from megashear.report.runs import (
+        RecordedRun,
+        reject_unrelated_directories,
+        run_directories,
+    )
 
-    directories = list({path.resolve(): path for path in args.runs}.values())
+    given = {path.resolve(): path for path in args.runs}
+    directories = run_directories(args.runs)
     if lacking := [str(path) for path in directories if not path.is_dir()]:
         raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
     reject_unrelated_directories(directories)
-    out = args.out or Path(directories[0] if len(directories) == 1 else ".", "report.html")
+    out = args.out or Path(args.runs[0] if len(given) == 1 else ".", "report.html")
     runs = [RecordedRun.read(directory) for directory in directories]
     page = render(runs, __version__, utc())
     try:

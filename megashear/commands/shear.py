@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check everything, then run or print the stages."""
     from megashear.config.chain import load_chain
+    from megashear.report.runs import write_chain_runs
     from megashear.stages import Runner
 
     chain, prune, go_on = load_chain(args.chain)
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
                 print(shlex.join(stage.command))
         return
     runner = Runner(Path(chain.work_dir), Path.cwd(), threads=None, keeps=True)
+    write_chain_runs(Path(chain.work_dir), [prune.run_dir, go_on.run_dir])
     runner.run_all(stages, args.stage, adopts=args.adopt)
     print(f"done: {chain.export}. Its way is told in {_report(go_on)}")
 

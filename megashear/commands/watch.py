@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
         "a line each. Reads their directories, also of another machine; ends when all are "
         "complete, or at Ctrl-C.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="directory of a run, or the work_dir of a chain")  # fmt: skip
     parser.add_argument(
         "--once", action="store_true", help="show it once, as where stdout is no terminal"
     )
@@ -40,16 +41,21 @@ def run(args: argparse.Namespace) -> None:
     from rich.live import Live
 
     from megashear.report.frame import frame, is_over
-    from megashear.report.runs import RecordedRun, reject_unrelated_directories
+    from megashear.report.runs import (
+        RecordedRun,
+        reject_unrelated_directories,
+        run_directories,
+    )
 
     console = Console()
-    runs = [RecordedRun(directory) for directory in args.runs]
+    directories = run_directories(args.runs)
+    runs = [RecordedRun(directory) for directory in directories]
     follow = sys.stdout.isatty() and not args.once
     absent = [str(directory) for directory in args.runs if not directory.is_dir()]
     if absent and not follow:  # else they may come: a job may wait in its queue
         raise DataError(f"no directory of a run: {', '.join(absent)}")
 
-    reject_unrelated_directories(args.runs)
+    reject_unrelated_directories(directories)
 
     def look() -> Any:
         for each in runs:

@@ -43,12 +43,13 @@ def run_text(file: Path, plan: RunPlan) -> str:
     lines.append(f"\nlayouts that fit in {usable}, fastest first")
     if not facts["layouts"]:
         return "\n".join([*lines, f"  none: {facts['why_none']}"])
-    rows = [(*_row(own), "configured")] if plan.fits else []
-    rows += [(*_row(layout), "") for layout in facts["layouts"][:MAX_LAYOUTS]]
+    rows = _rows(facts["layouts"][:MAX_LAYOUTS], own if plan.fits else None)
     lines.append(_indented(rows, (*COLUMNS, "GiB", "tok/s", "hours", "GPU-hours", "")))
-    lines.append(f"  the first as options: {facts['layouts'][0]['options']}")
+    lines.append(f"  the fastest as options: {facts['layouts'][0]['options']}")
     chosen = own if plan.fits else facts["layouts"][0]
-    return "\n".join([*lines, *_step(chosen, "as configured" if plan.fits else "in the first")])
+    return "\n".join(
+        [*lines, *_step(chosen, "as configured" if plan.fits else "in the fastest layout")]
+    )
 
 
 def _step(layout: dict[str, Any], which: str) -> Iterator[str]:
@@ -63,6 +64,18 @@ def _step(layout: dict[str, Any], which: str) -> Iterator[str]:
         yield f"  a rank sends {sizes}"
     if seconds["masks"]:
         yield f"  masks make it {layout['mask_overhead']:.2%} longer than without them"
+
+
+def _rows(
+    layouts: Sequence[dict[str, Any]], configured: dict[str, Any] | None
+) -> list[tuple[object, ...]]:
+    """Rows of layouts, fastest first; the configured one is in its place, and there once."""
+    marked = [
+        (layout, "") for layout in layouts if configured is None or _row(layout) != _row(configured)
+    ]
+    marked += [(configured, "configured")] if configured is not None else []
+    marked.sort(key=lambda pair: pair[0]["seconds_per_step"]["total"])
+    return [(*_row(layout), mark) for layout, mark in marked]
 
 
 def _row(layout: dict[str, Any]) -> tuple[object, ...]:
@@ -133,11 +146,12 @@ def proposals_text(source: ModelShape, proposals: Sequence[Proposal]) -> str:
         )
     lines = [f"source: {parameter_count(source):,} parameters ({_sizes(source)})", ""]
     lines += [console.table(rows, header), "tensor: parallel ranks it divides by", ""]
-    lines.append("for a run's file:")
-    return "\n".join([*lines, *(f"  {_target_line(each)}" for each in proposals)])
+    lines.append("for a run's file, one of:")
+    return "\n".join([*lines, *map(_target_lines, proposals)])
 
 
-def _target_line(proposal: Proposal) -> str:
+def _target_lines(proposal: Proposal) -> str:
+    """Return a target as YAML."""
     sizes = ", ".join(f"{name}: {size}" for name, size in vars(proposal.target).items())
-    unit = f"  pruning: {{head_unit: {QUERY_HEAD}}}" if proposal.head_unit == QUERY_HEAD else ""
+    unit = f"\npruning: {{head_unit: {QUERY_HEAD}}}" if proposal.head_unit == QUERY_HEAD else ""
     return f"target: {{{sizes}}}{unit}"

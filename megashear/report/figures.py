@@ -1,258 +1,235 @@
-"""Figures of a report, drawn by plotly from runs: one, or several side by side."""
+"""Figures of a report, drawn from runs: one, or several in the same axes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from megashear.config.schema import QUERY_HEAD
 from megashear.report.drawing import (
     BLUE,
     DOTTED,
-    GONE,
-    INK,
-    PALE,
-    PALE_BLUE,
-    PALER,
+    KEPT,
+    LAYER_REMOVED,
     REMOVED,
-    TEMPLATE,
     VERMILION,
+    Bar,
+    Line,
+    Map,
     Panel,
+    Plot,
+    Points,
     Runs,
     Style,
-    add_line,
-    grid,
-    name_bars,
-    plain,
+    linear,
+    plot,
+    png,
+    short,
     styles,
 )
 from megashear.report.runs import RecordedRun
 from megashear.report.series import (
     STRETCHES,
-    Series,
     data_used,
+    domains,
     mapping,
     means,
     part,
     series,
     thin,
     time_spent,
+    tokens_per_step,
 )
 
 CELLS = 256
-"""Columns of a map at most: a phone has about as many pixels."""
+"""Columns that a map has at most: a phone has about as many pixels."""
 
 
-def losses(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
-    """For each domain: validation, training and reference loss over the steps."""
-    panels = []
-    for name, style in domains.items():
-        shown = {label: run for label, run in runs.items() if len(_losses(run, name)[0])}
-        if not shown:
-            continue
-        figure = grid(list(shown), ["nats per token"], titled=len(runs) > 1)
-        said = []
-        for column, (label, run) in enumerate(shown.items(), 1):
-            training = series(run, "step", "domain_losses", name)
-            _add_noisy(figure, column, training, "training", (PALER, PALE), 0.6)
-            valid = steps, values = _losses(run, name)
-            add_line(figure, column, valid, "validation", {**style, "width": 2.5})
-            reference = series(run, "evaluation", "references", name)
-            add_line(figure, column, reference, "reference", DOTTED)
-            said.append(f"{label} {values[0]:.3f} to {values[-1]:.3f} at step {steps[-1]}")
-            if len(reference[1]):
-                said.append(f"reference {reference[1][-1]:.3f}")
-        _fit_losses(figure, "training")
-        said_of_all = f"Validation loss: {', '.join(said)}"
-        panels.append(Panel(name, said_of_all, figure, {name: style}))
-    return panels
+class Figures:
+    """Figures of runs, over tokens where every run states them, else over steps.
 
+    Attributes:
+        runs: by their names in the report.
+        colors: a style for each run.
+        domains: a style for each domain.
+        unit: of the lower axis, tokens or step.
+    """
 
-def _losses(run: RecordedRun, domain: str) -> Series:
-    return series(run, "evaluation", "losses", domain)
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.colors = styles(list(runs))
+        self.domains = styles(domains(list(runs.values())))
+        tokens = {label: tokens_per_step(run) for label, run in runs.items()}
+        by_tokens = all(each > 0 for each in tokens.values())
+        self.unit = "tokens" if by_tokens else "step"
+        self._units = tokens if by_tokens else dict.fromkeys(runs, 1)
 
+    def _line(self, label: str, kind: str, *path: str | int) -> Points:
+        steps, values = series(self.runs[label], kind, *path)
+        return steps * self._units[label], values
 
-def _add_noisy(
-    figure: go.Figure, column: int, line: Series, name: str, colors: tuple[str, str], width: float
-) -> None:
-    """A line of every step; a long one pale and thin, and over it its mean in the second colour."""
-    is_long = len(line[0]) > 2 * STRETCHES
-    add_line(figure, column, thin(line), name, {"color": colors[not is_long], "width": width})
-    if is_long:
-        add_line(figure, column, means(line), "mean", {"color": colors[1], "width": 2})
+    def _keys(self, labels: Sequence[str]) -> dict[str, Style]:
+        """A legend of runs, where there are several in the report."""
+        return {label: self.colors[label] for label in labels if len(self.runs) > 1}
 
+    def losses(self) -> list[Panel]:
+        """Validation, training and reference losses of each domain."""
+        panels = []
+        for name, style in self.domains.items():
+            noisy, lines, texts, shown = [], [], [], []
+            for label in self.runs:
+                points = self._line(label, "evaluation", "losses", name)
+                if not len(points[0]):
+                    continue
+                shown.append(label)
+                color = self.colors[label] if len(self.runs) > 1 else style
+                training = self._line(label, "step", "domain_losses", name)
+                noisy += _noisy(self._title("training", label), training, color, is_cut=True)
+                bold = replace(color, width=2.5)
+                lines.append(Line(self._title("validation", label), points, bold))
+                texts.append(f"{label} {points[1][0]:.3f} to {points[1][-1]:.3f}")
+                reference = self._line(label, "evaluation", "references", name)
+                if len(reference[1]):
+                    lines.append(Line("reference", reference, DOTTED, dots=False))
+                    texts.append(f"reference {reference[1][-1]:.3f}")
+            if lines:
+                drawn = plot([*noisy, *lines], "nats per token", self.unit)
+                keys = self._keys(shown) or {name: style}
+                text = f"Validation loss: {', '.join(texts)}"
+                panels.append(Panel(name, text, [drawn], keys=keys))
+        return panels
 
-def _fit_losses(figure: go.Figure, noisy: str) -> None:
-    """Leaves out of sight what only the first steps of the noisy lines reach, and single peaks."""
-    ends: list[float] = []
-    for trace in figure.data:
-        ends += np.quantile(trace.y, (0.005, 0.99) if trace.name == noisy else (0, 1)).tolist()
-    if ends:
-        low, high = min(ends), max(ends)
-        margin = 0.05 * (high - low) or 0.1
-        figure.update_yaxes(range=[low - margin, high + margin])
+    def gaps(self) -> list[Panel]:
+        """Validation loss above the reference, for each run."""
+        panels = self._by_domain("gaps", "Validation loss above the reference", "nats per token")
+        return [replace(each, plots=[_with_zero(each.plots[0])]) for each in panels]
 
-
-def gaps(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
-    """Validation loss above the reference, all domains in one figure."""
-    return _of_domains(
-        *(runs, domains, "gaps", "Gap: validation loss above the reference"), "nats per token"
-    )
-
-
-def weights(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
-    """Domain weights, each from its evaluation to the next."""
-    panels = _of_domains(runs, domains, "domain_weights", "Domain weights", "share of the samples")
-    for panel in panels:
-        panel.figure.update_traces(line_shape="hv")
-        panel.figure.update_yaxes(rangemode="tozero")
-    return panels
-
-
-def _of_domains(
-    runs: Runs, domains: Mapping[str, Style], field: str, title: str, unit: str
-) -> list[Panel]:
-    figure = grid(list(runs), [unit], height=300)
-    said = []
-    for column, (label, run) in enumerate(runs.items(), 1):
-        for name, style in domains.items():
-            line = thin(series(run, "evaluation", field, name))
-            add_line(figure, column, line, plain(name), {**style, "width": 2})
-            if len(line[1]):
-                said.append(f"{label} {name} {line[1][-1]:.3g}")
-        if field == "gaps" and any(mapping(r, field) for r in run.records["evaluation"]):
-            figure.add_hline(0, line={"color": INK, "dash": "dot", "width": 1}, col=column)
-    return [Panel(title, f"At last: {', '.join(said)}", figure)] if said else []
-
-
-def data(runs: Runs, domains: Mapping[str, Style]) -> list[Panel]:
-    """Tokens by domain."""
-    figure = grid(list(runs), [""], height=70 + 26 * len(domains), x_title="tokens")
-    said = []
-    for column, (label, run) in enumerate(runs.items(), 1):
-        used = data_used(run)
-        total = sum(used.values())
-        if not total > 0:
-            continue
-        amounts = [used.get(name, 0.0) for name in domains]
-        figure.add_bar(
-            x=amounts,
-            y=list(range(len(domains))),
-            customdata=[plain(name) for name in domains],
-            orientation="h",
-            marker_color=[style["color"] for style in domains.values()],
-            text=[f"{used[name] / total:.1%}" if name in used else "" for name in domains],
-            textposition="outside",
-            hovertemplate="%{customdata}: %{x:,.0f} tokens (%{text})<extra></extra>",
-            **{"row": 1, "col": column},
+    def weights(self) -> list[Panel]:
+        """Domain weights, each from its evaluation to the next, for each run."""
+        return self._by_domain(
+            "domain_weights", "Domain weights", "fraction of samples", is_step=True
         )
-        figure.update_xaxes(
-            range=[0, (1.3 + 0.4 * len(runs)) * max(amounts)], col=column
-        )  # the text has room
-        said.append(f"{label} {total:,.0f} tokens")
-    name_bars(figure, list(domains), len(runs))
-    figure.update_traces(cliponaxis=False)
-    figure.update_xaxes(nticks=3, tickangle=0)
-    return [Panel("Data used per domain", "; ".join(said), figure)] if said else []
 
+    def _by_domain(
+        self, field: str, title: str, unit: str, *, is_step: bool = False
+    ) -> list[Panel]:
+        panels = []
+        for label in self.runs:
+            lines, text = [], []
+            for name, style in self.domains.items():
+                points = thin(self._line(label, "evaluation", field, name))
+                if len(points[1]):
+                    lines.append(Line(name, points, style, is_step=is_step))
+                    text.append(f"{name} {points[1][-1]:.3g}")
+            if lines:
+                drawn = plot(lines, unit, self.unit, from_zero=is_step, height=260)
+                panels.append(
+                    Panel(self._title(title, label), f"At the end: {', '.join(text)}", [drawn])
+                )
+        return panels
 
-def masks(runs: Runs) -> list[Panel]:
-    """Of each constraint: expected and target sparsity, and its multipliers."""
-    found = {label: mapping(run.last("step"), "sparsity") for label, run in runs.items()}
-    pruned = {label: run for label, run in runs.items() if found[label]}
-    names = {name: None for sparsity in found.values() for name in sparsity}
-    return [_mask(pruned, name) for name in names]
+    def _title(self, title: str, label: str) -> str:
+        return f"{title} ({label})" if len(self.runs) > 1 else title
 
+    def data(self) -> list[Panel]:
+        """Tokens that each run drew from each domain."""
+        panels = []
+        for label, run in self.runs.items():
+            used = data_used(run)
+            if not (total := sum(used.values())) > 0:
+                continue
+            most = max(used.values())
+            bars = [
+                Bar(
+                    name,
+                    [(self.domains[name].color, 0.6 * amount / most, f"{amount:,.0f} tokens")],
+                    f"{short(amount)} ({amount / total:.1%})",
+                )
+                for name, amount in used.items()
+                if name in self.domains
+            ]
+            title = self._title("Tokens per domain", label)
+            panels.append(Panel(title, f"{total:,.0f} tokens", bars=bars))
+        return panels
 
-def _mask(runs: Runs, name: str) -> Panel:
-    figure = grid(list(runs), ["sparsity", "λ1", "λ2"], height=440)
-    said = []
-    for column, (label, run) in enumerate(runs.items(), 1):
-        sparsity = thin(series(run, "step", "sparsity", name))
-        target = thin(series(run, "step", "target_sparsity", name))
-        add_line(figure, column, sparsity, "expected", {"color": BLUE, "width": 2.5})
-        add_line(figure, column, target, "target", DOTTED)
-        for row, number in ((2, 0), (3, 1)):
-            line: Style = {"color": VERMILION, "width": 1.5}
-            for end, values in _multipliers(run, name, number).items():
-                add_line(figure, column, values, f"λ{number + 1}{end}", line, row)
-        if len(sparsity[1]) and len(target[1]):
-            said.append(f"{label} {sparsity[1][-1]:.3f} (target {target[1][-1]:.3f})")
-    return Panel(name, f"Expected sparsity at last: {'; '.join(said)}", figure)
+    def masks(self) -> list[Panel]:
+        """Expected and target sparsity of each constraint, and its multipliers."""
+        panels = []
+        for label, run in self.runs.items():
+            for name in mapping(run.last("step"), "sparsity"):
+                sparsity = thin(self._line(label, "step", "sparsity", name))
+                target = thin(self._line(label, "step", "target_sparsity", name))
+                if not len(sparsity[0]):
+                    continue
+                lines = [Line("expected", sparsity, Style(BLUE, width=2.5))]
+                lines += [Line("target", target, DOTTED)] if len(target[0]) else []
+                plots = [plot(lines, "sparsity", from_zero=True, height=180)]
+                for number in (0, 1):
+                    name_, style = f"λ{number + 1}", Style(VERMILION, width=1.5)
+                    multipliers = self._multipliers(label, name, number).items()
+                    lines = [Line(name_ + end, points, style) for end, points in multipliers]
+                    title = self.unit if number else ""
+                    plots += [plot(lines, name_, title, height=120)] if lines else []
+                at_end = f"{sparsity[1][-1]:.3f}"
+                at_end += f" (target {target[1][-1]:.3f})" if len(target[1]) else ""
+                text = f"Expected sparsity at the end: {at_end}"
+                panels.append(Panel(self._title(name, label), text, plots))
+        return panels
 
+    def _multipliers(self, label: str, name: str, number: int) -> dict[str, Points]:
+        """A shared multiplier; of one for each row, the least and the greatest."""
+        rows: list[Points] = []
+        while len((row := self._line(label, "step", "multipliers", name, number, len(rows)))[0]):
+            rows.append(row)
+        if len(rows) < 2 or len({len(steps) for steps, _ in rows}) > 1:
+            return {"": thin(rows[0])} if rows else {}
+        values = np.stack([values for _, values in rows])
+        ends = {" (least)": values.min(0), " (greatest)": values.max(0)}
+        return {end: thin((rows[0][0], of_rows)) for end, of_rows in ends.items()}
 
-def _multipliers(run: RecordedRun, name: str, number: int) -> dict[str, Series]:
-    """The one line of a shared multiplier; of one for each row, the least and the greatest."""
-    rows: list[Series] = []
-    while len((row := series(run, "step", "multipliers", name, number, len(rows)))[0]):
-        rows.append(row)
-    if len(rows) < 2 or len({len(steps) for steps, _ in rows}) > 1:
-        return dict.fromkeys([""] * len(rows), thin(rows[0])) if rows else {}
-    values = np.stack([values for _, values in rows])
-    ends = {" (least)": values.min(0), " (greatest)": values.max(0)}
-    return {end: thin((rows[0][0], of_rows)) for end, of_rows in ends.items()}
+    def steps(self, fields: Mapping[str, tuple[str, str]]) -> list[Panel]:
+        """A figure for each of these fields of a step, with the runs that recorded it."""
+        panels = []
+        for name, (title, unit) in fields.items():
+            recorded = {label: self._line(label, "step", name) for label in self.runs}
+            shown = {label: line for label, line in recorded.items() if len(line[0])}
+            if not shown:
+                continue
+            lines = []
+            for label, line in shown.items():
+                color = self.colors[label] if len(self.runs) > 1 else Style(BLUE)
+                lines += _noisy(label, line, color, is_cut=name == "loss")
+            drawn = plot(lines, unit, self.unit, from_zero=name in SPEED)
+            text = "; ".join(
+                f"{label} median {np.median(values):.4g}, at the end {values[-1]:.4g}"
+                for label, (_, values) in shown.items()
+            )
+            panels.append(Panel(title, text, [drawn], keys=self._keys(list(shown))))
+        return panels
 
-
-def maps(label: str, run: RecordedRun, is_one_of_several: bool) -> list[Panel]:
-    """Units that the masks keep, a row for each layer; of wide layers their shares by stretches."""
-    kept_layers = np.array(part(run.masks, "layer", 0) or [], dtype=bool)
-    by_query_head = part(run.config, "pruning", "head_unit") == QUERY_HEAD
-    head = "query head" if by_query_head else "head (query group)"
-    units = {"layer": "layer", "head": head}
-    return [
-        _map(
-            f"{label}, {name}" if is_one_of_several else name,
-            units.get(name, f"{name} dimension"),
-            np.array(rows, dtype=np.uint8),
-            kept_layers,
+    def time(self) -> list[Panel]:
+        """Where the time went, a bar for each run."""
+        spent = {label: of_run for label, run in self.runs.items() if (of_run := time_spent(run))}
+        keys = styles(list({what: None for of_run in spent.values() for what in of_run}))
+        bars = []
+        for label, of_run in spent.items():
+            fractions = {what: took / sum(of_run.values()) for what, took in of_run.items()}
+            pieces = [(keys[what].color, f, f"{what}: {f:.1%}") for what, f in fractions.items()]
+            bars.append(Bar(label, pieces))
+        text = "; ".join(
+            f"{label}: " + ", ".join(f"{what} {took:.3g} s" for what, took in of_run.items())
+            for label, of_run in spent.items()
         )
-        for name, rows in run.masks.items()
-        if rows and rows[0]
-    ]
+        return [Panel("Where the time went", text, bars=bars, keys=keys)] if spent else []
 
-
-def _map(title: str, unit: str, units: np.ndarray, kept_layers: np.ndarray) -> Panel:
-    kept, of = int(units.sum()), units.size
-    layers = len(kept_layers)
-    if layers and len(units) > layers and len(units) % layers == 0:
-        units = units.reshape(layers, -1)  # query heads, group by group
-    rows, columns = units.shape
-    starts = np.unique(np.linspace(0, columns, min(columns, CELLS), endpoint=False, dtype=int))
-    widths = np.diff([*starts, columns])
-    shares = np.add.reduceat(units, starts, axis=1, dtype=np.float32) / widths
-    figure = go.Figure(
-        layout={"template": TEMPLATE, "height": 90 + min(max(rows, 2) * 14, 420)},
-    )
-    gap = 1 if columns <= 64 else 0
-    figure.add_heatmap(
-        z=shares.astype(np.float32),
-        x=starts,
-        **{"zmin": 0, "zmax": 1, "colorscale": [[0, REMOVED], [1, BLUE]], "showscale": False},
-        **{"xgap": gap, "ygap": gap if rows > 1 else 0},
-        hovertemplate="layer %{y}, " * (rows > 1) + "unit %{x}: %{z:.0%} kept<extra></extra>",
-    )
-    if rows == layers and rows > 1:
-        _grey_out(figure, ~kept_layers, starts)
-    figure.update_xaxes(title_text=unit, showgrid=False, automargin=True, rangemode="tozero")
-    figure.update_yaxes(
-        **{"autorange": "reversed", "showgrid": False, "visible": rows > 1},
-        title_text="layer",
-    )
-    binned = f"; a cell is the share of {widths.max()} units" if columns > CELLS else ""
-    return Panel(f"{title}: {kept:,} of {of:,} kept{binned}", f"Map by layer and {unit}", figure)
-
-
-def _grey_out(figure: go.Figure, gone: np.ndarray, starts: np.ndarray) -> None:
-    z = np.where(gone[:, None], 1.0, np.nan) * np.ones(len(starts))
-    figure.add_heatmap(
-        z=[[None if math.isnan(cell) else cell for cell in row] for row in z],
-        x=starts,
-        **{"colorscale": [[0, GONE], [1, GONE]], "showscale": False},
-        hovertemplate="layer %{y} is removed<extra></extra>",
-    )
+    def maps(self) -> list[Panel]:
+        """Units that the masks keep, a row for each layer; of wide layers a cell is several."""
+        return [
+            panel for label, run in self.runs.items() for panel in _maps(self._title, label, run)
+        ]
 
 
 PROGRESS = {
@@ -265,55 +242,64 @@ PROGRESS = {
 }
 SPEED = {
     "tokens_per_second": ("Throughput, all processes", "tokens/s"),
-    "mfu": ("MFU: model FLOP/s, of the devices' peak", "share"),
+    "mfu": ("MFU: model FLOP/s, as a fraction of the devices' peak", "fraction"),
     "memory_gib": ("Peak memory of a process", "GiB"),
-    "data_seconds": ("Waiting for data", "seconds a step"),
+    "data_seconds": ("Waiting for data", "seconds per step"),
 }
 
 
-def lines(runs: Runs, fields: Mapping[str, tuple[str, str]]) -> list[Panel]:
-    """A figure for each of these fields of a step, with the runs that have recorded it."""
-    panels = []
-    for field_, (title, unit) in fields.items():
-        recorded = {label: series(run, "step", field_) for label, run in runs.items()}
-        shown = {label: line for label, line in recorded.items() if len(line[0])}
-        if not shown:
-            continue
-        figure = grid(list(shown), [unit], titled=len(runs) > 1)
-        for column, line in enumerate(shown.values(), 1):
-            _add_noisy(figure, column, line, title, (PALE_BLUE, BLUE), 1.2)
-        if field_ == "loss":
-            _fit_losses(figure, title)
-        if field_ == "lr":
-            figure.update_yaxes(exponentformat="e")
-        if field_ in SPEED:
-            figure.update_yaxes(rangemode="tozero")
-        said = [
-            f"{label} median {np.median(values):.4g}, at last {values[-1]:.4g}"
-            for label, (_, values) in shown.items()
-        ]
-        panels.append(Panel(title, "; ".join(said), figure))
-    return panels
+def _noisy(name: str, line: Points, style: Style, is_cut: bool) -> list[Line]:
+    """A line of every step, thin; a long one pale, with its mean drawn over it."""
+    if not len(line[0]):
+        return []
+    is_long = len(line[0]) > 2 * STRETCHES
+    pale = replace(style, width=0.8 if is_long else 1.2, opacity=0.25 if is_long else 0.8)
+    lines = [Line(name, thin(line), pale, dots=False, is_cut=is_cut)]
+    if is_long:
+        mean = replace(style, width=1.8, opacity=0.8)
+        lines.append(Line(f"{name}, mean", means(line), mean, dots=False))
+    return lines
 
 
-def time(runs: Runs) -> list[Panel]:
-    """Where the time went, a bar for each run."""
-    spent = {label: of_run for label, run in runs.items() if (of_run := time_spent(run))}
-    keys = styles(list({what: None for of_run in spent.values() for what in of_run}))
-    figure = go.Figure(layout={"template": TEMPLATE, "height": 70 + 40 * len(spent)})
-    for what, style in keys.items():
-        figure.add_bar(
-            x=[of_run.get(what, 0.0) / sum(of_run.values()) for of_run in spent.values()],
-            y=list(range(len(spent))),
-            orientation="h",
-            marker_color=style["color"],
-            hovertemplate=f"{what}: %{{x:.1%}}<extra></extra>",
+def _with_zero(drawn: Plot) -> Plot:
+    """The same axes with a line at 0, if it is in their range."""
+    if not drawn.y.low < 0 < drawn.y.high:
+        return drawn
+    points = np.array([drawn.x.low, drawn.x.high]), np.zeros(2)
+    zero = Line("reference", points, DOTTED, dots=False)
+    return replace(drawn, lines=[*drawn.lines, zero])
+
+
+def _maps(title: Callable[[str, str], str], label: str, run: RecordedRun) -> list[Panel]:
+    kept_layers = np.array(part(run.masks, "layer", 0) or [], dtype=bool)
+    by_query_head = part(run.config, "pruning", "head_unit") == QUERY_HEAD
+    units = {"layer": "layer", "head": "query head" if by_query_head else "head (query group)"}
+    return [
+        _map(
+            title(name, label),
+            units.get(name, f"{name} dimension"),
+            np.array(rows, dtype=np.uint8),
+            kept_layers,
         )
-    figure.update_layout(barmode="stack")
-    figure.update_xaxes(title_text="share of the time", tickformat=".0%", range=[0, 1])
-    name_bars(figure, list(spent))
-    said = "; ".join(
-        f"{label}: " + ", ".join(f"{what} {took:.3g} s" for what, took in of_run.items())
-        for label, of_run in spent.items()
-    )
-    return [Panel("Where the time went", said, figure, keys)] if spent else []
+        for name, rows in run.masks.items()
+        if rows and rows[0]
+    ]
+
+
+def _map(title: str, unit: str, units: NDArray[np.uint8], kept_layers: NDArray[np.bool_]) -> Panel:
+    kept, of = int(units.sum()), units.size
+    layers = len(kept_layers)
+    if layers and len(units) > layers and len(units) % layers == 0:
+        units = units.reshape(layers, -1)  # query heads, group by group
+    rows, columns = units.shape
+    starts = np.unique(np.linspace(0, columns, min(columns, CELLS), endpoint=False, dtype=int))
+    widths = np.diff([*starts, columns])
+    fractions = np.add.reduceat(units, starts, axis=1, dtype=np.float32) / widths
+    colors = np.array(REMOVED) + fractions[..., None] * (np.array(KEPT) - np.array(REMOVED))
+    if rows == layers and rows > 1:
+        colors[~kept_layers] = LAYER_REMOVED
+    binned = f"; a cell is the fraction of {widths.max()} units" if columns > CELLS else ""
+    axis = linear(0, columns, unit)
+    image = Map(png(colors.astype(np.uint8)), min(max(rows, 2) * 14, 420), axis, rows)
+    caption = f"{title}: {kept:,} of {of:,} kept{binned}"
+    return Panel(caption, f"Map by layer and {unit}", map=image)

@@ -1,6 +1,7 @@
-"""A run as its directory tells it, whatever state that is in: unfinished, empty or damaged.
+"""Read a run from its directory, which may be unfinished, empty or damaged.
 
-Reads files only, and neither torch nor Megatron is needed.
+The records are read strictly: a line of metrics.jsonl that is no record is named, and nothing after
+it is read. Imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import yaml
 
 from megashear.errors import DataError
-from megashear.files import read_small
+from megashear.files import read_small, write_whole
 from megashear.records import KEPT_UNITS_FILE, METRICS, unpack, upgrade
 
 CONFIG = "config.yaml"
 _OF_A_RUN = {METRICS, CONFIG, "checkpoints", "lock", "report.html"}
-"""One of them is in a directory that a run, or a report of it, has begun to fill."""
+"""Files of a run's directory; one that has none of them belongs to something else."""
+CHAIN_RUNS = "runs.json"
+"""In the work directory of a chain: the directories of its runs, relative to it."""
 KINDS = ("start", "step", "evaluation", "save", "end")
 
 
@@ -29,13 +32,13 @@ class RecordedRun:
     """What a run has recorded so far.
 
     Attributes:
-        records: of each kind (`megashear.records`), in the order of the file; a step that was done
-            again after a start is there once, as the last that was written.
-        config: the run's options, as its YAML file; empty before its first checkpoint.
-        masks: kept units by mask and row, as `[rows][units]` of 0 and 1; empty but in stage prune.
+        records: records by kind (`megashear.records`), in the order of the file; of a step that was
+            repeated after a resume, the last one.
+        config: the run's options; empty before its first checkpoint.
+        masks: kept units by mask, as `[rows][units]` of 0 and 1; empty except in stage prune.
         problems: what could not be read, one line each.
         newest: the last record of the file; empty before the first.
-        step: optimizer steps done.
+        step: optimizer steps completed.
     """
 
     directory: Path
@@ -45,14 +48,14 @@ class RecordedRun:
     problems: list[str] = field(default_factory=list)
     newest: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    _file: int = 0  # number of the inode of METRICS
-    _position: int = 0  # bytes of it that are read
+    _file: int = 0  # inode of METRICS
+    _position: int = 0  # bytes of it that were read
     _line: int = 0
-    _redone: set[str] = field(default_factory=set)  # kinds that may go back since a start
+    _is_damaged: bool = False  # a line is no record
 
     @classmethod
     def read(cls, directory: Path) -> RecordedRun:
-        """Read all that is there.
+        """Read everything that the directory has.
 
         Raises:
             DataError: there is no directory.
@@ -65,8 +68,8 @@ class RecordedRun:
         return run
 
     def follow(self) -> bool:
-        """Read the records that have been written since; whether there were any."""
-        if not self.config:  # it is there from the first checkpoint on
+        """Read the records that were written since the last call; return whether there were any."""
+        if not self.config:  # a run writes it at its first checkpoint
             self._read_config()
         file = self.directory / METRICS
         try:
@@ -84,6 +87,8 @@ class RecordedRun:
         whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
         for line in whole.splitlines():
             self._line += 1
+            if self._is_damaged:
+                break
             self._take(line)
         self._position += len(whole)
         return bool(whole)
@@ -96,47 +101,31 @@ class RecordedRun:
         self._file = file
 
     def _take(self, line: bytes) -> None:
-        try:
-            record = upgrade(json.loads(line))
-            known = self.records.get(record["kind"])
-            step = record["step"] = int(record["step"])
-            if not 0 <= step < 2**53:
-                raise ValueError(step)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-            self._problem(f"{METRICS}, line {self._line}: not a record; passed over")
-            return
-        if known is None:  # of a later schema
-            return
-        if record["kind"] == "start":
-            self._redone = {"step", "evaluation"}
-        elif record["kind"] in ("step", "evaluation") and not self._make_room(known, record):
-            return
+        """Add the record in a line; the first line that is no record ends the reading."""
+        record = _record(line)
+        if problem := "not a record" if record is None else self._add(record):
+            self._problem(f"{METRICS}, line {self._line}: {problem}. Nothing after it is shown")
+            self._is_damaged = True
+
+    def _add(self, record: dict[str, Any]) -> str:
+        """Add a record; return why its step cannot be true, or nothing."""
+        kind, step = record["kind"], record["step"]
+        if (known := self.records.get(kind)) is None:  # of a later schema
+            return ""
+        if kind == "start":  # training resumes from its step
+            for repeated in (self.records["step"], self.records["evaluation"]):
+                while repeated and repeated[-1]["step"] > step:
+                    repeated.pop()
+        elif kind in ("step", "evaluation") and known:
+            if step < (last := known[-1]["step"]):
+                return f"{kind} {step} after {last}, and no start between them"
+            if step == last:  # repeated after a resume
+                known.pop()
         known.append(record)
         self.newest = record
-        if record["kind"] != "save":  # which may have been written while training went on
+        if kind != "save":  # an asynchronous save may be recorded after later steps
             self.step = step
-
-    def _make_room(self, known: list[dict[str, Any]], record: dict[str, Any]) -> bool:
-        """Whether a record's step can be true; drops what it does again.
-
-        Steps go back only to a start that came in between. Else a number is damaged: that before,
-        where it alone is too high, or this one.
-        """
-        kind, step = record["kind"], record["step"]
-        if kind in self._redone and step >= self.start["step"]:
-            self._redone.discard(kind)
-            while known and known[-1]["step"] >= step:
-                known.pop()
-        last = known[-1]["step"] if known else -1
-        if last < step:
-            return True
-        is_true = len(known) < 2 or known[-2]["step"] < step
-        if is_true:
-            known.pop()
-        if not is_true or last > step:
-            told = f"{METRICS}, line {self._line}: {kind} {step} after {last}, no start between"
-            self._problem(f"{told}; that of {last if is_true else step} is passed over")
-        return is_true
+        return ""
 
     def _read_config(self) -> None:
         try:
@@ -161,24 +150,55 @@ class RecordedRun:
             self.problems.append(text)
 
     def last(self, kind: str) -> dict[str, Any]:
-        """The newest record of a kind; empty where there is none."""
+        """The newest record of a kind; empty if there is none."""
         return self.records[kind][-1] if self.records[kind] else {}
 
     @property
     def start(self) -> dict[str, Any]:
-        """The newest start record; empty where there is none."""
+        """The newest start record; empty if there is none."""
         return self.last("start")
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run, where it is known."""
+        """Steps of the whole run, if they are known."""
         trainer = self.config.get("trainer")
         configured = trainer.get("steps") if isinstance(trainer, dict) else None
         return self.start.get("steps", configured)
 
 
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if it is none."""
+    try:
+        record = upgrade(json.loads(line))
+        step = record["step"]
+        is_record = isinstance(record["kind"], str) and type(step) is int and 0 <= step < 2**53
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if is_record else None
+
+
+def write_chain_runs(work_dir: Path, run_dirs: Sequence[str]) -> None:
+    """Note the runs of a chain in its work directory, so that `watch` and `report` find them."""
+    relative = [os.path.relpath(run_dir, work_dir) for run_dir in run_dirs]
+    write_whole(work_dir / CHAIN_RUNS, json.dumps(relative))
+
+
+def run_directories(directories: Sequence[Path]) -> list[Path]:
+    """Replace the work directory of a chain by the directories of its runs; each is there once."""
+    found: dict[Path, Path] = {}
+    for directory in directories:
+        try:
+            names = json.loads(read_small(directory / CHAIN_RUNS))
+            runs = [Path(os.path.normpath(directory / name)) for name in names]
+        except (OSError, ValueError, TypeError):
+            runs = [directory]
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
 def reject_unrelated_directories(directories: Sequence[Path]) -> None:
-    """Tell of directories that hold something else; what is empty or not there may become a run.
+    """Refuse directories that hold something else; an empty or absent one may become a run.
 
     Raises:
         DataError: with a line for each.

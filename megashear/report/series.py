@@ -1,4 +1,4 @@
-"""Numbers from the records of a run, whatever else stands in them. No drawing here."""
+"""Numbers from the records of a run. Nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from megashear.records import METRICS
 from megashear.report.runs import RecordedRun
 
-Series = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Steps, and a value at each."""
+Series = tuple[NDArray[Any], NDArray[np.float64]]
+"""Steps or tokens, and a value at each."""
 
-MAX_POINTS = 2000
-"""Of a line that is drawn: about two for each pixel of a wide screen."""
+MAX_POINTS = 1000
+"""Points of a line that is drawn: about two for each pixel of a figure."""
 STRETCHES = 100
-"""Of a noisy line, whose means are drawn over it."""
+"""Stretches of a noisy line, whose means are drawn over it."""
 
 
 def number(value: Any) -> float:
@@ -32,7 +32,7 @@ def number(value: Any) -> float:
 
 
 def part(tree: Any, *path: str | int) -> Any:
-    """What stands at this path of keys and positions; None where nothing does."""
+    """The value at a path of keys and positions; None if there is none."""
     for key in path:
         try:
             tree = tree[key]
@@ -42,13 +42,13 @@ def part(tree: Any, *path: str | int) -> Any:
 
 
 def mapping(tree: Any, *path: str | int) -> dict[str, Any]:
-    """The mapping at a path; an empty one where there is none."""
+    """The mapping at a path; an empty one if there is none."""
     found = part(tree, *path)
     return found if isinstance(found, dict) else {}
 
 
 def series(run: RecordedRun, kind: str, *path: str | int) -> Series:
-    """A field over the steps; `run.problems` tells of values that are no numbers."""
+    """A field over the steps; values that are no numbers are added to `run.problems`."""
     steps, values, wrong = [], [], []
     for record in run.records[kind]:
         found = part(record, *path)
@@ -61,26 +61,28 @@ def series(run: RecordedRun, kind: str, *path: str | int) -> Series:
     if wrong:
         field = ".".join(map(str, path))
         more = f" and of {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
-        tell(run, f"{METRICS}: {kind} {wrong[0]}{more}: {field} is no finite number; left out")
+        report_problem(
+            run, f"{METRICS}: {kind} {wrong[0]}{more}: {field} is no finite number; left out"
+        )
     return np.array(steps, np.int64), np.array(values, np.float64)
 
 
-def tell(run: RecordedRun, problem: str) -> None:
-    """Add to a run's problems, once."""
+def report_problem(run: RecordedRun, problem: str) -> None:
+    """Add a problem to those of a run, once."""
     if problem not in run.problems:
         run.problems.append(problem)
 
 
 def last(run: RecordedRun, kind: str, *path: str | int) -> float:
-    """The newest number of a field; NaN where there is none."""
+    """The newest number of a field; NaN if there is none."""
     values = (number(part(record, *path)) for record in reversed(run.records[kind]))
     return next((value for value in values if not math.isnan(value)), math.nan)
 
 
 def thin(line: Series, most: int = MAX_POINTS) -> Series:
-    """Few enough points to draw: of each stretch of steps its least and its greatest, and the ends.
+    """Reduce a line to the least and the greatest value of each stretch of steps, and the ends.
 
-    What is left are points of the line, so that no peak is lost or moved.
+    All points that remain are points of the line, so that no peak is lost or moved.
     """
     steps, values = line
     if len(steps) <= most:
@@ -105,7 +107,7 @@ def is_long(run: RecordedRun) -> bool:
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """A short name of each run: the end of its path, as long as it takes to tell them apart."""
+    """Name each run by the end of its path, as long as needed to distinguish them."""
     paths = [directory.resolve().parts for directory in directories]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -125,7 +127,7 @@ def domains(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def tokens_per_step(run: RecordedRun) -> float:
-    """As the run states it, or as its records came to; NaN where nothing tells."""
+    """Tokens per step as the run states them, or as its records imply; NaN if unknown."""
     stated = number(run.start.get("tokens_per_step"))
     steps, tokens = series(run, "step", "tokens")
     if math.isnan(stated) and len(steps) and steps[-1] > 0:
@@ -134,9 +136,9 @@ def tokens_per_step(run: RecordedRun) -> float:
 
 
 def data_used(run: RecordedRun) -> dict[str, float]:
-    """Tokens that were drawn of each domain: the weights of each step times its tokens.
+    """Tokens that were drawn from each domain: the weights of each step times its tokens.
 
-    A step that does not tell its weights was drawn by those of the evaluation before it.
+    A step without weights was drawn by those of the evaluation before it.
     """
     each = tokens_per_step(run)
     updates = [(r["step"], mapping(r, "domain_weights")) for r in run.records["evaluation"]]
@@ -147,7 +149,7 @@ def data_used(run: RecordedRun) -> dict[str, float]:
         while at < len(updates) and updates[at][0] < record["step"]:
             weights, at = updates[at][1], at + 1
         drawn = mapping(record, "domain_weights") or weights
-        tokens = (record["step"] - done) * each  # of damaged records before it too
+        tokens = (record["step"] - done) * each  # of missing records before it too
         done = record["step"]
         for name, weight in drawn.items():
             share = number(weight) * tokens
@@ -156,7 +158,7 @@ def data_used(run: RecordedRun) -> dict[str, float]:
 
 
 def missing_steps(run: RecordedRun) -> str:
-    """The first steps between others that have no record, in words; empty where all have one."""
+    """Describe missing step records between others; empty if there are none."""
     steps = np.array([record["step"] for record in run.records["step"]])
     gaps = np.flatnonzero(np.diff(steps) > 1)
     if not len(gaps):
@@ -167,7 +169,7 @@ def missing_steps(run: RecordedRun) -> str:
 
 
 def seconds_since_1970(text: Any) -> float:
-    """Of a record's time, as a number or as 2026-11-23T05:40:00Z; NaN where it is neither."""
+    """Convert a record's time, a number or 2026-11-23T05:40:00Z, to seconds; NaN if neither."""
     if not isinstance(text, str):
         return number(text)
     try:
@@ -177,7 +179,7 @@ def seconds_since_1970(text: Any) -> float:
 
 
 def time_spent(run: RecordedRun) -> dict[str, float]:
-    """Seconds by what they went to, in the order of a step; without what was not recorded."""
+    """Seconds by purpose, in the order of a step; those that were not recorded are left out."""
 
     def total(kind: str, field: str) -> float:
         return float(series(run, kind, field)[1].sum())
@@ -198,7 +200,7 @@ def time_spent(run: RecordedRun) -> dict[str, float]:
 
 
 def _sessions(run: RecordedRun) -> tuple[float, float]:
-    """Seconds from each start to the last sign of life before the next one, and those between."""
+    """Seconds from each start to the last record before the next one, and seconds between those."""
     starts = sorted(
         time for r in run.records["start"] if (time := seconds_since_1970(r.get("time"))) > 0
     )

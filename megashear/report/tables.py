@@ -1,9 +1,9 @@
-"""The numbers of a report as tables, from runs in whatever state they are."""
+"""The tables of a report. A run may be unfinished, or its records may be incomplete."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,33 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the rows."""
+    """Cells as text; the first column names the rows. Cells of words are wrapped."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False
 
 
-def of_runs(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """A column for each run, and a row for each fact that one of them tells."""
-    facts = {fact: None for column in columns.values() for fact in column}
-    rows = [(fact, *(column.get(fact, NONE) for column in columns.values())) for fact in facts]
-    return Table(title, ("", *columns), rows)
+def columns(title: str, facts: Mapping[str, Mapping[str, str]], words: bool = False) -> Table:
+    """A table of columns with named facts, and a row for each fact that one of them has."""
+    names = {name: None for column in facts.values() for name in column}
+    rows = [(name, *(column.get(name, NONE) for column in facts.values())) for name in names]
+    return Table(title, ("", *facts), rows, words)
+
+
+def of_runs(
+    title: str,
+    runs: Mapping[str, RecordedRun],
+    facts: Callable[[RecordedRun], Mapping[str, str]],
+    words: bool = False,
+) -> Table:
+    """A table with a column for each run."""
+    return columns(title, {label: facts(run) for label, run in runs.items()}, words)
 
 
 def show(value: Any, form: str = ",") -> str:
-    """A value of a file as a cell."""
+    """Return a value of a file as the text of a cell."""
     if isinstance(value, str):
         return value[:300]
     if isinstance(value, dict):
@@ -52,19 +63,24 @@ def show(value: Any, form: str = ",") -> str:
 
 
 def duration(seconds: float) -> str:
-    """As 26:03:05 (hours), or 4.2 s."""
+    """Return 26:03:05 h, or 4.2 s for less than 100 seconds."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
 
 
+def processes(run: RecordedRun) -> int:
+    """Return the number of processes at the last start; 1 if it is not recorded."""
+    layout = mapping(run.start, "layout")
+    return math.prod(int(size) for size in layout.values() if number(size) > 0)
+
+
 def overview(run: RecordedRun) -> dict[str, str]:
-    """What the run is, how far it is, and what it came to."""
+    """Where the run is, how far it got, where it runs, and its speed."""
     start = run.start
     spent = time_spent(run)
     layout = mapping(start, "layout")
-    processes = math.prod(int(size) for size in layout.values() if number(size) > 0)
     facts = {
         "directory": str(run.directory),
         "stage": show(start.get("stage", run.config.get("stage"))),
@@ -73,7 +89,7 @@ def overview(run: RecordedRun) -> dict[str, str]:
         "tokens per step": show(tokens_per_step(run), ",.0f"),
         "parameters": show(start.get("parameters")),
         "target parameters": show(start.get("target_parameters")),
-        "devices": f"{processes} x {show(start.get('device'))}" if layout else NONE,
+        "devices": f"{processes(run)} x {show(start.get('device'))}" if layout else NONE,
         "hosts": _hosts(start),
         "layout": show(layout) if layout else NONE,
         "precision": show(start.get("precision")),
@@ -97,7 +113,7 @@ def overview(run: RecordedRun) -> dict[str, str]:
 
 
 def _hosts(start: Mapping[str, Any]) -> str:
-    """The first ones; all are in the table of starts."""
+    """The first hosts; the table of starts has all of them."""
     hosts = start.get("hosts")
     if not isinstance(hosts, list) or len(hosts) <= 4:
         return show(hosts)
@@ -105,15 +121,15 @@ def _hosts(start: Mapping[str, Any]) -> str:
 
 
 def state(run: RecordedRun) -> str:
-    """How far it is, and how it ended."""
+    """How far the run is, and how it ended."""
     steps = number(run.steps)
     at = f"{run.step:,}" if math.isnan(steps) else f"{run.step:,} of {steps:,.0f}"
-    unsaid = "all steps done" if run.step >= steps else "running, or ended without a record"
-    return f"{how_it_ended(run) or unsaid}: step {at}"
+    unrecorded = "all steps done" if run.step >= steps else "running, or ended without a record"
+    return f"{how_it_ended(run) or unrecorded}: step {at}"
 
 
 def how_it_ended(run: RecordedRun) -> str:
-    """As its last record says; empty where that is of no end."""
+    """How the run ended, by its last record; empty if that records no end."""
     if run.newest.get("kind") != "end":
         return ""
     reason = run.newest.get("reason")
@@ -126,7 +142,7 @@ def losses(label: str, run: RecordedRun, domains: Sequence[str]) -> Table:
     total = sum(used.values())
     header = (
         *("domain", "first loss", "last loss", "reference", "gap"),
-        *("first weight", "last weight", "tokens used", "share used"),
+        *("first weight", "last weight", "tokens used", "fraction used"),
     )
     began = mapping(run.records["start"], 0, "domain_weights")
     rows = []
@@ -154,7 +170,7 @@ def _ends(values: Sequence[float] | np.ndarray) -> tuple[str, str]:
 
 
 def masks(label: str, run: RecordedRun) -> Table:
-    """Of each constraint: units kept, sparsities and multipliers."""
+    """Units kept, sparsities and multipliers of each constraint."""
     newest = run.last("step")
     kept = mapping(run.last("evaluation"), "kept")
     counts = {name: [sum(row) for row in rows] for name, rows in run.masks.items()} or kept
@@ -192,7 +208,7 @@ def _mean(multipliers: Any, at: int) -> float:
 
 
 def times(run: RecordedRun) -> dict[str, str]:
-    """Durations, and their shares of all."""
+    """Durations, and their fractions of the whole."""
     spent = time_spent(run)
     total = sum(spent.values())
     return {what: f"{duration(s)} ({s / total:.1%})" for what, s in spent.items()}
@@ -209,7 +225,7 @@ def shapes(label: str, run: RecordedRun) -> dict[str, dict[str, str]]:
     start, config = run.start, run.config
     model = mapping(start, "source") or mapping(config, "model")
     target = mapping(start, "target") or mapping(config, "target")
-    columns = {}
+    found = {}
     for name, shape, parameters in (
         (f"{label}: source" if target else label, model, start.get("parameters")),
         (f"{label}: target", target, start.get("target_parameters")),
@@ -218,22 +234,23 @@ def shapes(label: str, run: RecordedRun) -> dict[str, dict[str, str]]:
         if parameters is not None:
             sizes["parameters"] = show(parameters)
         if sizes:
-            columns[name] = sizes
-    return columns
+            found[name] = sizes
+    return found
 
 
 def events(label: str, run: RecordedRun) -> Table:
-    """Starts, resumes and ends in the order of time."""
+    """Starts, resumes and ends by time."""
     rows = []
     for kind in ("start", "end"):
         for record in run.records[kind]:
             when = seconds_since_1970(record.get("time"))
             what = "end" if kind == "end" else "resume" if record["step"] else "start"
-            told = record.get("reason") if kind == "end" else _where(record)
-            cells = (what, show(record.get("time")), f"{record['step']:,}", show(told))
+            detail = record.get("reason") if kind == "end" else _where(record)
+            cells = (what, show(record.get("time")), f"{record['step']:,}", show(detail))
             rows.append((when if when == when else math.inf, cells))
     header = ("event", "time (UTC)", "step", "")
-    return Table(label, header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    by_time = sorted(rows, key=lambda row: row[0])
+    return Table(label, header, [cells for _, cells in by_time], words=True)
 
 
 def _where(start: Mapping[str, Any]) -> str:
@@ -243,5 +260,5 @@ def _where(start: Mapping[str, Any]) -> str:
 
 
 def versions(run: RecordedRun) -> dict[str, str]:
-    """Of the packages, at the last start."""
+    """Versions of the packages at the last start."""
     return {show(name): show(version) for name, version in mapping(run.start, "versions").items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,6 +92,22 @@ def test_overrides_and_what_does_not_fit(
         assert "nan" not in text and "fits nowhere" in text
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_the_table_has_each_layout_once_and_the_fastest_first(
+    capsys: pytest.CaptureFixture[str], config_json: Path, tensor: int
+) -> None:
+    sizes = (f"parallel.tensor={tensor}", f"parallel.sequence={str(tensor > 1).lower()}")
+    options = (*sizes, "trainer.micro_batch_size=1", "--source-shape", config_json)
+    text = planned(capsys, CHAIN[0], *options, "--gpus", "8")
+    table = text.partition("fastest first\n")[2].partition("  the fastest as options")[0]
+    rows = [line.split() for line in table.splitlines()[1:]]
+    speeds = [int(row[8].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    assert [row[-1] for row in rows].count("configured") == 1
+    shown = [tuple(row[:8]) for row in rows]
+    assert len(set(shown)) == len(shown)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -140,6 +157,13 @@ def test_targets_are_printed_as_a_run_takes_them(
     run.write_text(f"{line}\n" + (RECIPE / "prune.yaml").read_text().replace("\ntarget:", "\n#"))
     config = load_config(run, check_files=False)
     assert asdict(config.target) == target
+    grouped = tmp_path / "grouped.yaml"
+    sizes = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32000}
+    grouped.write_text(yaml.safe_dump({**sizes, "num_query_groups": 8, "ffn_hidden_size": 14336}))
+    text = planned(capsys, "--source", grouped, "--size", "2.7B")
+    blocks = re.split(r"^(?=target:)", text.partition("one of:\n")[2], flags=re.MULTILINE)[1:]
+    units = [yaml.safe_load(block).get("pruning", {}).get("head_unit") for block in blocks]
+    assert "query_head" in units
     for words in (["--memory", "2.6GB"], ["--kv-cache", "192KiB"]):
         assert "near" in planned(capsys, "--source", config_json, *words)
 

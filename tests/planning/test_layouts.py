@@ -55,6 +55,20 @@ def test_every_layout_may_run_and_fits(shape: ModelShape, gpus: int) -> None:
         assert layout.setup.tokens_per_step == 32 * 4096
 
 
+def test_of_equally_fast_layouts_the_one_that_recomputes_least_is_taken() -> None:
+    layout = fitting(PRUNE, MHA, 8, A100)[0]
+
+    def other(recompute: str, slower: float) -> Layout:
+        parallel = replace(layout.setup.parallel, recompute=recompute)
+        time = replace(layout.time, arithmetic=layout.time.arithmetic + slower * layout.time.total)
+        return replace(layout, setup=replace(layout.setup, parallel=parallel), time=time)
+
+    full, none = other("full", 0.0), other("none", 1e-4)
+    for pair in ([full, none], [none, full]):
+        assert ranked(pair, usable_bytes(A100)) == [none]
+    assert ranked([full, other("none", 0.01)], usable_bytes(A100)) == [full]
+
+
 def test_no_layout_fits_where_states_alone_do_not() -> None:
     """6.7 B parameters of 18 bytes on one GPU."""
     assert fitting(PRUNE, MHA, 1, A100) == []

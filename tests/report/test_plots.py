@@ -16,11 +16,12 @@ def test_a_panel_for_each_law_with_the_loss_at_the_target() -> None:
     titles = [panel.title for panel in panels]
     assert titles[0] == "cc (unphysical): 1.9643 at 1.35B"
     assert [title.split(":")[0] for title in titles[1:]] == list(LOSSES)[1:]
-    law, models, target = panels[1].figure.data
-    assert list(models.x) == SIZES and list(models.y) == list(LOSSES["github"])
-    assert (target.x[0], round(target.y[0], 4)) == (PARAMETERS["1.3B"][1], 0.7459)
-    assert law.x[0] < target.x[0] and law.x[-1] > SIZES[-1]
-    assert list(panels[1].figure.layout.xaxis.ticktext) == ["1.35B", "6.74B", "13B", "69B"]
+    drawn = panels[1].plots[0]
+    law, models, target = (line.points for line in drawn.lines)
+    assert list(models[0]) == SIZES and list(models[1]) == list(LOSSES["github"])
+    assert (target[0][0], round(target[1][0], 4)) == (PARAMETERS["1.3B"][1], 0.7459)
+    assert law[0][0] < target[0][0] and law[0][-1] > SIZES[-1]
+    assert list(drawn.x.ticks.values()) == ["1.35B", "6.74B", "13B", "69B"]
 
 
 @pytest.mark.parametrize(
@@ -34,12 +35,8 @@ def test_sizes_are_short(size: float, shown: str) -> None:
 def test_a_bar_for_each_loss_and_a_mark_for_an_earlier_reference() -> None:
     losses = {name: loss[0] for name, loss in LOSSES.items()}
     for earlier in ({"github": 0.5, "c4": 1.8}, {}):
-        figure = plots.losses_panel(losses, earlier).figure
-        bars, *marks = figure.data
-        names = dict(zip(figure.layout.yaxis.tickvals, figure.layout.yaxis.ticktext, strict=True))
-        shown = {names[row]: loss for row, loss in zip(bars.y, bars.x, strict=True)}
-        assert shown == losses
-        marked = {
-            names[row]: loss for mark in marks for row, loss in zip(mark.y, mark.x, strict=True)
-        }
-        assert marked == earlier
+        bars = plots.losses_panel(losses, earlier).bars
+        assert {bar.name: bar.text for bar in bars} == {n: f"{x:.4f}" for n, x in losses.items()}
+        most = losses["github"] / bars[list(losses).index("github")].pieces[0][1]
+        marked = {bar.name: bar.mark * most for bar in bars if bar.mark is not None}
+        assert marked == pytest.approx(earlier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from megashear.errors import DataError
 from megashear.platform import parallel
 from megashear.pruning.counting import parameter_count
 from megashear.reference.scaling_law import fit_domains
-from megashear.report.drawing import BLUE
-from megashear.report.figures import losses
+from megashear.report.figures import Figures
 from megashear.report.plots import scaling_laws
-from megashear.report.runs import RecordedRun
+from megashear.report.runs import RecordedRun, write_chain_runs
 from megashear.report.series import (
     MAX_POINTS,
     STRETCHES,
@@ -43,35 +43,34 @@ from tests.support.published import LOSSES, PARAMETERS
 from tests.support.runs import GQA, TARGETS, prune_options, run_config, write_domains, write_source
 
 MEASURE = """(view, page) => {
-  const plots = [...page.querySelectorAll(".plotly-graph-div")];
-  const right = element => element.getBoundingClientRect().right;
-  const prevents = plot => {
-    const target = plot.querySelector(".nsewdrag"), box = target.getBoundingClientRect();
-    const finger = new view.Touch({identifier: 1, target, clientX: box.x + 9, clientY: box.y + 9});
-    return ["touchstart", "touchmove"].some(kind => {
-      const touches = {touches: [finger], changedTouches: [finger], targetTouches: [finger]};
-      const event = new view.TouchEvent(kind, {bubbles: true, cancelable: true, ...touches});
-      target.dispatchEvent(event);
-      return event.defaultPrevented;
-    });
+  const figures = [...page.querySelectorAll("figure")], plots = [...page.querySelectorAll(".area")];
+  const box = element => element.getBoundingClientRect();
+  const hover = area => {
+    const at = {clientX: box(area).left + box(area).width / 2, clientY: box(area).top + 9};
+    for (const kind of ["pointerenter", "pointermove"]) {
+      area.dispatchEvent(new view.PointerEvent(kind, at));
+    }
+    return page.getElementById("tip").textContent;
+  };
+  const collide = plot => {
+    const labels = [...plot.querySelectorAll(".x:not(.title)")].map(box);
+    return labels.some((label, at) => at && label.left < labels[at - 1].right);
   };
   return {
-    figures: plots.length,
-    undrawn: plots.filter(plot => !plot.querySelector(
-      ".scatterlayer .js-line, .heatmaplayer image, .barlayer .point path")).map(plot => plot.id),
-    columns: new Set(plots.map(plot => Math.round(plot.getBoundingClientRect().left))).size,
+    figures: figures.length,
+    undrawn: figures.filter(figure => !figure.querySelector(
+      "polyline[points*=','], .dot[d], .bar i, img[src^=data]")).length,
+    columns: new Set(figures.map(figure => Math.round(box(figure).left))).size,
     too_wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    cut: plots.filter(plot => right(plot.querySelector("svg")) > right(page.body)).length,
-    bars_cut: plots.flatMap(plot => [...plot.querySelectorAll(".barlayer text")].filter(
-      text => right(text) > right(plot.querySelector("svg")))).length,
-    slanted: plots.filter(plot => plot.querySelector(".barlayer .point")).flatMap(
-      plot => [...plot.querySelectorAll(".xtick text")]).filter(
-      text => /rotate[(]-?[1-9]/.test(text.getAttribute("transform"))).length,
-    trapping: plots.filter(prevents).length,
-    fetched: view.performance.getEntriesByType("resource").length,
+    cut: figures.filter(figure => [figure, ...figure.querySelectorAll("svg, span, i")].some(
+      part => box(part).right > box(page.body).right)).length,
+    colliding: plots.filter(collide).length,
+    broken: [...page.querySelectorAll("img")].filter(image => !image.naturalWidth).length,
+    values: hover(page.querySelector(".area[data-x]")),
+    fetched: view.performance.getEntriesByType("resource").filter(
+      entry => !entry.name.startsWith("data:")).length,
     titles: [...page.querySelectorAll("figcaption")].map(caption => caption.textContent),
-    unnamed: [...page.querySelectorAll("figure")].filter(
-      figure => !figure.querySelector("[role=img][aria-label]")).length,
+    unnamed: figures.filter(figure => !figure.querySelector("[role=img][aria-label]")).length,
     language: page.documentElement.lang,
     attacked: view.attacked === true,
   };
@@ -159,9 +158,8 @@ def test_a_browser_draws_every_figure_at_every_width(directory: Path) -> None:
     report(directory / "prune", directory / "continue", out=both)
     many = make_run(directory / "many", "continue", 60, names=(HOSTILE, *"abcdefgh"))
     report(many, out=hostile)
-    text = hostile.read_text().replace('"dragmode":false', '"dragmode":"zoom"')
     broken = "<div style='width: 2000px'>wide</div><script>fail()</script></body>"
-    wrong.write_text(text.replace("</body>", broken))
+    wrong.write_text(hostile.read_text().replace("</body>", broken))
     laws = directory / "laws.html"
     sizes = [PARAMETERS[name][1] for name in ("7B", "13B", "70B")]
     laws.write_text(scaling_laws(fit_domains(sizes, LOSSES), PARAMETERS["1.3B"][1]))
@@ -173,13 +171,14 @@ def test_a_browser_draws_every_figure_at_every_width(directory: Path) -> None:
         assert measured["figures"] == len(measured["titles"]) >= 7, page
         assert (measured["columns"] == 1) == (width == 390), page
         assert measured["language"] == "en"
-        nothing = ("fetched", "attacked", "unnamed", "cut", "undrawn", "bars_cut", "slanted")
+        nothing = ("fetched", "attacked", "unnamed", "cut", "undrawn", "broken", "colliding")
         assert not any(measured[what] for what in nothing), (page, measured)
-        is_wrong = page == wrong
-        assert (measured["too_wide"] > 0, measured["trapping"] > 0) == (is_wrong, is_wrong), page
+        assert (measured["too_wide"] > 0) == (page == wrong), page
+        assert re.match(r"(tokens|parameters) \S+\n.+: [0-9.]+", measured["values"]), page
     assert {line.rpartition("/")[2].split(" ")[0] for line in console} == {"wrong.html"}
     assert len(found[0]["titles"]) > 20
-    assert {"first", "second", "layer", "hidden", "head", "intermediate"} < {*found[0]["titles"]}
+    masks = {f"{mask} (prune)" for mask in ("layer", "hidden", "head", "intermediate")}
+    assert {"first", "second", *masks} < {*found[0]["titles"]}
     assert HOSTILE in found[3]["titles"]
 
 
@@ -188,7 +187,7 @@ def test_the_tables_say_what_the_records_say(directory: Path) -> None:
     for number, name in enumerate(("prune", "continue")):
         evaluations = records(directory / name, "evaluation")
         for domain in ("first", "second"):
-            row = page.row(domain, number)
+            row = page.row(domain, number + 1)  # the first one is that of the results
             losses = [f"{evaluations[end]['losses'][domain]:.4f}" for end in (0, -1)]
             gap = evaluations[-1]["losses"][domain] - 4.0
             assert row[:4] == [*losses, "4.0000", f"{gap:+.4f}"]
@@ -201,9 +200,43 @@ def test_the_tables_say_what_the_records_say(directory: Path) -> None:
     assert page.row("num_layers") == ["3", "2", "2"]
     assert page.row("hidden_size") == ["32", "24", "24"]
     count = f"{parameter_count(GQA):,}"
-    assert page.row("parameters", 1)[0] == page.row("parameters")[0] == count
+    assert page.row("parameters", 1)[0] == page.row("parameters", 2)[0] == count
     assert TARGETS[GQA].num_layers == 2
     assert page.row("megatron-core") == page.row("megatron-core")[:1] * 2
+
+
+def test_it_opens_with_what_came_of_the_runs(large: Path, tmp_path: Path) -> None:
+    continued = make_run(tmp_path / "continue", "continue", 60)
+    scratch = make_run(tmp_path / "scratch", "pretrain", 40, every=20)
+    report(large, continued, scratch, out=tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.index("<h2>Results") < text.index("<h2>Domains")
+    page = Tables(tmp_path / "page.html")
+    assert page.row("parameters")[0] == "6.74B → 1.35B"
+    assert page.row("sizes")[0].startswith("layers 32 → 24, hidden 4,096 → 2,048, heads 32 → 16")
+    assert page.row("masks") == ["on target", "-", "-"]
+    assert page.row("tokens")[:2] == ["419M", "62.9M"]
+    assert page.row("hours")[0].endswith(" on 8 x NVIDIA H100 80GB HBM3")
+    models = ["source", "pruned", "extracted", "continued", "from scratch", "reference"]
+    assert page.row("domain") == models
+    ends = [records(run, "evaluation") for run in (large, continued, scratch)]
+    losses = [ends[0][0], ends[0][-1], ends[1][0], ends[1][-1], ends[2][-1]]
+    expected = [f"{record['losses']['cc']:.4f}" for record in losses]
+    assert page.row("cc") == [*expected, f"{ends[0][0]['references']['cc']:.4f}"]
+    assert len(page.row("mean")) == len(models)
+
+
+def test_runs_are_drawn_over_tokens_in_the_same_axes(large: Path, tmp_path: Path) -> None:
+    runs = {"prune": large, "scratch": make_run(tmp_path / "scratch", "pretrain", 40, every=20)}
+    read = {label: RecordedRun.read(directory) for label, directory in runs.items()}
+    panel = Figures(read).losses()[0]
+    assert (panel.title, list(panel.keys)) == ("cc", list(runs))
+    lines = {line.name: line for line in panel.plots[0].lines}
+    assert lines["validation (prune)"].points[0][-1] == 3200 * 131_072
+    assert lines["validation (scratch)"].points[0][-1] == 40 * 1_048_576
+    assert panel.plots[0].x.title == "tokens"
+    assert panel.plots[0].has_dots(lines["validation (scratch)"])  # evaluated 3 times
+    assert not panel.plots[0].has_dots(lines["validation (prune)"])
 
 
 def test_data_used_is_what_was_drawn(large: Path) -> None:
@@ -266,16 +299,15 @@ def test_thinned_lines_keep_their_ends_and_peaks(values: list[float], most: int)
     assert (kept.min(), kept.max()) == (min(values), max(values))
 
 
-def test_a_long_run_gives_a_page_of_a_few_megabytes(large: Path, tmp_path: Path) -> None:
+def test_a_page_of_long_runs_has_at_most_1_5_megabytes(large: Path, tmp_path: Path) -> None:
     """Lines are thinned, and it says so; maps have as many kept units as the masks."""
-    page = report(large, out=tmp_path / "large.html")
+    page = report(large, make_run(tmp_path / "on", "continue", 4800), out=tmp_path / "large.html")
     text = (tmp_path / "large.html").read_text()
-    assert 4.5e6 < len(text) < 6e6
-    assert text.count("plotly.js v") == 1
+    assert (tmp_path / "large.html").stat().st_size < 1.5e6
     assert f"more than {MAX_POINTS:,} points" in text
-    assert "To be known first" not in text
+    assert "Warnings" not in text
     for name, (rows, units, keep) in SIZES.items():
-        assert f"{name}: {rows * keep:,} of {rows * units:,} kept" in text
+        assert f"{name} (large): {rows * keep:,} of {rows * units:,} kept" in text
         assert page.row(name)[0] == f"{keep:,} of {units:,}"
 
 
@@ -293,6 +325,10 @@ DAMAGES = {
             run, 30, '{"kind": "step", "step": 28, "loss": NaN, "domain_losses": [1]}'
         ),
         "step 28: loss is no finite number",
+    ),
+    "a step that goes back": (
+        lambda run: edit(run, 30, '{"kind": "step", "step": 2}'),
+        "line 31: step 2 after 27, and no start between them. Nothing after it is shown",
     ),
     "lines lost": (
         lambda run: edit(run, 30, *[""] * 6),
@@ -327,9 +363,9 @@ def test_a_damaged_run_has_its_page_and_the_page_says_so(damage: str, tmp_path: 
     spoil(run)
     page = report(run, out=tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert told in text.partition("To be known first")[2].partition("</ul>")[0]
+    assert told in text.partition("Warnings")[2].partition("</ul>")[0]
     assert "<b>low" not in text and "\x1b" not in text
-    if "records" not in told:
+    if "record" not in told and "line" not in told:
         assert [page.row(name)[1] for name in "ab"] == [f"{losses[name]:.4f}" for name in "ab"]
 
 
@@ -368,19 +404,19 @@ def test_many_hosts_are_counted_and_all_of_them_stand_with_the_starts(tmp_path: 
 
 def test_a_long_noisy_line_has_its_mean(large: Path) -> None:
     run = RecordedRun.read(large)
-    panel = losses({"large": run}, {"cc": {"color": BLUE}})[0]
-    lines = {trace.name: trace for trace in panel.figure.data}
+    panel = Figures({"large": run}).losses()[0]
+    lines = {line.name: line for line in panel.plots[0].lines}
     training = series(run, "step", "domain_losses", "cc")[1]
-    mean = lines["mean"]
-    assert len(mean.x) == STRETCHES
-    assert np.mean(mean.y) == pytest.approx(training.mean(), rel=1e-3)
-    assert mean.line.width > lines["training"].line.width
+    mean = lines["training, mean"]
+    assert len(mean.points[0]) == STRETCHES
+    assert np.mean(mean.points[1]) == pytest.approx(training.mean(), rel=1e-3)
+    assert mean.style.width > lines["training"].style.width
 
 
 def test_an_empty_directory_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     report(tmp_path / "empty", out=tmp_path / "page.html")
-    assert "To be known first" in (tmp_path / "page.html").read_text()
+    assert "Warnings" in (tmp_path / "page.html").read_text()
     assert len((tmp_path / "page.html").read_text()) < 10_000  # no figure, no library
 
 
@@ -413,6 +449,25 @@ def test_where_the_page_goes(
         assert text.endswith("</html>\n")
         assert f"<h1>{' and '.join(runs[:2])}</h1>" in text
         assert f"written to {out} (" in capsys.readouterr().out
+
+
+def test_a_chains_directory_stands_for_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the directories were moved, and before the second run has begun."""
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("old/prune"), "prune", 20)
+    Path("old/chain/logs").mkdir(parents=True)
+    write_chain_runs(Path("old/chain"), ["old/prune", "old/continue"])
+    Path("old").rename("new")
+    cli.execute(["watch", "--once", "new/chain"])
+    shown = capsys.readouterr().out
+    assert re.search("prune.*complete", shown) and re.search("continue.*not begun", shown)
+    make_run(Path("new/continue"), "continue", 20)
+    cli.execute(["report", "new/chain", "new/prune/"])
+    cli.execute(["report", "new/chain"])
+    for page in ("report.html", "new/chain/report.html"):
+        assert "<h1>prune and continue</h1>" in Path(page).read_text()
 
 
 def test_what_is_no_run_is_said_at_once(tmp_path: Path) -> None:
