@@ -1,18 +1,23 @@
-# What the scripts here share: they source it. Site settings are in cluster.env, not here.
+# Functions that all scripts here source. Site settings are in cluster.env, not here.
 # shellcheck shell=bash
 set -euo pipefail
 
 SRUN=(srun --wait=180)  # seconds that tasks have once one has ended
-INSIDE=()               # what a command is put behind, to run in a container
+INSIDE=()               # prefix of a command that runs it in a container
 PRINT=()                # the same, where srun starts the container
-LOST_AT_MOST=3          # times in a row that a job is requeued because a node or process was lost
+MAX_RETRIES=3           # requeues in a row after a lost process, or without a training step
+SHORT_START=600         # seconds; a longer start counts as progress, whatever its log says
+
+# An array's last task has the array's own number: requeued by that, all its tasks would start again.
+job_id=${SLURM_JOB_ID:-}
+[[ -z $job_id || $job_id != "${SLURM_ARRAY_JOB_ID:-}" ]] || job_id+=_$SLURM_ARRAY_TASK_ID
 
 refuse() {  # WHY
   echo "error: $1" >&2
   exit 2
 }
 
-# Reads the site's settings as a login shell would: a line may fail, or name what is not set.
+# Reads the site's settings as a login shell would: a line may fail, or use an unset variable.
 read_cluster() {  # FILE
   bash -n "$1" || refuse "$1 cannot be read"
   trap 'refuse "$cluster ends the script that reads it"' EXIT
@@ -25,56 +30,74 @@ read_cluster() {  # FILE
 cluster=${MEGASHEAR_CLUSTER:-${SLURM_SUBMIT_DIR:-.}/cluster.env}
 [[ -z ${MEGASHEAR_CLUSTER:-} && ! -f $cluster ]] || read_cluster "$cluster"
 
-# Runs stages of CHAIN.yaml, each as one job step; ends the job where one fails.
+# Runs stages of CHAIN.yaml, each as one job step; ends the job if one fails.
 run_stages() {  # CHAIN.yaml STAGE...
   local chain=$1 stage command status
   shift
   [[ -f $chain ]] || refuse "'$chain' is no file. Usage: sbatch [OPTIONS] $1.sbatch CHAIN.yaml"
-  # Of a step that the job was perhaps submitted from: this script is none.
+  # Those of a step that the job may have been submitted from: this script is no step.
   unset "${!SLURM_STEP_@}"
   export PYTHONUNBUFFERED=1
-  # srun does not take it over from sbatch.
+  # srun does not inherit it from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  trap : TERM  # outlive the step, and see what it ended with
+  trap : TERM  # outlive the step, to see its exit status
   for stage in "$@"; do
     command=$("${PRINT[@]}" "${INSIDE[@]}" megashear shear "$chain" --stage "$stage" --print)
     if [[ -z $command ]]; then
       echo "$stage: nothing to do for $chain"
       continue
     fi
-    echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $command"
-    status=0
+    echo "$(date -u +%FT%TZ) job $job_id, start $((${SLURM_RESTART_COUNT:-0} + 1)): $command"
+    status=0 SECONDS=0
     "${SRUN[@]}" "${INSIDE[@]}" bash -c "exec $command" || status=$?
     [[ $status == 0 ]] || finish "$status"
   done
-  rm -f ".lost-$SLURM_JOB_ID"
+  rm -f ".retries-$job_id"
 }
 
-# Ends the job with the status of its run, or makes Slurm start it again. Not where somebody or
-# Slurm has ended it (scancel, its time, preemption without grace): Slurm requeues what it wants to.
+# Ends the job with the status of its run, or requeues it. Not if a user or Slurm has ended it
+# (scancel, its time limit, preemption without grace): Slurm itself requeues what it wants to.
 finish() {  # STATUS
-  local job lost=.lost-$SLURM_JOB_ID  # a line for each time
-  job=$(scontrol show job "$SLURM_JOB_ID") || true
+  local job retries=.retries-$job_id  # a line for each
+  job=$(scontrol show job "$job_id") || true
   if [[ $job == *JobState=RUNNING* ]]; then
     case $1 in
       138)  # SIGUSR1: the time limit or preemption comes
-        rm -f "$lost"
-        requeue "saved before its time ends" ;;
+        if has_progressed || [[ $job =~ PreemptTime=[0-9] ]]; then
+          rm -f "$retries"
+          requeue "saved before its time ends"
+        else
+          retry "saved before its time ends" "no start makes a step before Slurm's warning signal \
+comes. Give more --time, or a --signal=USR1@SECONDS closer to its end"
+        fi ;;
       143)  # SIGTERM: preemption has come, and the grace time runs
         if [[ $job =~ PreemptTime=[0-9] ]]; then requeue "preempted"; fi ;;
-      75 | 137)  # another process is lost; a process was killed
-        date -u +%FT%TZ >>"$lost"
-        if (($(wc -l <"$lost") <= LOST_AT_MOST)); then requeue "a process was lost"; fi ;;
+      75 | 134 | 137)  # another process is lost; a process was aborted (by NCCL) or killed
+        retry "a process was lost" "a process is lost again and again" ;;
     esac
   fi
-  echo "job $SLURM_JOB_ID ends with status $1"
+  echo "job $job_id ends with status $1"
   exit "$1"
 }
 
+# Whether this start was long, or ended at a later step than the one before, by the job's log.
+has_progressed() {
+  local log=/proc/$$/fd/1 steps=(0 0)
+  [[ ! -f $log ]] ||
+    mapfile -t -O 2 steps < <(sed -n 's/.*stopped by SIG[A-Z0-9]* at step \([0-9]*\).*/\1/p' "$log")
+  ((SECONDS > SHORT_START || steps[-1] > steps[-2]))
+}
+
+retry() {  # WHY WHAT_IS_WRONG
+  echo "$(date -u +%FT%TZ) $1" >>"$retries"
+  if (($(wc -l <"$retries") <= MAX_RETRIES)); then requeue "$1"; fi
+  echo "error: requeued $MAX_RETRIES times in a row: $2" >&2
+}
+
 requeue() {  # WHY
-  echo "job $SLURM_JOB_ID is requeued: $1"
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  echo "job $job_id is requeued: $1"
+  if scontrol requeue "$job_id"; then
     trap - TERM
-    sleep 600  # Slurm ends this script; one that ends itself counts as completed
+    sleep 600  # Slurm ends this script; a job whose script ends by itself counts as completed
   fi
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the stages of a chain, each when the one before it has ended well, and prints their jobs.
+# Submits the stages of a chain, each to start after the one before has succeeded; prints their jobs.
 set -euo pipefail
 
 if (($# == 0)) || [[ $1 == -* ]]; then
@@ -31,10 +31,38 @@ done
 export MEGASHEAR_SLURM=$here MEGASHEAR_CLUSTER
 MEGASHEAR_CLUSTER=$(realpath "$cluster")
 source "$here/common.sh"
-if command -v megashear >/dev/null; then  # here, and not in a container alone
+if command -v megashear >/dev/null; then  # not in a container only
   megashear shear "$chain" --print >/dev/null
 fi
 [[ -n ${EVALUATE[*]:-} ]] || EVALUATE=("${TRAIN[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1)
+
+# Seconds of a time limit as sbatch reads it: [D-]H[:M[:S]], M[:S]; nothing if it is no such time.
+seconds() {  # TIME
+  local days=0 parts=()
+  [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 0
+  IFS=: read -ra parts <<<"${1#*-}"
+  if [[ $1 == *-* ]]; then days=${1%%-*}; elif ((${#parts[@]} < 3)); then parts=(0 "${parts[@]}"); fi
+  echo $(((10#$days * 24 + 10#${parts[0]}) * 3600 + 10#${parts[1]:-0} * 60 + 10#${parts[2]:-0}))
+}
+
+# Warns of a time limit that leaves no time before the signal by which a stage saves.
+check_time() {  # STAGE OPTIONS...
+  local stage=$1 limit='' lead
+  lead=$(sed -n 's/^#SBATCH --signal=USR1@//p' "$here/$stage.sbatch")
+  while shift && (($#)); do
+    case $1 in
+      --time=* | --signal=*@*) [[ $1 == --time* ]] && limit=${1#*=} || lead=${1##*@} ;;
+      --time | -t) limit=${2:-} ;;
+      -t*) limit=${1#-t} ;;
+    esac
+  done
+  limit=$(seconds "$limit")
+  if [[ -n $limit && -n $lead ]] && ((limit < lead + 60)); then
+    echo "warning: $stage ends after $limit s, and Slurm warns it $lead s before that: it is stopped" \
+      "before it makes a step. Give more --time, or a shorter --signal=USR1@SECONDS" >&2
+  fi
+}
+
 mkdir -p logs
 after=()
 for stage in "${stages[@]}"; do
@@ -44,9 +72,10 @@ for stage in "${stages[@]}"; do
     evaluate) resources=("${EVALUATE[@]}") ;;
     *) resources=("${LIGHT[@]}") ;;
   esac
+  check_time "$stage" "${ALL[@]}" "${resources[@]}"
   job=$(sbatch --parsable --output="logs/%x-%j.log" --kill-on-invalid-dep=yes "${ALL[@]}" \
     "${resources[@]}" "${after[@]}" "$here/$stage.sbatch" "$chain")
-  job=${job%%;*}  # behind it, the cluster's name
+  job=${job%%;*}  # the cluster's name may follow
   echo "$stage $job"
   after=("--dependency=afterok:$job")
 done

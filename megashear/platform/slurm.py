@@ -1,7 +1,4 @@
-"""What Slurm says to the processes of a job: the only reader of its variables (`SLURM_*`).
-
-Imports neither torch nor Megatron-Core.
-"""
+"""The only reader of Slurm's variables (`SLURM_*`). Imports neither torch nor Megatron-Core."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from dataclasses import dataclass
 from megashear.errors import PlatformError
 
 FIRST_PORT, PORTS = 20000, 10000
-"""Ports of the rendezvous: below those that Linux gives away (32768), one for each job number."""
+"""Ports of the rendezvous, one for each job number; below those that Linux assigns (32768 up)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A process's place among those that one `srun` started.
+    """One of the processes that one `srun` started.
 
     Attributes:
-        rank: its number among all.
-        tasks: how many there are.
-        local_rank: its number among those of its node.
-        node: number of its node among those of the step.
-        nodes: how many there are.
+        rank: its rank.
+        tasks: number of processes.
+        local_rank: its rank on its node.
+        node: index of its node in the step.
+        nodes: number of nodes.
     """
 
     rank: int
@@ -38,12 +35,12 @@ class Task:
 
 
 def task() -> Task | None:
-    """This process's place in its step; None where no `srun` started it with others.
+    """Return this process's task; None if no `srun` started it together with others.
 
-    A batch script is no step: there SLURM_NTASKS is what `srun` will start.
+    A batch script is no step: its SLURM_NTASKS is the number that `srun` will start.
     """
     tasks = _number("SLURM_STEP_NUM_TASKS")
-    if tasks < 2 or "SLURM_PTY_PORT" in os.environ:  # alone, or a shell that somebody types into
+    if tasks < 2 or "SLURM_PTY_PORT" in os.environ:  # alone, or an interactive shell
         return None
     return Task(
         rank=_number("SLURM_PROCID"),
@@ -55,22 +52,27 @@ def task() -> Task | None:
 
 
 def job() -> str | None:
-    """The job's number, the same after each requeue; None outside of Slurm."""
-    return os.environ.get("SLURM_JOB_ID")
+    """Return the job's id, the same after each requeue; None outside of Slurm.
+
+    An array's last task has the array's own id; its id is `ARRAY_TASK` here.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    is_array = job is not None and job == os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if is_array else job
 
 
 def restarts() -> int:
-    """How often the job was requeued."""
+    """Return how often the job was requeued."""
     return _number("SLURM_RESTART_COUNT")
 
 
 def rendezvous() -> tuple[str, int]:
-    """Address and port where the processes of a step meet: its first node, by the job's number.
+    """Return where the processes of a step meet: its first node, and a port by the job's number.
 
-    MASTER_ADDR and MASTER_PORT, where they are set, come first.
+    MASTER_ADDR and MASTER_PORT override them.
 
     Raises:
-        PlatformError: the port is none, or nothing names the first node.
+        PlatformError: the port is invalid, or nothing names the first node.
     """
     port = os.environ.get("MASTER_PORT") or str(FIRST_PORT + _number("SLURM_JOB_ID") % PORTS)
     if not (port.isdecimal() and 0 < int(port) < 1 << 16):
@@ -89,19 +91,19 @@ def _number(name: str) -> int:
 
 
 def _first(nodes: str) -> str:
-    """The first name of a list as Slurm writes it: of `a[03-05,9]-x,b7`, `a03-x`."""
+    """Return the first name of a list in Slurm's notation: `a03-x` for `a[03-05,9]-x,b7`."""
     first = re.split(r",(?![^[]*\])", nodes)[0]
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
 
 
 def _address(node: str) -> str:
-    """What a node is reached by: its name, unless only Slurm knows where it is."""
+    """Return a node's address: its name, unless only Slurm knows where it is."""
     try:
         socket.getaddrinfo(node, None)
     except OSError:
         if shutil.which("scontrol"):  # not in a container
             command = ("scontrol", "show", "node", node)
-            said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            if found := re.search(r"\bNodeAddr=(\S+)", said):
+            shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            if found := re.search(r"\bNodeAddr=(\S+)", shown):
                 return found[1]
     return node

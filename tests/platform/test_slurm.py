@@ -131,3 +131,7 @@ def test_job_and_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (slurm.job(), slurm.restarts()) == (None, 0)
     set_all(monkeypatch, {**BATCH, "SLURM_RESTART_COUNT": "2"})
     assert (slurm.job(), slurm.restarts()) == ("123456", 2)
+    set_all(monkeypatch, {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "2"})
+    assert slurm.job() == "123456_2"
+    set_all(monkeypatch, {"SLURM_JOB_ID": "123457"})  # another task, or a job that one submitted
+    assert slurm.job() == "123457"
