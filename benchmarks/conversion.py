@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megashear.checkpoint import checksums
+from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.hf.writer import write_huggingface
 from megashear.checkpoint.info import MASKS_FILE, CheckpointInfo
-from megashear.checkpoint.models import write_model
 from megashear.checkpoint.torch_dist.stream import processes
 from megashear.config.schema import ModelShape
 from megashear.console import run

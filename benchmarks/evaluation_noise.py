@@ -36,7 +36,7 @@ def main() -> None:
     add("--sequences", type=int, default=500, help="of a domain, at most (default: 500)")
     args = parser.parse_args()
 
-    from megashear.checkpoint.models import read_shape
+    from megashear.checkpoint import models
     from megashear.config.loader import load_domains
     from megashear.config.schema import DataConfig
     from megashear.data.dataset import build_valid_datasets
@@ -45,7 +45,7 @@ def main() -> None:
     data = DataConfig(seq_length=args.seq_length, domains=domains)
     rng = np.random.default_rng(0)
     rows = []
-    for name, text in build_valid_datasets(data, read_shape(args.model).vocab_size).items():
+    for name, text in build_valid_datasets(data, models.open(args.model).shape.vocab_size).items():
         count = min(args.sequences, text.samples_per_epoch)
         sequences = np.stack([text[k] for k in range(count)])
         loss, reference = (sequence_losses(m, sequences) for m in (args.model, args.reference))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megashear.checkpoint.models import Model
     from megashear.config.schema import ModelShape
 
 
@@ -30,32 +31,32 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Imported late, so that --help answers at once.
+    from megashear.checkpoint import models
     from megashear.config.loader import load_config
     from megashear.platform import launched, parallel
 
     rank = launched.launched_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    opened: list[Model] = []
+
+    def source_shape(path: str) -> ModelShape:
+        opened.append(models.open(path).without_masks())
+        return opened[0].shape
+
     with launched.report_once():
         config = load_config(
             arguments.config,
             arguments.overrides,
-            source_shape=_shape_at,
+            source_shape=source_shape,
             world_size=launched.world_size(),
         )
     from megashear.training.trainer import Trainer
 
     platform = parallel.start(config.platform, config.parallel, config.trainer.seed)
     with platform.watched(config.platform.timeout_minutes):
-        Trainer(config, platform).run()
+        Trainer(config, platform, *opened).run()
     parallel.stop()  # not after an error: it might wait for a rank that is lost
-
-
-def _shape_at(path: str) -> ModelShape:
-    """The shape of the model at a path; Megatron, which takes seconds, is imported only for it."""
-    from megashear.checkpoint.models import read_shape
-
-    return read_shape(path)
 
 
 if __name__ == "__main__":

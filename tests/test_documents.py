@@ -23,7 +23,6 @@ import yaml
 from transformers import LlamaConfig
 
 from megashear import cli
-from megashear.checkpoint.hf.reader import HuggingFaceReader
 from megashear.config.loader import load_config
 from megashear.config.schema import ParallelConfig
 from tests.support.distributed import run_distributed
@@ -136,7 +135,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(world / "other", num_key_value_heads=2)
     iteration, layout = world / "megatron-lm" / "iter_0000100", ParallelConfig(tensor=2)
     run_distributed(megatron_lm.save, 2, world / "other", iteration, layout)
-    megatron_lm.write_shape(world / "shape.yaml", HuggingFaceReader(world / "other").shape)
+    megatron_lm.write_shape(world / "shape.yaml", models.open_huggingface(world / "other").shape)
     return world
 
 

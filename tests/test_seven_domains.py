@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megashear import cli
-from megashear.checkpoint.models import read_shape
+from megashear.checkpoint import models
 from megashear.config.loader import load_config
 from megashear.config.schema import Domain
 from tests.support.distributed import run_distributed
@@ -143,6 +143,6 @@ def test_training_takes_the_domains_by_their_weights(folder: Path) -> None:
 def test_the_result_has_the_target_shape(folder: Path) -> None:
     run = folder / "runs" / "llama2-7b-to-1.3b"
     for path in (run / "prune" / "extracted", run / "continue"):
-        shape = read_shape(path)
+        shape = models.open(path).shape
         sizes = (shape.num_layers, shape.hidden_size, shape.num_attention_heads)
         assert (*sizes, shape.ffn_hidden_size, shape.vocab_size) == (2, 32, 2, 64, 32000)

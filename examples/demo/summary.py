@@ -93,9 +93,9 @@ def _losses(folder: Path) -> tuple[str, bool]:
 
 
 def _masks(folder: Path) -> tuple[str, bool]:
-    from megashear.checkpoint.masks import read_pruned
+    from megashear.checkpoint import models
 
-    pruned = read_pruned(folder / "prune")
+    pruned = models.open(folder / "prune").masks
     rows = []
     good = True
     for name, sparsity in pruned.masks.expected_sparsity().items():
@@ -111,6 +111,7 @@ def _masks(folder: Path) -> tuple[str, bool]:
 def _logits(folder: Path) -> tuple[str, bool]:
     import torch
 
+    from megashear.checkpoint import models
     from megashear.checkpoint.compare import logits, logits_difference
 
     tokens = torch.randint(3, 2048, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -120,7 +121,11 @@ def _logits(folder: Path) -> tuple[str, bool]:
         ("masked", "prune", "Hugging Face", "extracted-hf"),
         ("continued", "continue", "Hugging Face", "sheared-hf"),
     ]
-    found = {path: logits(folder / path, tokens) for pair in pairs for path in (pair[1], pair[3])}
+    found = {
+        path: logits(models.open(folder / path), tokens)
+        for pair in pairs
+        for path in (pair[1], pair[3])
+    }
     rows, good = [], True
     for name_a, a, name_b, b in pairs:
         difference = logits_difference(found[a], found[b])

@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="CTranslate2 model to write")
     args = parser.parse_args()
 
+    from megashear.checkpoint import models
     from megashear.checkpoint.compare import hf_logits, logits_difference
 
     # Text, since after some random tokens fp32 is 0.3% off float64 in transformers itself.
@@ -62,7 +63,7 @@ def main() -> int:
     ids = AutoTokenizer.from_pretrained(args.hf)(text, return_tensors="pt")["input_ids"]
     tokens = ids[0, :256].view(4, 64)
     converted = engine_logits(Converter(str(args.hf)), args.out, tokens)
-    found = logits_difference(hf_logits(args.hf, tokens), converted)
+    found = logits_difference(hf_logits(models.open_huggingface(args.hf), tokens), converted)
     agreement = f"the same likeliest token after {found.top1_agreement:.0%} of tokens"
     print(f"CTranslate2 {ctranslate2.__version__} against transformers: logits differ by "
           f"{found.relative:.1e} of their scale, {agreement}")  # fmt: skip

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.hf.reader import HuggingFaceReader
-from megashear.checkpoint.info import is_megatron_lm, read_info
-from megashear.checkpoint.masks import read_pruned
-from megashear.checkpoint.models import fill_from_reader, is_huggingface, open_weights
+from megashear.checkpoint.info import HUGGINGFACE
+from megashear.checkpoint.models import Model
+from megashear.checkpoint.torch_dist.state import fill_from_reader
 from megashear.config.schema import ParallelConfig
 from megashear.console import progress
 from megashear.errors import CheckpointError
@@ -77,22 +75,17 @@ def logits_difference(a: Tensor, b: Tensor) -> LogitsDifference:
     )
 
 
-def logits(path: str | Path, tokens: Tensor, shape_file: Path | None = None) -> Tensor:
-    """Logits [b, s, vocab] of int64 tokens [b, s], in fp32 on the CPU, of the model at a path.
-
-    The path is of a Hugging Face directory, a checkpoint or a run; of Megatron-LM's own checkpoint,
-    and of no other, `shape_file` says the shape.
+def logits(model: Model, tokens: Tensor) -> Tensor:
+    """Return the logits [b, s, vocab] of int64 tokens [b, s], in fp32 on the CPU.
 
     Raises:
         CheckpointError: the model cannot be read.
     """
-    if is_huggingface(path):
-        return hf_logits(Path(path), tokens)
-    return megatron_logits(Path(path), tokens, shape_file if is_megatron_lm(path) else None)
+    return (hf_logits if model.stage == HUGGINGFACE else megatron_logits)(model, tokens)
 
 
 @torch.no_grad()
-def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
+def hf_logits(model: Model, tokens: Tensor) -> Tensor:
     """Logits by transformers; see `logits`.
 
     Raises:
@@ -100,8 +93,9 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
     """
     import transformers
 
-    HuggingFaceReader(directory).check()
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model.verify()
+    directory = model.info.directory
+    hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
         str(directory),
         output_loading_info=True,
         local_files_only=True,
@@ -110,8 +104,8 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in info.items() if names]
     if wrong:
         raise CheckpointError(f"{directory}: transformers reports {'; '.join(wrong)}")
-    model.float().eval()
-    return torch.cat([model(row[None]).logits for row in _shown(tokens, "transformers")])
+    hf_model.float().eval()
+    return torch.cat([hf_model(row[None]).logits for row in _shown(tokens, "transformers")])
 
 
 def _shown(tokens: Tensor, by: str) -> Iterable[Tensor]:
@@ -119,22 +113,21 @@ def _shown(tokens: Tensor, by: str) -> Iterable[Tensor]:
 
 
 @torch.no_grad()
-def megatron_logits(path: Path, tokens: Tensor, shape_file: Path | None = None) -> Tensor:
+def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
     """Logits by Megatron-Core's model in one process; see `logits`.
 
     Of a pruning run they are those of the masked model, with the masks that extraction would cut
     by folded in as in training.
     """
-    info, positions = read_info(path, shape_file), torch.arange(tokens.shape[1])[None]
+    positions = torch.arange(tokens.shape[1])[None]
     with single_process() as platform:
-        chunks = build_model(info.shape, platform, ParallelConfig(), tokens.shape[1])
-        model = chunks[0].eval()
-        fill_from_reader(chunks, open_weights(info).read, platform)
+        chunks = build_model(model.shape, platform, ParallelConfig(), tokens.shape[1])
+        network = chunks[0].eval()
+        fill_from_reader(chunks, model.read, platform)
         masked: AbstractContextManager[None] = nullcontext()
-        if info.stage == "prune":
-            pruned = read_pruned(info.directory)
-            weights = MaskedWeights(chunks, platform, head_unit=pruned.masks.head_unit)
-            masked = weights.masked(pruned.z)
+        if model.is_pruning:
+            weights = MaskedWeights(chunks, platform, head_unit=model.masks.masks.head_unit)
+            masked = weights.masked(model.masks.z)
         with masked:
             rows = _shown(tokens, "Megatron-Core")
-            return torch.cat([model(row[None], positions, None) for row in rows])
+            return torch.cat([network(row[None], positions, None) for row in rows])

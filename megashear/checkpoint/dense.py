@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
 
+from megashear.checkpoint import checksums
 from megashear.checkpoint.description import model_card
-from megashear.checkpoint.hf.reader import HuggingFaceReader
 from megashear.checkpoint.hf.writer import write_huggingface
 from megashear.checkpoint.info import (
-    HUGGINGFACE,
+    INFO,
     CheckpointInfo,
-    Record,
     is_megatron,
+    versions,
 )
-from megashear.checkpoint.masks import PrunedRun
-from megashear.checkpoint.models import is_huggingface, open_weights, reading_weights, write_model
-from megashear.checkpoint.torch_dist.stream import processes, share
+from megashear.checkpoint.models import Model, open_huggingface
+from megashear.checkpoint.torch_dist.stream import processes, share, shared_directory, write_weights
 from megashear.console import progress
 from megashear.errors import CheckpointError
+from megashear.platform.collectives import on_first_process
 from megashear.platform.launched import launched_rank
 from megashear.pruning.extract import (
     extract,
     uniform_shape,
 )
+from megashear.pruning.table import param_rules
 
 
 def import_huggingface(
@@ -42,26 +44,26 @@ def import_huggingface(
     Raises:
         CheckpointError: the model is incomplete or not understood, or `out` exists.
     """
-    if not is_huggingface(source) and is_megatron(source):
+    if not (Path(source) / "config.json").is_file() and is_megatron(source):
         text = "a Megatron checkpoint, not a Hugging Face model; there is nothing to import"
-        raise CheckpointError(f"{source}: {text}. tools/checkpoint/megatron_to_hf.py exports it")
-    reader = HuggingFaceReader(source)
-    reader.check()
+        raise CheckpointError(f"{source}: {text}. `megashear export` exports it")
+    model = open_huggingface(source)
+    model.verify()
     info = CheckpointInfo(
-        shape=reader.shape,
+        shape=model.shape,
         stage="imported",
-        history=(Record(HUGGINGFACE, str(reader.directory.resolve()), reader.shape),),
-        tokenizer=reader.tokenizer,
-        generation=reader.generation,
+        history=model.history,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
     )
     with processes():
         names = share(info.shape)
-        weights = _read(reader.read, names, "importing")
+        weights = _read(model.read, names, "importing")
         return write_model(Path(out), info, weights, overwrite=overwrite)
 
 
 def export_huggingface(
-    info: CheckpointInfo,
+    model: Model,
     out: str | Path,
     *,
     dtype: str | None = None,
@@ -72,7 +74,7 @@ def export_huggingface(
     """Write the model of a dense checkpoint as transformers loads it, with a model card.
 
     Args:
-        info: of the checkpoint.
+        model: to export.
         out: Hugging Face directory to write.
         dtype: of the weights; None keeps the checkpoint's.
         tokenizer: directory or file of the tokenizer that goes with it.
@@ -83,29 +85,25 @@ def export_huggingface(
         CheckpointError: the checkpoint is of a pruning run, or of a model that no architecture of
             transformers is, or lacks a weight, or `out` exists.
     """
-    if info.stage == "prune":
-        raise CheckpointError(
-            f"{info.directory} is of a pruning run, whose model has masks. Cut the target model "
-            "out first: python tools/checkpoint/extract.py --run <run>"
-        )
-    with closing(_checked(info)) as weights:
+    info = model.without_masks().info
+    with closing(_verified(model)) as weights:
         return write_huggingface(
             out,
             info.shape,
             weights,
             dtype=dtype,
             tokenizer=tokenizer,
-            generation=info.generation,
+            generation=model.generation,
             other_tokenizer=other_tokenizer,
             card=model_card(info, Path(out).resolve().name),
             overwrite=overwrite,
         )
 
 
-def _checked(info: CheckpointInfo) -> Generator[tuple[str, Tensor], None, None]:
-    """The tensors of a checkpoint; where it is damaged they end in the error."""
-    with reading_weights(info) as reader:
-        yield from _read(reader.read, list(reader.rules), "exporting")
+def _verified(model: Model) -> Generator[tuple[str, Tensor], None, None]:
+    """The tensors of a model; where it is damaged they end in the error."""
+    with model.reading() as read:
+        yield from _read(read, [rule.name for rule in param_rules(model.shape)], "exporting")
 
 
 def _read(
@@ -116,29 +114,57 @@ def _read(
         yield name, read(name)
 
 
-def extract_checkpoint(pruned: PrunedRun, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write the dense target model of a pruning run; each process cuts and writes its share.
+def extract_checkpoint(model: Model, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
+    """Write the dense target model of a pruning run; each process cuts and writes a part of it.
 
     Args:
-        pruned: what `read_pruned` returned.
+        model: of a pruning run.
         out: directory of the dense checkpoint.
         overwrite: whether an existing one is replaced.
 
     Raises:
         CheckpointError: the layers do not come out alike, or `out` exists.
     """
-    info, z = pruned.info, pruned.z
-    head_unit = pruned.masks.head_unit
-    shape = uniform_shape(info.shape, z, head_unit)
-    dense = CheckpointInfo(
-        shape=shape,
-        stage="extracted",
-        history=info.records,
-        tokenizer=info.tokenizer,
-        generation=info.generation,
-    )
     with processes():
+        model = model.shared()
+        model.verify()
+        z, head_unit = model.masks.z, model.masks.masks.head_unit
+        shape = uniform_shape(model.shape, z, head_unit)
+        dense = CheckpointInfo(
+            shape=shape,
+            stage="extracted",
+            history=model.history,
+            tokenizer=model.tokenizer,
+            generation=model.generation,
+        )
         names = share(shape)
-        weights = extract(info.shape, z, open_weights(info).read, head_unit, names)
+        weights = extract(model.shape, z, model.read, head_unit, names)
         shown = progress(weights, "extracting", len(names), "tensors", speaks=launched_rank() == 0)
         return write_model(out, dense, shown, overwrite=overwrite)
+
+
+def write_model(
+    directory: Path,
+    info: CheckpointInfo,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    overwrite: bool = False,
+) -> CheckpointInfo:
+    """Write a dense model's checkpoint: beside its place, then renamed; a collective.
+
+    Args:
+        directory: where it is to lie.
+        info: of it; `versions` are filled in here.
+        weights: every tensor of `table(info.shape)`; of several processes, each its `share`.
+        overwrite: whether an existing checkpoint there is replaced.
+
+    Raises:
+        CheckpointError: the directory exists, or the weights do not fit the shape.
+    """
+    info = dataclasses.replace(info, versions=versions(), directory=directory)
+    known = {"content": (INFO, checksums.FILE, "model/"), "overwrite": overwrite}
+    with processes(), shared_directory(directory, **known) as partial:
+        sums = write_weights(partial / "model", info.shape, weights)
+        on_first_process(lambda: (partial / INFO).write_text(info.to_json()))
+        checksums.seal(partial, {str(file.relative_to(partial)): sums[file] for file in sums})
+    return info

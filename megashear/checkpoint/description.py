@@ -3,79 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+import megashear
 from megashear.checkpoint.foreign import printable
-from megashear.checkpoint.hf.reader import HuggingFaceReader
-from megashear.checkpoint.info import HUGGINGFACE, CheckpointInfo, Record, read_info
-from megashear.checkpoint.masks import PrunedRun, read_pruned
-from megashear.checkpoint.models import is_huggingface, versions
-from megashear.checkpoint.torch_dist.reader import WeightsReader
+from megashear.checkpoint.info import CheckpointInfo, Record
+from megashear.checkpoint.models import Model
 from megashear.config.schema import ModelShape
 from megashear.config.shapes import allowed_layouts
 from megashear.pruning.counting import parameter_count
 
 
-@dataclass(frozen=True)
-class Description:
-    """What there is to say of the model at a path.
+def facts(model: Model) -> dict[str, Any]:
+    """Return what there is to say of a model, under the names that `megashear inspect` promises.
 
-    Attributes:
-        info: of the checkpoint; of a Hugging Face directory, what a checkpoint of it would say.
-        dtypes: of its weights.
-        pruned: the masks, of a pruning run.
-    """
-
-    info: CheckpointInfo
-    dtypes: list[str]
-    pruned: PrunedRun | None
-
-    def plain(self) -> dict[str, Any]:
-        """The same as plain values, under the names that tools/checkpoint/inspect.py promises."""
-        info, pruned = self.info, self.pruned
-        records = [asdict(record) for record in info.records]
-        return {
-            "path": str(info.directory),
-            "stage": info.stage,
-            "step": info.step,
-            "tokens": info.tokens,
-            "tokens_of_all_stages": sum(record["tokens"] for record in records),
-            "parameters": parameter_count(info.shape),
-            "dtypes": self.dtypes,
-            "shape": asdict(info.shape),
-            "target": asdict(info.target) if info.target else None,
-            "layouts": allowed_layouts(info.shape),
-            "masks": [asdict(state) for state in pruned.states] if pruned else None,
-            "losses": records[-1]["losses"],
-            "history": records[:-1],
-            "tokenizer": info.tokenizer,
-            "versions": info.versions,
-        }
-
-
-def describe(path: str | Path, shape_file: Path | None = None) -> Description:
-    """What lies at a path; of weights no more than the tables of contents are read.
-
-    Args:
-        path: of a checkpoint, a run or a Hugging Face directory.
-        shape_file: as of `read_info`.
+    Of the weights no more than the tables of contents are read.
 
     Raises:
-        CheckpointError: it is none of these, or parts are missing or do not fit.
-        ConfigError: the file of the shape is wrong.
+        CheckpointError: parts of the model are missing or do not fit.
     """
-    if shape_file is None and is_huggingface(path):
-        reader = HuggingFaceReader(path)
-        info = CheckpointInfo(
-            reader.shape, HUGGINGFACE, directory=Path(path), tokenizer=reader.tokenizer
-        )
-        return Description(info, reader.dtypes, None)
-    info = read_info(path, shape_file)
-    weights = WeightsReader(info.model_directory, info.shape)
-    pruned = read_pruned(info.directory) if info.stage == "prune" else None
-    return Description(info, weights.dtypes, pruned)
+    info, masks = model.info, model.masks if model.is_pruning else None
+    records = [asdict(record) for record in model.history]
+    return {
+        "path": str(info.directory),
+        "stage": info.stage,
+        "step": info.step,
+        "tokens": info.tokens,
+        "tokens_of_all_stages": sum(record["tokens"] for record in records),
+        "parameters": parameter_count(info.shape),
+        "dtypes": model.dtypes,
+        "shape": asdict(info.shape),
+        "target": asdict(info.target) if info.target else None,
+        "layouts": allowed_layouts(info.shape),
+        "masks": [asdict(state) for state in masks.states] if masks else None,
+        "losses": records[-1]["losses"],
+        "history": records[:-1],
+        "tokenizer": info.tokenizer,
+        "versions": info.versions,
+    }
 
 
 def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
@@ -159,7 +125,7 @@ def model_card(info: CheckpointInfo, name: str) -> str:
         "# (its license files are not copied here)\n---",
         f"# {printable(name)}",
         f"A language model of {parameter_count(info.shape):,} parameters, written by megashear "
-        f"{versions()['megashear']} after training on {sum(r.tokens for r in records):,} tokens. "
+        f"{megashear.__version__} after training on {sum(r.tokens for r in records):,} tokens. "
         "This card is a stub: what the model is for, its data and its limits are yours to tell.",
         shape,
         _section("History", RECORD, record_rows(records)),

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+import megashear
 from megashear.checkpoint.foreign import refuse
 from megashear.config.decode import stored
 from megashear.config.loader import load_shape
 from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError, ConfigError
 from megashear.files import read_small
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 
@@ -239,3 +242,16 @@ def is_megatron(path: str | Path) -> bool:
 def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
     """`bfloat16` and the like, each once."""
     return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what writes a checkpoint now."""
+    import megatron.core
+    import torch
+
+    return {
+        "megashear": megashear.__version__,
+        "megatron-core": megatron.core.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }

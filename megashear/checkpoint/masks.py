@@ -1,21 +1,27 @@
-"""The masks of a pruning run, as its checkpoints have them."""
+"""The masks of a pruning run as its checkpoints hold them: the format of masks.safetensors.
+
+Its keys are `log_alpha.MASK` and `multipliers.CONSTRAINT`; those of the moments of their optimizer
+have its own names appended (`log_alpha.MASK.exp_avg`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from yaml import YAMLError
 
 from megashear.checkpoint.checksums import verify
-from megashear.checkpoint.info import INFO, MASKS_FILE, CheckpointInfo, read_info
+from megashear.checkpoint.info import INFO, MASKS_FILE, CheckpointInfo
+from megashear.config.loader import from_yaml
 from megashear.config.schema import QUERY_GROUP
 from megashear.console import table as text_table
-from megashear.errors import CheckpointError
+from megashear.errors import CheckpointError, ConfigError
 from megashear.pruning.extract import (
     OffTarget,
     format_off_target,
@@ -23,6 +29,44 @@ from megashear.pruning.extract import (
 )
 from megashear.pruning.lagrangian import constraint_targets, constraints
 from megashear.pruning.masks import Masks
+
+LOG_ALPHA, MULTIPLIERS = "log_alpha", "multipliers"
+
+Groups = Mapping[str, Mapping[str, nn.Parameter]]
+"""Parameters by their names, for LOG_ALPHA and MULTIPLIERS."""
+
+
+def _key(group: str, name: str) -> str:
+    return f"{group}.{name}"
+
+
+def pack_masks(groups: Groups, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the content of masks.safetensors: parameters, and the moments of their optimizer."""
+    tensors = {}
+    for group, parameters in groups.items():
+        for name, parameter in parameters.items():
+            key = _key(group, name)
+            tensors[key] = parameter
+            tensors |= {
+                f"{key}.{kind}": value for kind, value in optimizer.state[parameter].items()
+            }
+    return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def unpack_masks(
+    tensors: Mapping[str, Tensor], groups: Groups, optimizer: torch.optim.Optimizer
+) -> None:
+    """Fill parameters and the moments of their optimizer with what `pack_masks` returned."""
+    for group, parameters in groups.items():
+        for name, parameter in parameters.items():
+            key = _key(group, name)
+            parameter.copy_(tensors[key])
+            optimizer.state[parameter] = {
+                kind: value if kind == "step" else value.to(parameter)
+                for full, value in tensors.items()
+                if (kind := full.removeprefix(f"{key}.")) != full
+            }
 
 
 @dataclass(frozen=True)
@@ -49,17 +93,15 @@ class MaskState:
 
 
 @dataclass(frozen=True)
-class PrunedRun:
-    """A checkpoint of a pruning run with its masks.
+class LearnedMasks:
+    """The masks in a checkpoint of a pruning run.
 
     Attributes:
-        info: of the checkpoint.
         masks: as learned so far.
-        off_target: which masks are not where they should be, as text; empty if all are.
+        off_target: the masks that are off their targets, as text; empty if none is.
         states: of every mask.
     """
 
-    info: CheckpointInfo
     masks: Masks
     off_target: str
     states: list[MaskState]
@@ -85,30 +127,36 @@ class PrunedRun:
         return self.masks.deterministic("target")
 
 
-def read_pruned(path: Path) -> PrunedRun:
-    """Read a pruning run's latest checkpoint, or one of its checkpoints, without its weights.
+def read_masks(info: CheckpointInfo) -> LearnedMasks:
+    """Read the masks of a pruning run's checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is not of a pruning run, or it is damaged.
+        CheckpointError: they are damaged.
     """
-    info = read_info(path)
-    file = info.directory / MASKS_FILE
-    if info.stage != "prune":
-        raise CheckpointError(
-            f"{info.directory} is of stage {info.stage}: there are no masks in it"
-        )
     verify(info.directory, INFO, MASKS_FILE)
-    config = yaml.safe_load(info.config or "{}")
-    head_unit = config.get("pruning", {}).get("head_unit", QUERY_GROUP)
+    file = info.directory / MASKS_FILE
+    try:
+        config = from_yaml(info.config) if info.config else None
+    except (ConfigError, YAMLError) as error:
+        raise CheckpointError(f"{info.directory / INFO}: damaged: {error}") from None
+    head_unit = config.pruning.head_unit if config else QUERY_GROUP
+    target_sparsity = config.target_sparsity if config else None
     masks = Masks(info.shape, info.target, head_unit)
     try:
         stored = load_file(file)
-        masks.load_state_dict({name: stored[name] for name in masks.state_dict()})
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        with torch.no_grad():
+            for name, log_alpha in masks.log_alpha.items():
+                log_alpha.copy_(_like(log_alpha, stored[_key(LOG_ALPHA, name)]))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged or of another model: {error}") from error
-    target_sparsity = config.get("target_sparsity")
     off = off_target(masks, target_sparsity=target_sparsity)
-    return PrunedRun(info, masks, format_off_target(off), _states(masks, off, target_sparsity))
+    return LearnedMasks(masks, format_off_target(off), _states(masks, off, target_sparsity))
+
+
+def _like(expected: Tensor, stored: Tensor) -> Tensor:
+    if stored.shape != expected.shape:
+        raise ValueError(f"a mask of {list(stored.shape)} in place of {list(expected.shape)}")
+    return stored
 
 
 def _states(masks: Masks, off: list[OffTarget], target_sparsity: float | None) -> list[MaskState]:

@@ -1,181 +1,287 @@
-"""Models at a path: Hugging Face's, checkpoints, runs and Megatron-LM's."""
+"""A model at a path: opened once, and the same for all ranks.
+
+`open` reads descriptions only, without torch or Megatron-Core, which are imported when weights or
+masks are read. What a path means is decided then: a run that saves a newer checkpoint meanwhile
+changes nothing.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import platform as python_platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import megatron.core
-import torch
-from torch import Tensor, nn
-
-import megashear
-from megashear.checkpoint import checksums
-from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.foreign import read_json
+from megashear.checkpoint.hf.config import shape_from_hf_config
+from megashear.checkpoint.hf.index import read_index
+from megashear.checkpoint.hf.tokenizer import has_tokenizer, read_generation
 from megashear.checkpoint.info import (
     HUGGINGFACE,
     INFO,
     MEGATRON_LM,
     CheckpointInfo,
     Record,
-    is_megatron_lm,
     read_info,
 )
-from megashear.checkpoint.torch_dist import stream
-from megashear.checkpoint.torch_dist.reader import WeightsReader
-from megashear.checkpoint.torch_dist.state import fill_from_checkpoint
 from megashear.config.schema import ModelShape
-from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.model.build import bound_rules
-from megashear.platform.collectives import on_first_process
-from megashear.platform.parallel import Platform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megashear.checkpoint.hf.reader import HuggingFaceReader
+    from megashear.checkpoint.masks import LearnedMasks
+    from megashear.checkpoint.torch_dist.reader import WeightsReader
+    from megashear.platform.parallel import Platform
 
 
-def versions() -> dict[str, str]:
-    """What a checkpoint was written with."""
-    return {
-        "megashear": megashear.__version__,
-        "megatron-core": megatron.core.__version__,
-        "torch": str(torch.__version__),
-        "python": python_platform.python_version(),
-    }
+@dataclass(frozen=True)
+class Model:
+    """A model on disk: a checkpoint of ours, the latest of a run, or Megatron-LM's.
 
-
-def is_huggingface(path: str | Path) -> bool:
-    """Whether a path is a Hugging Face model directory."""
-    return (Path(path) / "config.json").is_file()
-
-
-def history_of(path: str | Path | None) -> tuple[Record, ...]:
-    """The stages that led to the model at a path, as of `read_shape`; none to random weights.
-
-    Raises:
-        CheckpointError: as `read_shape`.
+    Attributes:
+        path: as it was given.
+        info: its description. `info.directory` is the checkpoint that the path meant.
     """
-    if path is None:
-        return ()
-    if is_huggingface(path):
-        return (Record(HUGGINGFACE, str(Path(path).resolve()), read_shape(path)),)
-    return read_info(path).records
 
+    path: str
+    info: CheckpointInfo
 
-def generation_of(path: str | Path | None) -> dict[str, Any]:
-    """What the model at a path says of special tokens and generation; nothing of random weights.
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the weights; in stage prune, that of the source model."""
+        return self.info.shape
 
-    Raises:
-        CheckpointError: as `read_shape`.
-    """
-    if path is None:
-        return {}
-    if is_huggingface(path):
-        return HuggingFaceReader(path).generation
-    return read_info(path).generation
+    @property
+    def stage(self) -> str:
+        """One of CHECKPOINT_STAGES, `huggingface` or `megatron-lm`."""
+        return self.info.stage
 
+    @property
+    def history(self) -> tuple[Record, ...]:
+        """The stages that led to the model, oldest first; the last one is the model itself."""
+        return self.info.records
 
-def read_shape(path: str | Path, shape_file: Path | None = None) -> ModelShape:
-    """Shape of the model at a path: a checkpoint, a run, or a Hugging Face directory.
+    @property
+    def tokenizer(self) -> str | None:
+        """Path of its tokenizer; None where it names none."""
+        return self.info.tokenizer
 
-    Of Megatron-LM's own checkpoint, and of no other, it is what `shape_file` says.
+    @property
+    def generation(self) -> dict[str, Any]:
+        """Its special tokens and generation settings, for exports."""
+        return self.info.generation
 
-    Raises:
-        CheckpointError: there is no such thing, or its description cannot be read.
-    """
-    if is_huggingface(path):
-        return HuggingFaceReader(Path(path)).shape
-    return read_info(path, shape_file if is_megatron_lm(path) else None).shape
+    @property
+    def title(self) -> str:
+        """A line that names the model in a report."""
+        return f"{self.info.directory} ({self.stage}, step {self.info.step})"
 
+    @property
+    def is_pruning(self) -> bool:
+        """Whether it is of a pruning run: its weights are those of the source, under masks."""
+        return self.stage == "prune"
 
-@torch.no_grad()
-def fill_from_reader(
-    chunks: Iterable[nn.Module], read: Callable[[str], Tensor], platform: Platform
-) -> None:
-    """Give each parameter of this rank its tensor-parallel shard of what `read` returns.
+    def without_masks(self) -> Model:
+        """Return the model if its weights are all of it.
 
-    Args:
-        chunks: this rank's part of the model.
-        read: returns a whole tensor by its name in the table.
-        platform: says which shard this rank holds.
-
-    Raises:
-        CheckpointError: a tensor has another shape than the model's.
-    """
-    rules = list(bound_rules(chunks))
-    for bound in progress(rules, "loading", len(rules), "tensors", speaks=platform.rank == 0):
-        whole = read(bound.rule.name)
-        if tuple(whole.shape) != bound.rule.shape():
+        Raises:
+            CheckpointError: it is of a pruning run.
+        """
+        if self.is_pruning:
             raise CheckpointError(
-                f"{bound.rule.name} is {tuple(whole.shape)}; the model needs {bound.rule.shape()}"
+                f"{self.path} is of a pruning run: its weights are those of the source model, "
+                "whose masks this would drop. Extract the pruned model first: "
+                f"megashear extract --run {self.path}"
             )
-        shard = bound.rule.shard(whole, platform.tensor_rank, platform.tensor_size)
-        bound.parameter.copy_(shard)
+        return self
+
+    def shared(self) -> Model:
+        """Return what the first process opened, to all; a collective where there are ranks."""
+        return _on_first_process(lambda: self)
+
+    @cached_property
+    def weights(self) -> WeightsReader | HuggingFaceReader:
+        """What reads its tensors one by one, without looking at checksums.
+
+        Raises:
+            CheckpointError: the tensors are not those of the shape.
+        """
+        from megashear.checkpoint.torch_dist.reader import WeightsReader
+
+        return WeightsReader(self.info.model_directory, self.shape)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Dtypes of its tensors on disk."""
+        return self.weights.dtypes
+
+    @cached_property
+    def masks(self) -> LearnedMasks:
+        """The masks of a pruning run.
+
+        Raises:
+            CheckpointError: the model is of another stage, or its masks are damaged.
+        """
+        if not self.is_pruning:
+            text = f"is of stage {self.stage}: there are no masks in it"
+            raise CheckpointError(f"{self.info.directory} {text}")
+        from megashear.checkpoint.masks import read_masks
+
+        return read_masks(self.info)
+
+    def verify(self) -> None:
+        """Refuse damaged weights; once, and a collective where there are ranks.
+
+        Raises:
+            CheckpointError: files are missing or not as they were written; all are named.
+        """
+        _ = self._verified
+
+    @cached_property
+    def _verified(self) -> bool:
+        from megashear.checkpoint import checksums
+
+        if self.stage != MEGATRON_LM:  # which has no checksums
+            checksums.verify(self.info.directory, INFO, "model")
+        return True
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor of the parameter table, verified, in the dtype it is stored in.
+
+        Where ranks read different tensors, `verify` first: it is a collective.
+
+        Raises:
+            CheckpointError: the weights are damaged.
+        """
+        self.verify()
+        return self.weights.read(name)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        """Give a `read` at once, and verify concurrently, in a thread; no collective.
+
+        Raises:
+            CheckpointError: the weights are damaged; raised at the end of the block at the latest.
+        """
+        from megashear.checkpoint import checksums
+
+        has_checksums = self.stage != MEGATRON_LM
+        directory = self.info.directory
+        with checksums.verifying(directory, INFO, "model") if has_checksums else nullcontext():
+            yield self.weights.read
+
+    def fill(self, chunks: Sequence[Any], platform: Platform) -> None:
+        """Fill this rank's part of a model, in any parallel layout; a collective.
+
+        Args:
+            chunks: this rank's part of the model.
+            platform: names the shard that this rank holds.
+
+        Raises:
+            CheckpointError: the weights are damaged, or of another model.
+        """
+        from megashear.checkpoint.torch_dist import state
+
+        self.verify()
+        if self.stage == MEGATRON_LM:
+            state.fill_from_reader(chunks, self.read, platform)
+        else:
+            state.fill_from_checkpoint(self.info, chunks)
 
 
-def load_model(path: str | Path, chunks: Sequence[Any], platform: Platform) -> None:
-    """Fill this rank's part of a model from a checkpoint, a run or a Hugging Face directory.
+class HuggingFaceModel(Model):
+    """A model in a Hugging Face directory."""
 
-    A collective.
+    @property
+    def generation(self) -> dict[str, Any]:
+        """Its special tokens and generation settings, for exports.
 
-    Raises:
-        CheckpointError: there is none, or it is damaged, or of another model.
-    """
-    if is_huggingface(path):
-        fill_from_reader(chunks, HuggingFaceReader(Path(path)).read, platform)
-    else:
-        info = read_info(path)
-        checksums.verify(info.directory, INFO, "model")
-        fill_from_checkpoint(info, chunks)
+        Raises:
+            CheckpointError: a file is damaged, or a special token is not in the vocabulary.
+        """
+        return read_generation(self.info.directory, self.shape.vocab_size)
+
+    @property
+    def title(self) -> str:
+        """A line that names the model in a report."""
+        return f"{self.path} (Hugging Face)"
+
+    @cached_property
+    def weights(self) -> HuggingFaceReader:
+        """What reads its tensors one by one; each is checked.
+
+        Raises:
+            CheckpointError: the index of the weights is missing or damaged.
+        """
+        from megashear.checkpoint.hf.reader import HuggingFaceReader
+
+        return HuggingFaceReader(self.info.directory, self.shape)
+
+    @cached_property
+    def _verified(self) -> bool:
+        self.weights.check()
+        return True
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        """Give `read`, which checks what it reads."""
+        yield self.read
+
+    def fill(self, chunks: Sequence[Any], platform: Platform) -> None:
+        """Fill this rank's part of a model, tensor by tensor."""
+        from megashear.checkpoint.torch_dist.state import fill_from_reader
+
+        fill_from_reader(chunks, self.read, platform)
 
 
-def write_model(
-    directory: Path,
-    info: CheckpointInfo,
-    weights: Iterable[tuple[str, Tensor]],
-    *,
-    overwrite: bool = False,
-) -> CheckpointInfo:
-    """Write a dense model's checkpoint: beside its place, then renamed; a collective.
+def open(path: str | Path, shape: Path | None = None) -> Model:
+    """Open the model at a path; a collective where there are ranks.
+
+    The first process resolves the path (of a run, its latest checkpoint) and reads the description
+    for all.
 
     Args:
-        directory: where it is to lie.
-        info: of it; `versions` are filled in here.
-        weights: every tensor of `table(info.shape)`; of several processes, each its `share`.
-        overwrite: whether an existing checkpoint there is replaced.
+        path: of a checkpoint, a run, a Hugging Face directory or Megatron-LM's checkpoint.
+        shape: YAML file of the sizes; for Megatron-LM's checkpoints, which do not state them.
 
     Raises:
-        CheckpointError: the directory exists, or the weights do not fit the shape.
+        CheckpointError: there is no model, or its description is damaged or not supported.
+        ConfigError: the file of the shape is wrong.
     """
-    info = dataclasses.replace(info, versions=versions(), directory=directory)
-    known = {"content": (INFO, checksums.FILE, "model/"), "overwrite": overwrite}
-    with stream.processes(), stream.shared_directory(directory, **known) as partial:
-        sums = stream.write_weights(partial / "model", info.shape, weights)
-        on_first_process(lambda: (partial / INFO).write_text(info.to_json()))
-        checksums.seal(partial, {str(file.relative_to(partial)): sums[file] for file in sums})
-    return info
+    return _on_first_process(lambda: _open(path, shape))
 
 
-def open_weights(info: CheckpointInfo) -> WeightsReader:
-    """What reads the weights of a checkpoint tensor by tensor; a collective where there are ranks.
+def _open(path: str | Path, shape: Path | None) -> Model:
+    if shape is None and (Path(path) / "config.json").is_file():
+        return open_huggingface(path)
+    return Model(str(path), read_info(path, shape))
+
+
+def open_huggingface(path: str | Path) -> HuggingFaceModel:
+    """Open a Hugging Face directory, in this process.
 
     Raises:
-        CheckpointError: they are damaged, or not of the shape that the checkpoint says.
+        CheckpointError: config.json or the index of the weights is missing, damaged or refused.
     """
-    if info.stage != MEGATRON_LM:  # which has no checksums
-        checksums.verify(info.directory, INFO, "model")
-    return WeightsReader(info.model_directory, info.shape)
+    directory = Path(path).resolve()
+    file = Path(path) / "config.json"
+    shape = shape_from_hf_config(read_json(file), file)
+    read_index(Path(path))
+    tokenizer = str(directory) if has_tokenizer(directory) else None
+    info = CheckpointInfo(shape, HUGGINGFACE, tokenizer=tokenizer, directory=directory)
+    return HuggingFaceModel(str(path), info)
 
 
-@contextmanager
-def reading_weights(info: CheckpointInfo) -> Iterator[WeightsReader]:
-    """The same in one process, for a block beside which a thread looks for damage.
+def _on_first_process(work: Callable[[], Any]) -> Any:
+    """Run `work` on the first process for all ranks; here where there is no process group."""
+    torch_distributed = sys.modules.get("torch.distributed")  # not imported for this alone
+    if torch_distributed is None or not torch_distributed.is_initialized():
+        return work()
+    from megashear.platform.collectives import on_first_process
 
-    Raises:
-        CheckpointError: as `open_weights`, of damage at the end of the block.
-    """
-    is_ours = info.stage != MEGATRON_LM
-    with checksums.verifying(info.directory, INFO, "model") if is_ours else nullcontext():
-        yield WeightsReader(info.model_directory, info.shape)
+    return on_first_process(work)

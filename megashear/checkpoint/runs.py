@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megashear.checkpoint import checksums
 from megashear.checkpoint.atomic import flush_tree
-from megashear.checkpoint.info import INFO, LATEST, MASKS_FILE, CheckpointInfo, read_info
-from megashear.checkpoint.models import versions
+from megashear.checkpoint.info import INFO, LATEST, MASKS_FILE, CheckpointInfo, read_info, versions
 from megashear.checkpoint.torch_dist.background import Writing
 from megashear.checkpoint.torch_dist.optimizer import load_optimizer_state, optimizer_state
 from megashear.checkpoint.torch_dist.state import fill_from_checkpoint, load, sharded_weights

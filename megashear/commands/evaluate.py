@@ -102,14 +102,14 @@ def measure_all(
         ShearError: something is wrong with options, models or validation sets.
     """
     from megashear.platform import launched, parallel
-    from megashear.training.measure import check, measure
+    from megashear.training.measure import measure, open_all
 
     with launched.report_once():
         model = Path(models[0])
         run = model.absolute().parent.parent if model.name.startswith("step-") else model
         args.domains = args.domains or run
         config = configuration(args, launched.world_size())
-        check(models, config)
+        opened = open_all(models, config)
     platform = parallel.start(config.platform, config.parallel, seed=0)
     if platform.rank == 0:
         print(
@@ -117,7 +117,7 @@ def measure_all(
             f"{config.data.seq_length} tokens a domain; {platform}"
         )
     with platform.watched(config.platform.timeout_minutes):
-        measured = [measure(model, config, platform) for model in models]
+        measured = [measure(model, config, platform) for model in opened]
     parallel.stop()
     return config, measured
 

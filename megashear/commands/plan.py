@@ -196,9 +196,9 @@ def read_source(path: Path) -> ModelShape:
         return shape_from_hf_config(read_json(file), str(file))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not here. Give its sizes or config.json: --source-shape")
-    from megashear.checkpoint.models import read_shape
+    from megashear.checkpoint import models
 
-    return read_shape(path)
+    return models.open(path).without_masks().shape
 
 
 def propose(args: argparse.Namespace) -> None:

@@ -149,7 +149,7 @@ def _parameters(file: Path) -> int:
     Raises:
         DataError: it names none, or the source of the run cannot be read.
     """
-    from megashear.checkpoint.models import read_shape
+    from megashear.checkpoint import models
     from megashear.pruning.counting import parameter_count
     from megashear.pruning.masks import resolve_target
 
@@ -158,7 +158,7 @@ def _parameters(file: Path) -> int:
         if isinstance(named, ModelShape):
             return parameter_count(named)
         assert named.init_from is not None
-        source = read_shape(named.init_from)
+        source = models.open(named.init_from).without_masks().shape
     except ShearError as error:
         raise DataError(f"{error}\nOr give the target's size: --parameters N") from error
     if named.target is None:

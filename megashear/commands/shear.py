@@ -77,12 +77,12 @@ def _check_shapes(file: Path, chain: Chain, prune: RunConfig, go_on: RunConfig) 
     Raises:
         ConfigError: with every problem.
     """
-    from megashear.checkpoint.models import read_shape
+    from megashear.checkpoint import models
     from megashear.config.validate import problems
     from megashear.errors import ConfigError
     from megashear.pruning.masks import resolve_target
 
-    source = read_shape(chain.source)
+    source = models.open(chain.source).without_masks().shape
     found = [(f"prune_config: {at}", text) for at, text in
              problems(prune, source, chain.processes, check_files=False)]  # fmt: skip
     if not found and prune.target is not None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megashear.checkpoint.info import read_info
-from megashear.checkpoint.masks import read_pruned
-from megashear.checkpoint.models import is_huggingface, load_model, read_shape
+from megashear.checkpoint import models
+from megashear.checkpoint.models import Model
 from megashear.config.schema import RunConfig
 from megashear.config.validate import problems
 from megashear.config.values import Problem
@@ -40,31 +39,32 @@ class Measured:
     domains: dict[str, DomainLoss]
 
 
-def check(models: Sequence[str], config: RunConfig) -> None:
-    """Refuse what cannot be measured, for all models at once and before anything is loaded.
+def open_all(paths: Sequence[str], config: RunConfig) -> list[Model]:
+    """Open models, and refuse all at once, before weights are read, what cannot be measured.
 
     Raises:
         ConfigError: names the models that cannot be read, and the options that one does not allow.
         DataError: validation files are missing, damaged, too short or of several tokenizers.
     """
     found: list[Problem] = []
-    shapes = []
-    for model in models:
+    opened: list[Model] = []
+    for model in paths:
         try:
-            shapes.append(read_shape(model))
+            opened.append(models.open(model))
         except ShearError as error:
             found.append((model, str(error).removeprefix(f"{model}: ")))
             continue
-        for path, text in problems(config, shapes[-1], world_size(), check_files=False):
+        for path, text in problems(config, opened[-1].shape, world_size(), check_files=False):
             found.append((model if path == "init_from" else path, text))
     if found:
         raise ConfigError("evaluation", list(dict.fromkeys(found)))
     check_one_tokenizer([domain.valid for domain in config.data.domains])
-    build_valid_datasets(config.data, min(shape.vocab_size for shape in shapes))
+    build_valid_datasets(config.data, min(model.shape.vocab_size for model in opened))
+    return opened
 
 
-def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
-    """Measure one model on the validation sets of a configuration that `check` passed.
+def measure(model: Model, config: RunConfig, platform: Platform) -> Measured:
+    """Measure one model on the validation sets of a configuration that `open_all` passed.
 
     A collective. The weights are distributed as `config.parallel` says, whatever layout wrote them.
 
@@ -73,8 +73,8 @@ def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
         DataError: validation tokens cannot be read.
         TrainingError: a loss is not finite.
     """
-    info = None if is_huggingface(model) else read_info(model)
-    data, shape = config.data, info.shape if info else read_shape(model)
+    model = model.shared()
+    data, shape = config.data, model.shape
     chunks = build_model(
         shape,
         platform,
@@ -83,20 +83,17 @@ def measure(model: str, config: RunConfig, platform: Platform) -> Measured:
         masked_attention=data.reset_attention_mask,
     )
     platform.heartbeat.mark("loading of weights")
-    # Not by the path: the latest checkpoint of a run that goes on may be another one by now.
-    load_model(info.directory if info else model, chunks, platform)
+    model.fill(chunks, platform)
     evaluator = Evaluator(
         build_valid_datasets(data, shape.vocab_size),
         config.evaluation.sequences_per_domain,
         config.trainer.micro_batch_size,
         platform,
     )
-    title, parameters = f"{model} (Hugging Face)", parameter_count(shape)
+    title, parameters = model.title, parameter_count(shape)
     masked: AbstractContextManager[None] = nullcontext()
-    if info is not None:
-        title = f"{info.directory} ({info.stage}, step {info.step})"
-    if info is not None and info.stage == "prune":
-        masks = read_pruned(info.directory).masks
+    if model.is_pruning:
+        masks = model.masks.masks
         z = masks.deterministic(config.evaluation.masks)  # type: ignore[arg-type]
         masked = MaskedWeights(chunks, platform, head_unit=masks.head_unit).masked(z)
         kept = {kind: mask > 0 for kind, mask in z.items()}

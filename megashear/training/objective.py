@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from megashear.checkpoint.masks import LOG_ALPHA, MULTIPLIERS, pack_masks, unpack_masks
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.model.masked_weights import MaskedWeights
 from megashear.platform.parallel import Platform
@@ -137,14 +138,14 @@ class PruningObjective(Objective):
             pruning.head_unit,
         )
         self._groups: dict[str, dict[str, nn.Parameter]] = {
-            "log_alpha": dict(self.masks.log_alpha.items()),
-            "multipliers": dict(self.lagrangian.multipliers.items()),
+            LOG_ALPHA: dict(self.masks.log_alpha.items()),
+            MULTIPLIERS: dict(self.lagrangian.multipliers.items()),
         }
         self._lrs = (pruning.mask_lr, pruning.multiplier_lr)
         betas = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
         groups: list[dict[str, Any]] = [
-            {"params": list(self._groups["log_alpha"].values())},
-            {"params": list(self._groups["multipliers"].values()), "maximize": True},
+            {"params": list(self._groups[LOG_ALPHA].values())},
+            {"params": list(self._groups[MULTIPLIERS].values()), "maximize": True},
         ]
         self._optimizer = torch.optim.AdamW(
             groups,
@@ -154,7 +155,7 @@ class PruningObjective(Objective):
             foreach=True,
         )
         # One tensor for all masks, so that one collective sums it over the ranks.
-        log_alphas = self._groups["log_alpha"].values()
+        log_alphas = self._groups[LOG_ALPHA].values()
         sizes = [log_alpha.numel() for log_alpha in log_alphas]
         self._mask_gradients = torch.zeros(sum(sizes), device=platform.device)
         parts = self._mask_gradients.split(sizes)
@@ -213,11 +214,11 @@ class PruningObjective(Objective):
     def measured(self) -> dict[str, Tensor]:
         """Return numbers of the completed step, and the kept hidden dimensions of the next one."""
         assert self._next is not None
-        sparsity, multipliers = self._next.sparsity, self._groups["multipliers"]
+        sparsity, multipliers = self._next.sparsity, self._groups[MULTIPLIERS]
         return {
             "next_nonzero": self._next.nonzero,
-            "mask_grad_norm": self._grad_norms["log_alpha"],
-            "multiplier_grad_norm": self._grad_norms["multipliers"],
+            "mask_grad_norm": self._grad_norms[LOG_ALPHA],
+            "multiplier_grad_norm": self._grad_norms[MULTIPLIERS],
             "penalty": self._penalty,
             **{f"multipliers/{name}": multipliers[name] for name in sparsity},
             **{f"sparsity/{name}": rows.mean() for name, rows in sparsity.items()},
@@ -250,28 +251,11 @@ class PruningObjective(Objective):
 
     def state(self) -> dict[str, Tensor]:
         """Return log_alpha, the multipliers, and the moments of their optimizer."""
-        state = {}
-        for kind, parameters in self._groups.items():
-            for name, parameter in parameters.items():
-                state[f"{kind}.{name}"] = parameter.detach().cpu().clone()
-                for key, value in self._optimizer.state[parameter].items():
-                    state[f"{kind}.{name}.{key}"] = value.detach().cpu().clone()
-        return state
+        return pack_masks(self._groups, self._optimizer)
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Load masks, multipliers and moments."""
-        for kind, parameters in self._groups.items():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[f"{kind}.{name}"])
-                prefix = f"{kind}.{name}."
-                self._optimizer.state[parameter] = {
-                    key.removeprefix(prefix): value
-                    if key.endswith(".step")
-                    else value.to(parameter)
-                    for key, value in state.items()
-                    if key.startswith(prefix)
-                }
+        unpack_masks(state, self._groups, self._optimizer)
         self._next = None
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from megashear.checkpoint.models import versions
+from megashear.checkpoint.info import versions
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.data.domain_weights import DomainWeights
 from megashear.hardware import gpu_of_device

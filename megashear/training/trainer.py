@@ -17,14 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.info import CheckpointInfo, read_info
-from megashear.checkpoint.models import (
-    generation_of,
-    history_of,
-    is_huggingface,
-    load_model,
-    read_shape,
-)
+from megashear.checkpoint import models
+from megashear.checkpoint.info import CheckpointInfo
+from megashear.checkpoint.models import Model
 from megashear.checkpoint.runs import CheckpointManager
 from megashear.config.loader import (
     DOMAINS_FILE,
@@ -33,7 +28,7 @@ from megashear.config.loader import (
     refuse_other_settings,
     to_yaml,
 )
-from megashear.config.schema import ModelShape, RunConfig
+from megashear.config.schema import RunConfig
 from megashear.data.dataset import build_train_dataset, build_valid_datasets
 from megashear.data.domain_weights import DomainWeights
 from megashear.data.fingerprint import content_hashes, refuse_changed_content
@@ -56,27 +51,23 @@ from megashear.training.signals import StopSignals
 from megashear.training.step import DomainLosses, run_micro_batches
 
 
-def source_shape(config: RunConfig) -> ModelShape:
-    """Return the shape that a run trains: `model`, or that of the model at `init_from`."""
-    if config.model is not None:
-        return config.model
-    assert config.init_from is not None
-    return read_shape(config.init_from)
-
-
 class Trainer:
     """One run on one process.
 
     Args:
         config: a validated configuration.
         platform: the initialised process group and device.
+        source: the model at `init_from`, where it is open already.
     """
 
-    def __init__(self, config: RunConfig, platform: Platform) -> None:
+    def __init__(self, config: RunConfig, platform: Platform, source: Model | None = None) -> None:
         # On another device `auto` may mean another precision: a resumed run keeps the one it has.
         config = replace(config, platform=replace(config.platform, precision=platform.precision))
         self.config, self.platform = config, platform
-        self.shape = source_shape(config)
+        self.source = _open_source(config, source)
+        shape = self.source.shape if self.source else config.model
+        assert shape is not None, "the configuration is checked"
+        self.shape = shape
         self.run_dir = Path(config.run_dir)
         self.lock = RunLock(self.run_dir)  # before anything in there changes
         trainer, data = config.trainer, config.data
@@ -89,9 +80,9 @@ class Trainer:
             known = "content" in resumed.progress
             refuse_other_settings(config, from_yaml(resumed.config), token_paths=not known)
         self.step = resumed.step if resumed else 0
-        self.history = resumed.history if resumed else history_of(config.init_from)
-        kept = resumed.generation if resumed else generation_of(config.init_from)
-        self.generation = kept
+        begun_from = resumed or self.source
+        self.history = resumed.history if resumed else self.source.history if self.source else ()
+        self.generation = begun_from.generation if begun_from else {}
         resumed_step = resumed.step if resumed else None
         self.log = RunLog(config, platform.rank == 0, resumed_step)
         if passed_over:
@@ -118,8 +109,10 @@ class Trainer:
             data.seq_length,
             masked_attention=data.reset_attention_mask,
         )
-        if resumed is None and config.init_from is not None:
-            self._initialise(chunks, config.init_from)
+        if resumed is None and self.source is not None:
+            platform.heartbeat.mark("loading of weights")
+            self.source.fill(chunks, platform)
+            self.log.say(f"weights from {config.init_from}")
         self.optimizer = WeightOptimizer(chunks, config.optimizer, config.parallel, trainer.steps)
         self.objective: Objective = (
             PruningObjective(config, self.optimizer, self.shape, platform)
@@ -161,22 +154,12 @@ class Trainer:
 
         return partial(DaliFetcher, device=self.platform.device)
 
-    def _initialise(self, chunks: list[Any], init_from: str) -> None:
-        self.platform.heartbeat.mark("loading of weights")
-        load_model(init_from, chunks, self.platform)
-        self.log.say(f"weights from {init_from}")
-
     @property
     def _tokenizer(self) -> str | None:
         """Where exports find the tokenizer: as configured, else with the source's weights."""
-        given, init_from = self.config.data.tokenizer, self.config.init_from
-        if given is not None:
-            return str(Path(given).resolve())
-        if init_from is None:
-            return None
-        if is_huggingface(init_from):
-            return str(Path(init_from).resolve())
-        return read_info(init_from).tokenizer
+        if self.config.data.tokenizer is not None:
+            return str(Path(self.config.data.tokenizer).resolve())
+        return self.source.tokenizer if self.source else None
 
     def _resume(self, info: CheckpointInfo) -> None:
         self.platform.heartbeat.mark("loading of a checkpoint", info.step)
@@ -374,3 +357,11 @@ class Trainer:
             files[KEPT_UNITS_FILE] = json.dumps({"step": self.step, "masks": packed})
         for name, text in files.items():
             write_durably(self.run_dir / name, text, CheckpointError)
+
+
+def _open_source(config: RunConfig, opened: Model | None) -> Model | None:
+    """Return the model at `init_from`, the same for all ranks; None without one."""
+    if config.init_from is None:
+        return None
+    source = opened.shared() if opened else models.open(config.init_from)
+    return source.without_masks()

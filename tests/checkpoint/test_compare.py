@@ -9,13 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megashear.checkpoint import models
 from megashear.checkpoint.compare import logits, logits_difference
-from megashear.checkpoint.dense import extract_checkpoint
-from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint.dense import extract_checkpoint, write_model
 from megashear.checkpoint.hf.writer import write_huggingface
 from megashear.checkpoint.info import CheckpointInfo
-from megashear.checkpoint.masks import read_pruned
-from megashear.checkpoint.models import write_model
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.errors import CheckpointError
@@ -27,7 +25,7 @@ from tests.support.reference_llama import random_weights
 
 def import_model(source: Path, out: Path) -> None:
     """A Megatron checkpoint of a Hugging Face directory."""
-    reader = HuggingFaceReader(source)
+    reader = models.open_huggingface(source).weights
     with single_process():
         write_model(out, CheckpointInfo(reader.shape, "imported"), reader.items())
 
@@ -73,10 +71,10 @@ def test_imported_model_computes_what_transformers_computes(tmp_path: Path, vari
     model = save_llama(tmp_path / "hf", **VARIANTS[variant])
     import_model(tmp_path / "hf", tmp_path / "megatron")
     tokens = tokens_of(model)
-    expected = logits(tmp_path / "hf", tokens)
+    expected = logits(models.open(tmp_path / "hf"), tokens)
     with torch.no_grad():
         assert torch.allclose(expected, model(tokens).logits, atol=1e-5)
-    found = logits_difference(expected, logits(tmp_path / "megatron", tokens))
+    found = logits_difference(expected, logits(models.open(tmp_path / "megatron"), tokens))
     assert found.within(1e-4)
     assert found.top1_agreement == 1.0
     assert found.kl_per_token < 1e-8
@@ -86,7 +84,7 @@ def test_imported_model_computes_what_transformers_computes(tmp_path: Path, vari
 def test_megatron_checkpoint_exports_the_same_tensors(tmp_path: Path, variant: str) -> None:
     model = save_llama(tmp_path / "hf", **VARIANTS[variant])
     import_model(tmp_path / "hf", tmp_path / "megatron")
-    shape = HuggingFaceReader(tmp_path / "hf").shape
+    shape = models.open_huggingface(tmp_path / "hf").shape
     with single_process():
         reader = WeightsReader(tmp_path / "megatron" / "model", shape)
         write_huggingface(tmp_path / "out", shape, reader.items())
@@ -99,7 +97,7 @@ def test_megatron_checkpoint_exports_the_same_tensors(tmp_path: Path, variant: s
 
 def test_a_wrong_conversion_is_found(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "hf", num_key_value_heads=2)
-    reader = HuggingFaceReader(tmp_path / "hf")
+    reader = models.open_huggingface(tmp_path / "hf").weights
     weights = dict(reader.items())
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
     group = weights[name].unflatten(0, (2, 4, 8))  # key and value of each group changed over
@@ -109,7 +107,8 @@ def test_a_wrong_conversion_is_found(tmp_path: Path) -> None:
         write_model(tmp_path / "megatron", info, weights.items())
     tokens = tokens_of(model)
     found = logits_difference(
-        logits(tmp_path / "hf", tokens), logits(tmp_path / "megatron", tokens)
+        logits(models.open(tmp_path / "hf"), tokens),
+        logits(models.open(tmp_path / "megatron"), tokens),
     )
     assert not found.within(1e-2)
 
@@ -136,21 +135,25 @@ def test_masked_run_equals_its_extraction_and_export(
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
         for number, (name, value) in enumerate(masks.state_dict().items())
     }
-    config = f"pruning: {{head_unit: {head_unit}}}" if head_unit != QUERY_GROUP else None
+    config = (
+        f"{{stage: prune, run_dir: run, pruning: {{head_unit: {head_unit}}}}}"
+        if head_unit != QUERY_GROUP
+        else None
+    )
     info = CheckpointInfo(shape, "prune", target=target, config=config)
     run, cut, out = (tmp_path / name for name in ("run", "cut", "out"))
     with single_process():
         write_model(run, info, random_weights(shape, 0).items())
         save_file(state, run / "masks.safetensors")
-        dense = extract_checkpoint(read_pruned(run), cut)
+        dense = extract_checkpoint(models.open(run), cut)
         weights = WeightsReader(cut / "model", dense.shape)
         write_huggingface(out, dense.shape, weights.items())
     tokens = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(1))
-    masked = logits(run, tokens)
-    assert logits_difference(masked, logits(cut, tokens)).within(1e-4)
-    assert logits_difference(masked, logits(out, tokens)).within(1e-4)
+    masked = logits(models.open(run), tokens)
+    assert logits_difference(masked, logits(models.open(cut), tokens)).within(1e-4)
+    assert logits_difference(masked, logits(models.open(out), tokens)).within(1e-4)
     twice = tmp_path / "twice"  # the mistake of folding the final norm a second time
-    wrong = dict(HuggingFaceReader(out).items())
+    wrong = dict(models.open_huggingface(out).weights.items())
     wrong["decoder.final_layernorm.weight"] *= wrong["decoder.final_layernorm.weight"]
     write_huggingface(twice, dense.shape, wrong.items())
-    assert not logits_difference(masked, logits(twice, tokens)).within(1e-2)
+    assert not logits_difference(masked, logits(models.open(twice), tokens)).within(1e-2)

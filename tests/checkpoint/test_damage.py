@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from megashear.checkpoint import models
 from megashear.checkpoint.checksums import damage, verify
 from megashear.checkpoint.dense import export_huggingface
-from megashear.checkpoint.info import read_info
-from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError, PlatformError, ShearError
 from megashear.platform import parallel
@@ -258,13 +257,13 @@ def test_what_is_left_of_the_last_save_is_removed_when_the_run_is_started_again(
 def test_tools_and_later_stages_name_the_damage(run: RunConfig, tmp_path: Path) -> None:
     flip(checkpoint(run, 6) / "masks.safetensors")
     with pytest.raises(CheckpointError, match=r"damaged:\n  masks.safetensors: its content"):
-        read_pruned(Path(run.run_dir))
+        _ = models.open(run.run_dir).masks
     run_distributed(write_source, 1, tmp_path)
     flip(tmp_path / "source" / "model" / "__0_1.distcp")
     for message in run_distributed(refusals, 2, tmp_path / "source", run, tmp_path):
         assert message.count("source: damaged:\n  model/__0_1.distcp: its content") == 1, message
     with pytest.raises(CheckpointError, match=r"model/__0_1.distcp: its content"):
-        export_huggingface(read_info(tmp_path / "source"), tmp_path / "out")
+        export_huggingface(models.open(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

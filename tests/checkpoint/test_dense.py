@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megashear.checkpoint import checksums
+from megashear.checkpoint import checksums, models
 from megashear.checkpoint.dense import extract_checkpoint
 from megashear.checkpoint.info import CheckpointInfo, read_info
-from megashear.checkpoint.masks import read_pruned
 from megashear.checkpoint.torch_dist import background, stream
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.checkpoint.torch_dist.state import without_extra_state
@@ -67,7 +66,7 @@ def save(config: RunConfig, steps: int) -> None:
 def extract_to(run: Path, out: Path, file_numel: int) -> None:
     """This process's part of an extraction."""
     stream.FILE_NUMEL = file_numel
-    extract_checkpoint(read_pruned(run), out)
+    extract_checkpoint(models.open(run), out)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,9 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def test_it_is_what_the_table_says(one: Path) -> None:
-    pruned, dense = read_pruned(one / "run"), read_info(one / "extracted")
+    pruned, dense = models.open(one / "run"), read_info(one / "extracted")
     whole = WeightsReader(pruned.info.model_directory, SHAPE)
-    expected = dict(extract(SHAPE, pruned.z, whole.read))
+    expected = dict(extract(SHAPE, pruned.masks.z, whole.read))
     found = dict(WeightsReader(dense.model_directory, dense.shape).items())
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -152,7 +151,7 @@ def save_big(directory: Path) -> None:
 
 def peaks(directory: Path) -> tuple[int, int]:
     """Of an extraction, and of one that first reads everything."""
-    pruned = read_pruned(directory / "run")
+    pruned = models.open(directory / "run")
     with stream.processes():
         extract_checkpoint(pruned, directory / "warm-up")
         extracting = peak_of(lambda: extract_checkpoint(pruned, directory / "out"))

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megashear.checkpoint import models
 from megashear.checkpoint.checksums import FILE, checksum
 from megashear.checkpoint.dense import export_huggingface, import_huggingface
 from megashear.checkpoint.hf.mapping import to_hf
@@ -128,7 +129,7 @@ def convert(request: pytest.FixtureRequest, directories: Path, imported: Path) -
     """Either way of a good model to a place."""
     if request.param == "import":
         return lambda out, **options: import_huggingface(directories / "single", out, **options)
-    return lambda out, **options: export_huggingface(read_info(imported), out, **options)
+    return lambda out, **options: export_huggingface(models.open(imported), out, **options)
 
 
 @pytest.mark.parametrize("limit", [300, 900, 2500, 6000, 12000])  # bytes
@@ -185,7 +186,7 @@ def export_of_damaged(imported: Path, place: Path, damage: Callable[[Path], Any]
     copy = place / "checkpoint"
     shutil.copytree(imported, copy)
     damage(copy)
-    message = refusal(lambda: export_huggingface(read_info(copy), place / "out"), place)
+    message = refusal(lambda: export_huggingface(models.open(copy), place / "out"), place)
     assert message is None or str(copy) in message
     for directory in place.iterdir():
         shutil.rmtree(directory)

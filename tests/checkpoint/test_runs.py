@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.checkpoint import models
 from megashear.checkpoint.info import find, read_info
-from megashear.checkpoint.models import read_shape
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ParallelConfig, RunConfig
 from megashear.errors import CheckpointError
@@ -329,7 +329,7 @@ def test_a_damaged_description_is_an_error_that_names_it(tmp_path: Path, source:
     shutil.copytree(source, tmp_path / "model")
     file = tmp_path / "model" / "checkpoint.json"
     good = described(tmp_path / "model")
-    assert read_shape(tmp_path / "model") == GQA
+    assert models.open(tmp_path / "model").shape == GQA
     without = {key: value for key, value in good.items() if key != "stage"}
     for content in (
         file.read_text()[:-10],

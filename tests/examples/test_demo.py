@@ -15,8 +15,8 @@ import pytest
 import transformers
 
 from megashear import cli
+from megashear.checkpoint import models
 from megashear.checkpoint.info import read_info
-from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
@@ -108,9 +108,9 @@ def test_every_run_trained_and_was_evaluated_on_every_domain(folder: Path) -> No
 def test_shapes_are_the_ones_that_the_files_name(folder: Path) -> None:
     source = CONFIGS["source"].model
     target = CONFIGS["scratch"].model
-    assert read_shape(folder / "source-imported") == source
+    assert models.open(folder / "source-imported").shape == source
     for path in ("prune/extracted", "extracted-hf", "continue", "sheared-hf", "scratch"):
-        assert read_shape(folder / path) == target, path
+        assert models.open(folder / path).shape == target, path
     assert parameter_count(target) < 0.6 * parameter_count(source)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import transformers
 
-from megashear.checkpoint.models import read_shape
+from megashear.checkpoint import models
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
@@ -100,9 +100,9 @@ def losses(folder: Path, run: str) -> list[float]:
 
 
 def test_pruned_continued_and_exported(folder: Path) -> None:
-    target = resolve_target(read_shape(folder / "imported"), PRUNE.target, "query_head")
+    target = resolve_target(models.open(folder / "imported").shape, PRUNE.target, "query_head")
     for name in ("pruned-hf", "continue", "sheared-hf"):
-        assert read_shape(folder / name) == target
+        assert models.open(folder / name).shape == target
     measured: list[dict[str, Any]] = json.loads((folder / "losses.json").read_text())["models"]
     assert [model["parameters"] for model in measured] == [
         134_515_008, *[parameter_count(target)] * 2

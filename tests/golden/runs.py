@@ -17,8 +17,8 @@ from typing import Any
 import megatron.core
 import torch
 
+from megashear.checkpoint import models
 from megashear.checkpoint.dense import extract_checkpoint
-from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import DataConfig, ParallelConfig, RunConfig
 from megashear.platform import parallel
 from megashear.training.trainer import Trainer
@@ -72,7 +72,7 @@ def _train(config: RunConfig) -> None:
 
 
 def _extract(run: Path) -> None:
-    extract_checkpoint(read_pruned(run), run / "extracted")
+    extract_checkpoint(models.open(run), run / "extracted")
 
 
 def _kept(run: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.transformer import mlp
 from torch import Tensor
 
-from megashear.checkpoint.models import fill_from_reader
+from megashear.checkpoint.torch_dist.state import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.model import build
 from megashear.platform import parallel

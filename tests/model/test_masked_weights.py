@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megashear.checkpoint.models import fill_from_reader
+from megashear.checkpoint.torch_dist.state import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from megashear.checkpoint.models import fill_from_reader
+from megashear.checkpoint.torch_dist.state import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig, RotaryScaling
 from megashear.model.build import build_model
 from megashear.platform import parallel

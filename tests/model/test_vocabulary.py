@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megashear.checkpoint.models import fill_from_reader
+from megashear.checkpoint.torch_dist.state import fill_from_reader
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
 from megashear.model.build import bound_rules, build_model
 from megashear.platform import parallel

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.checkpoint import models
 from megashear.checkpoint.dense import extract_checkpoint
 from megashear.checkpoint.hf.writer import write_huggingface
-from megashear.checkpoint.masks import read_pruned
-from megashear.checkpoint.models import load_model
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ModelShape, ParallelConfig, RotaryScaling
 from megashear.model.build import build_model
@@ -79,11 +78,11 @@ def extract_and_export(directory: Path) -> dict[str, Tensor]:
     """Extract the run and export it, rightly and with the head folded twice; all their logits."""
     from transformers import AutoModelForCausalLM
 
-    pruned = read_pruned(directory / "run")
+    pruned = models.open(directory / "run")
     dense = extract_checkpoint(pruned, directory / "extracted")
     with parallel.single_process() as platform:
         (model,) = chunks = build_model(dense.shape, platform, ParallelConfig(), seq_length=16)
-        load_model(dense.directory, chunks, platform)
+        models.open(dense.directory).fill(chunks, platform)
         with torch.no_grad():
             logits = {"extracted": model(TOKENS, POSITIONS, None)}
     weights = dict(WeightsReader(dense.model_directory, dense.shape).items())
@@ -93,7 +92,7 @@ def extract_and_export(directory: Path) -> dict[str, Tensor]:
         if "output_layer.weight" in weights
         else ("embedding.word_embeddings.weight")
     )
-    z_hidden = pruned.z[HIDDEN][0]
+    z_hidden = pruned.masks.z[HIDDEN][0]
     wrong[head] = weights[head] * z_hidden[z_hidden > 0]
     for name, tensors in (("hf", weights), ("wrong", wrong)):
         write_huggingface(directory / name, dense.shape, tensors.items())

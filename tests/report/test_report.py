@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megashear import cli
+from megashear.checkpoint import models
 from megashear.checkpoint.dense import extract_checkpoint
-from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import RunConfig
 from megashear.errors import DataError
 from megashear.platform import parallel
@@ -121,7 +121,7 @@ def prune_and_continue(directory: Path) -> None:
     domains = write_domains(directory)
     places = {"run_dir": str(directory / "prune"), "init_from": str(directory / "source")}
     train(run_config(directory, domains, **places, **prune_options(GQA)))
-    extract_checkpoint(read_pruned(directory / "prune"), directory / "prune" / "extracted")
+    extract_checkpoint(models.open(directory / "prune"), directory / "prune" / "extracted")
     places = {
         "run_dir": str(directory / "continue"),
         "init_from": str(directory / "prune" / "extracted"),

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.info import CheckpointInfo
-from megashear.checkpoint.models import write_model
 from megashear.config.schema import (
     QUERY_GROUP,
     QUERY_HEAD,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megashear.checkpoint import models
+from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.info import CheckpointInfo, read_info
-from megashear.checkpoint.models import load_model, write_model
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.config.schema import ParallelConfig, PlatformConfig
 from megashear.model.build import bound_rules, build_model
@@ -38,7 +39,12 @@ def decided(masks: Masks) -> Masks:
 
 def write_run(directory: Path, masks: Masks, config: str = "") -> Path:
     """What extraction reads of a pruning run's checkpoint."""
-    info = CheckpointInfo(SHAPE, "prune", target=masks.target, config=config)
+    info = CheckpointInfo(
+        SHAPE,
+        "prune",
+        target=masks.target,
+        config=config and f"stage: prune\nrun_dir: run\n{config}",
+    )
     write_model(directory, info, random_weights(SHAPE, seed=0).items())
     save_file(masks.state_dict(), directory / "masks.safetensors")
     return directory
@@ -108,7 +114,7 @@ def parts(checkpoint: Path, layout: ParallelConfig) -> bool:
     info = read_info(checkpoint)
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
     chunks = build_model(info.shape, platform, layout, seq_length=8)
-    load_model(checkpoint, chunks, platform)
+    models.open(checkpoint).fill(chunks, platform)
     reader = WeightsReader(info.model_directory, info.shape)
     place = platform.tensor_rank, platform.tensor_size
     same = [

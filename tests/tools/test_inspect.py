@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.info import CheckpointInfo, Record, read_info
-from megashear.checkpoint.models import write_model
 from megashear.config.schema import RotaryScaling
 from tests.support.hf_models import save_llama
 from tests.support.reference_llama import random_weights

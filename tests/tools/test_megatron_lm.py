@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint import models
 from megashear.checkpoint.torch_dist import background
 from megashear.checkpoint.torch_dist.metadata import place_on_disk
 from megashear.config.schema import ModelShape, ParallelConfig, PlatformConfig
@@ -36,7 +36,7 @@ PADDED = 128  # what Megatron-LM makes of the 96 tokens of the model
 def save(source: Path, out: Path, layout: ParallelConfig) -> None:
     """What Megatron-LM's training saves of a model with these weights, on one of its ranks."""
     platform = parallel.start(PlatformConfig(device="cpu"), layout, seed=0)
-    reader = HuggingFaceReader(source)
+    reader = models.open(source)
     shape = reader.shape
     config = TransformerConfig(
         num_layers=shape.num_layers,
@@ -82,7 +82,7 @@ def save(source: Path, out: Path, layout: ParallelConfig) -> None:
 
 
 @torch.no_grad()
-def fill(model: GPTModel, reader: HuggingFaceReader) -> None:
+def fill(model: GPTModel, reader: models.Model) -> None:
     """Each shard by what Megatron-Core says of its place; padding is no zeros."""
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in reader.items():
@@ -118,7 +118,7 @@ def test_it_is_exported_as_what_it_is(layout: str, tmp_path: Path, tool: Tool) -
     (saved / "latest_checkpointed_iteration.txt").write_text("100")
     iteration = saved / "iter_0000100"
     run_distributed(save, 2, source, iteration, parallel_config)
-    shape = HuggingFaceReader(source).shape
+    shape = models.open_huggingface(source).shape
     yaml_file = write_shape(tmp_path / "shape.yaml", shape)
     for number, path in enumerate((saved, iteration)):
         out = tmp_path / f"out-{number}"
@@ -152,7 +152,7 @@ def test_a_shape_that_is_missing_wrong_or_too_much_is_told(tmp_path: Path, tool:
     save_llama(source)
     run_distributed(save, 1, source, tmp_path / "iter_0000100", ParallelConfig())
     tool("hf_to_megatron", "--hf", source, "--out", tmp_path / "own")
-    shape = HuggingFaceReader(source).shape
+    shape = models.open_huggingface(source).shape
     right = write_shape(tmp_path / "right.yaml", shape)
     other = write_shape(tmp_path / "other.yaml", shape, ffn_hidden_size=40)
     wrong = write_shape(tmp_path / "wrong.yaml", shape, num_layers=0, num_attention_heads=3)

@@ -13,8 +13,8 @@ import yaml
 from torch.nn import functional
 
 from megashear import cli
+from megashear.checkpoint import models
 from megashear.checkpoint.dense import export_huggingface, extract_checkpoint
-from megashear.checkpoint.masks import read_pruned
 from megashear.config.loader import domains_to_yaml, load_domains
 from megashear.config.schema import Domain, RunConfig
 from megashear.data.dataset import build_valid_datasets
@@ -39,7 +39,7 @@ def prune(config: RunConfig) -> None:
     """A short pruning run, extracted and exported."""
     train(config)
     run = Path(config.run_dir)
-    dense = extract_checkpoint(read_pruned(run), run / "extracted")
+    dense = extract_checkpoint(models.open(run), run / "extracted")
     export_huggingface(dense, run / "hf", dtype="float32", tokenizer=None)
 
 
@@ -120,7 +120,7 @@ def test_target_extracted_and_exported_are_one_and_what_transformers_finds(run: 
     models = run, run / "extracted", run / "hf"
     options = "--domains", run, "--masks", "target", "--sequences", 9
     masked, extracted, exported = evaluate(1, *models, *options)
-    shape = read_pruned(run).masks.target
+    shape = models.open(run).masks.masks.target
     assert shape is not None
     for found in (masked, extracted, exported):
         assert found["parameters"] == parameter_count(shape)

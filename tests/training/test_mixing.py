@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 
+from megashear.checkpoint import models
 from megashear.checkpoint.dense import extract_checkpoint
 from megashear.checkpoint.info import read_info
-from megashear.checkpoint.masks import read_pruned
-from megashear.checkpoint.models import read_shape
 from megashear.config.loader import load_config
 from megashear.config.schema import RunConfig
 from megashear.errors import ConfigError
@@ -139,7 +138,7 @@ def test_the_losses_of_a_step_are_of_the_domains_in_its_batch(run: Run) -> None:
 
 
 def extract(run: Path) -> None:
-    extract_checkpoint(read_pruned(run), run / "extracted")
+    extract_checkpoint(models.open(run), run / "extracted")
 
 
 def test_a_run_takes_domains_references_and_final_weights_of_another(
@@ -162,13 +161,18 @@ def test_a_run_takes_domains_references_and_final_weights_of_another(
         "platform": {"device": "cpu"},
     }
     file.write_text(yaml.safe_dump(settings))
-    config = load_config(file, source_shape=read_shape, world_size=1)
+    config = load_config(file, source_shape=lambda path: models.open(path).shape, world_size=1)
     assert [(d.name, d.train, d.valid) for d in config.data.domains] == [
         (d.name, d.train, d.valid) for d in run.config.data.domains
     ]
     starts = {d.name: d.first_sample for d in config.data.domains}
     assert sum(starts.values()) == run.config.trainer.steps * BATCH
-    again = load_config(file, ["data.reread_domains=true"], source_shape=read_shape, world_size=1)
+    again = load_config(
+        file,
+        ["data.reread_domains=true"],
+        source_shape=lambda path: models.open(path).shape,
+        world_size=1,
+    )
     assert [domain.first_sample for domain in again.data.domains] == [0, 0]
     run_distributed(train, 1, config)
     *_, pruned, _, continued = read_info(tmp_path / "continue").records

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megashear.checkpoint import models
 from megashear.checkpoint.checksums import checksum
 from megashear.checkpoint.compare import logits, logits_difference
 from megashear.checkpoint.dense import extract_checkpoint, import_huggingface
 from megashear.checkpoint.info import read_info
-from megashear.checkpoint.masks import read_pruned
 from megashear.config.schema import ParallelConfig, PruningConfig, RunConfig
 from megashear.errors import CheckpointError
 from megashear.platform import parallel
@@ -132,17 +132,19 @@ def test_a_share_of_the_parameters_is_removed_as_asked(halved: Path) -> None:
 def extraction(run: Path) -> list[Any]:
     """The refusal; or the sizes of what is extracted, and how far it is from the masked model."""
     try:
-        shape = extract_checkpoint(read_pruned(run), run / "extracted").shape
+        shape = extract_checkpoint(models.open(run), run / "extracted").shape
     except CheckpointError as error:
         return [str(error)]
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
-    difference = logits_difference(logits(run, tokens), logits(run / "extracted", tokens))
+    difference = logits_difference(
+        logits(models.open(run), tokens), logits(models.open(run / "extracted"), tokens)
+    )
     sizes = (shape.num_layers, shape.hidden_size, shape.num_query_groups, shape.ffn_hidden_size)
     return [sizes, difference.relative]
 
 
 def test_layers_that_differ_are_not_extracted_and_the_reason_is_said(halved: Path) -> None:
-    z = read_pruned(halved).z
+    z = models.open(halved).masks.z
     kept = {name: (z[name] > 0).sum(1).tolist() for name in MASKS}
     layers = [number for number, value in enumerate(z["layer"][0].tolist()) if value > 0]
     (message,) = run_distributed(extraction, 1, halved)[0]
@@ -165,7 +167,7 @@ def test_layers_that_came_out_alike_are_extracted(halved: Path, tmp_path: Path) 
     sums = json.loads((file.parent / "checksums.json").read_text())
     sums[file.name] = checksum(file)
     (file.parent / "checksums.json").write_text(json.dumps(sums))
-    z = read_pruned(tmp_path / "alike").z
+    z = models.open(tmp_path / "alike").masks.z
     expected = tuple(int((z[name] > 0).sum(1)[0]) for name in MASKS)
     assert all(0 < size < full for size, full in zip(expected, (3, 32, 4, 48), strict=True))
     sizes, difference = run_distributed(extraction, 1, tmp_path / "alike")[0]

@@ -38,12 +38,13 @@ def main() -> int:
 
 def extract(arguments: argparse.Namespace, speaks: bool) -> int:
     """Read the masks, say how near they are to their targets, cut, say what came of it."""
+    from megashear.checkpoint import models
     from megashear.checkpoint.dense import extract_checkpoint
     from megashear.checkpoint.description import compared_rows, layout_rows
-    from megashear.checkpoint.masks import read_pruned
     from megashear.config.chain import EXTRACTED
 
-    pruned = read_pruned(arguments.run)
+    model = models.open(arguments.run)
+    pruned = model.masks
     if speaks:
         print(pruned.report)
     if pruned.off_target:
@@ -55,9 +56,9 @@ def extract(arguments: argparse.Namespace, speaks: bool) -> int:
         if arguments.strict:
             return FAILED
     out = arguments.out or arguments.run / EXTRACTED
-    dense = extract_checkpoint(pruned, out, overwrite=arguments.overwrite)
+    dense = extract_checkpoint(model, out, overwrite=arguments.overwrite)
     if speaks:
-        sizes = compared_rows(pruned.info.shape, dense.shape)
+        sizes = compared_rows(model.shape, dense.shape)
         print(f"\n{table(sizes, ('', 'source', 'target'))}\n\nwritten to {out}")
         print(f"it loads in parallel layouts of\n{table(layout_rows(dense.shape))}")
     return 0

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megashear.checkpoint.description import Description
+    from megashear.checkpoint.models import Model
 
 
 def be_the_standard_library() -> None:
@@ -62,19 +62,20 @@ def main() -> None:
     add("--shape", type=Path, metavar="YAML", help="the model's shape, of Megatron-LM's own")
     arguments = parser.parse_args()
 
-    from megashear.checkpoint.description import describe
+    from megashear.checkpoint import models
+    from megashear.checkpoint.description import facts
     from megashear.platform.launched import launched_rank
 
     if launched_rank() > 0:
         return  # under torchrun the first process tells it all
-    found = describe(arguments.path, arguments.shape)
+    model = models.open(arguments.path, arguments.shape)
     if arguments.json:
-        print(json.dumps(found.plain(), indent=1))
+        print(json.dumps(facts(model), indent=1))
     else:
-        print("\n\n".join(tables(found)))
+        print("\n\n".join(tables(model)))
 
 
-def tables(found: Description) -> Iterator[str]:
+def tables(model: Model) -> Iterator[str]:
     """What there is to say, in parts."""
     from megashear.checkpoint.description import (
         RECORD,
@@ -86,7 +87,7 @@ def tables(found: Description) -> Iterator[str]:
     from megashear.checkpoint.foreign import printable
     from megashear.console import table
 
-    info = found.info
+    info = model.info
     written = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     written = printable(written)
     about = {
@@ -95,7 +96,7 @@ def tables(found: Description) -> Iterator[str]:
         "step": f"{info.step:,}",
         "tokens": f"{info.tokens:,}",
         "tokens of all stages": f"{sum(record.tokens for record in info.records):,}",
-        "types of weights": ", ".join(found.dtypes),
+        "types of weights": ", ".join(model.dtypes),
         "tokenizer": printable(info.tokenizer or "none"),
         "written with": written or "not known",
     }
@@ -104,8 +105,8 @@ def tables(found: Description) -> Iterator[str]:
         yield table(compared_rows(info.shape, info.target), ("", "source", "target"))
     else:
         yield table(shape_rows(info.shape))
-    if found.pruned:
-        yield found.pruned.report
+    if model.is_pruning:
+        yield model.masks.report
     yield "parallel layouts that fit\n" + table(layout_rows(info.shape))
     if info.history:
         yield table(record_rows(info.history), RECORD)

@@ -47,23 +47,23 @@ def main() -> None:
     if launched_rank() > 0:
         return  # under torchrun the first process does it all
 
+    from megashear.checkpoint import models
     from megashear.checkpoint.dense import export_huggingface
     from megashear.checkpoint.description import shape_rows
     from megashear.checkpoint.foreign import printable
-    from megashear.checkpoint.info import read_info
 
-    info = read_info(arguments.checkpoint, arguments.shape)
-    named = info.tokenizer if arguments.tokenizer is None else arguments.tokenizer
+    model = models.open(arguments.checkpoint, arguments.shape)
+    named = model.tokenizer if arguments.tokenizer is None else arguments.tokenizer
     with signals_interrupt(), tempfile.TemporaryDirectory() as scratch:
         export_huggingface(
-            info,
+            model,
             arguments.out,
             dtype=arguments.dtype,
             tokenizer=find_tokenizer(named, Path(scratch)),
             other_tokenizer=arguments.tokenizer is not None,
             overwrite=arguments.overwrite,
         )
-    print(table([*shape_rows(info.shape), ("tokenizer", printable(named or "none"))]))
+    print(table([*shape_rows(model.shape), ("tokenizer", printable(named or "none"))]))
     print(f"written to {printable(str(arguments.out))}")
 
 

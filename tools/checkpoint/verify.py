@@ -21,6 +21,8 @@ from megashear.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megashear.checkpoint.models import Model
+
 LENGTH = 256
 """Tokens in a sequence, at most."""
 
@@ -63,8 +65,9 @@ def main() -> int:
             raise CheckpointError("verify.py runs in one process: start it without torchrun")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    tokens = choose_tokens(arguments)
-    a, b = (logits(side, tokens, arguments.shape) for side in (arguments.a, arguments.b))
+    sides = open_sides(arguments)
+    tokens = choose_tokens(arguments, *sides)
+    a, b = (logits(side, tokens) for side in sides)
     found = logits_difference(a, b)
     same = found.within(arguments.tolerance)
     verdict = "within" if same else "NOT within"
@@ -82,17 +85,23 @@ def main() -> int:
     return 0 if same else FAILED
 
 
-def choose_tokens(arguments: argparse.Namespace) -> Tensor:
+def open_sides(arguments: argparse.Namespace) -> list[Model]:
+    """Both models; --shape is for the side that does not state its own."""
+    from megashear.checkpoint import models
+    from megashear.checkpoint.info import is_megatron_lm
+
+    paths = (arguments.a, arguments.b)
+    if arguments.shape and not any(map(is_megatron_lm, paths)):
+        text = "neither A nor B is a checkpoint of Megatron-LM's own. Leave --shape out"
+        raise CheckpointError(f"--shape {arguments.shape}: {text}")
+    return [models.open(path, arguments.shape if is_megatron_lm(path) else None) for path in paths]
+
+
+def choose_tokens(arguments: argparse.Namespace, *sides: Model) -> Tensor:
     """int64 [b, s]: the tokens that both models run on."""
     import torch
 
-    from megashear.checkpoint.info import is_megatron_lm
-    from megashear.checkpoint.models import read_shape
-
-    if arguments.shape and not (is_megatron_lm(arguments.a) or is_megatron_lm(arguments.b)):
-        text = "neither A nor B is a checkpoint of Megatron-LM's own. Leave --shape out"
-        raise CheckpointError(f"--shape {arguments.shape}: {text}")
-    a, b = (read_shape(side, arguments.shape) for side in (arguments.a, arguments.b))
+    a, b = (side.shape for side in sides)
     if a.vocab_size != b.vocab_size:
         raise CheckpointError(
             f"{arguments.a} has {a.vocab_size:,} tokens, {arguments.b} {b.vocab_size:,}: they "
@@ -102,23 +111,20 @@ def choose_tokens(arguments: argparse.Namespace) -> Tensor:
         generator = torch.Generator().manual_seed(arguments.seed)
         ids = torch.randint(a.vocab_size, (arguments.tokens,), generator=generator)
     else:
-        ids = torch.tensor(read_text(arguments), dtype=torch.int64)[: arguments.tokens]
+        ids = torch.tensor(read_text(arguments, *sides), dtype=torch.int64)[: arguments.tokens]
     if not len(ids) or int(ids.max()) >= a.vocab_size:
         raise CheckpointError(f"{arguments.text}: no text, or tokens that the models do not have")
     length = min(LENGTH, len(ids), a.max_position_embeddings)
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def read_text(arguments: argparse.Namespace) -> list[int]:
+def read_text(arguments: argparse.Namespace, *sides: Model) -> list[int]:
     """The ids of the text, by the tokenizer of whichever side has one."""
-    from megashear.checkpoint.info import is_megatron_lm, read_info
-    from megashear.checkpoint.models import is_huggingface
     from megashear.tokenizer.load import load_tokenizer
 
     path = arguments.tokenizer
-    for side in (arguments.a, arguments.b):
-        if not is_megatron_lm(side):
-            path = path or (side if is_huggingface(side) else read_info(side).tokenizer)
+    for side in sides:
+        path = path or side.tokenizer
     if path is None:
         raise CheckpointError("neither model names a tokenizer. Name one with --tokenizer")
     try:

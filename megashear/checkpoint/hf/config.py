@@ -3,8 +3,8 @@
 A setting is taken in one of three ways and never ignored: it becomes a field of the shape; it is in
 `FIXED` and must have a value written there; or it is in `NEUTRAL`, the keys known not to change the
 mathematics. Any other key that is set to something is an error, because only its author knows what
-it does to the logits. What sets families apart is in `mapping.FAMILIES`, rotary embeddings are read
-by `hf_rotary`. Imports neither Megatron nor transformers.
+it does to the logits. `families` has what sets families apart, `rotary` reads
+rotary embeddings. Imports neither torch, Megatron nor transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megashear.checkpoint.foreign import refuse
-from megashear.checkpoint.hf.mapping import FAMILIES, PARTS, Family
+from megashear.checkpoint.hf.families import FAMILIES, PARTS, Family
 from megashear.checkpoint.hf.rotary import NESTED, THETA, positive, read_rotary, rotary_settings
 from megashear.config.schema import ModelShape
 

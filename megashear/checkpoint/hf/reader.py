@@ -15,23 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megashear.checkpoint.foreign import read_json, refuse
-from megashear.checkpoint.hf import safetensors as shards
-from megashear.checkpoint.hf.config import shape_from_hf_config
+from megashear.checkpoint.foreign import refuse
+from megashear.checkpoint.hf.index import read_index
 from megashear.checkpoint.hf.mapping import hf_tensors, to_megatron
 from megashear.checkpoint.hf.safetensors import DTYPES
-from megashear.checkpoint.hf.tokenizer import (
-    Generation,
-    has_tokenizer,
-    read_generation,
-)
 from megashear.checkpoint.info import dtype_names
+from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules
-
-SINGLE = (shards.SINGLE, "pytorch_model.bin")
-
-INDICES = (shards.INDEX, "pytorch_model.bin.index.json")
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -43,46 +34,33 @@ Found = dict[str, tuple[Path, tuple[int, ...], str]]
 
 
 class HuggingFaceReader:
-    """Reads a Hugging Face directory: `shape` and weights, in the table's names and layouts.
+    """Reads the weights of a Hugging Face directory, in the parameter table's names and layouts.
+
+    Args:
+        directory: of the model.
+        shape: as its config.json describes it.
 
     Raises:
-        CheckpointError: config.json or the index of the weights is missing, damaged or refused.
+        CheckpointError: the index of the weights is missing, damaged or refused.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        file = self.directory / "config.json"
-        self.shape = shape_from_hf_config(read_json(file), file)
-        self._index = _read_index(self.directory)
+    def __init__(self, directory: Path, shape: ModelShape) -> None:
+        self.directory, self.shape = directory, shape
+        self._index = read_index(directory)
 
     def check(self) -> None:
         """Check the whole directory, reading no more than the headers of its files.
 
         Raises:
             CheckpointError: listing every tensor that is missing, unexpected, of another shape
-                than config.json implies or of a type that holds no plain weights.
+                than config.json implies or of a dtype that holds no plain weights.
         """
         _ = self._held
 
     @property
     def dtypes(self) -> list[str]:
-        """Types of its tensors; checks as `check`."""
+        """Dtypes of its tensors; checks as `check`."""
         return dtype_names(DTYPES[dtype] for _, _, dtype in self._held.values())
-
-    @property
-    def tokenizer(self) -> str | None:
-        """The directory, if there is a tokenizer in it."""
-        directory = self.directory.resolve()
-        return str(directory) if has_tokenizer(directory) else None
-
-    @property
-    def generation(self) -> Generation:
-        """What it says of special tokens and generation.
-
-        Raises:
-            CheckpointError: as `read_generation`.
-        """
-        return read_generation(self.directory, self.shape.vocab_size)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the table, in the type it is stored in.
@@ -136,32 +114,6 @@ class HuggingFaceReader:
         if not (torch.isfinite(lowest) and torch.isfinite(highest)):
             raise CheckpointError(f"{file}: {name} holds values that are not finite")
         return tensor
-
-
-def _read_index(directory: Path) -> dict[str, str] | str:
-    """The file of each tensor, or the one that holds all."""
-    for single, index in zip(SINGLE, INDICES, strict=True):  # the order in which transformers looks
-        if (directory / single).is_file():
-            return single
-        if (directory / index).is_file():
-            return _checked_index(directory / index)
-    raise CheckpointError(f"{directory}: no weights (none of {', '.join(SINGLE + INDICES)})")
-
-
-def _checked_index(file: Path) -> dict[str, str]:
-    """The index, all of whose files lie beside it and are of its own kind."""
-    names = read_json(file).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{file}: must have a mapping weight_map, of tensors to files")
-    suffix = Path(file.name.removesuffix(".index.json")).suffix
-    problems = [
-        f"{tensor} is said to be in {name!r}: not the name of a {suffix} file in this directory"
-        for tensor, name in names.items()
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix)
-    ]
-    if problems:
-        refuse(file, problems)
-    return names
 
 
 def _scan(directory: Path, index: Mapping[str, str] | str) -> tuple[Found, list[str]]:

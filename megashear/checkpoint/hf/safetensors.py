@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megashear.checkpoint.hf.index import SAFETENSORS, SAFETENSORS_INDEX
 from megashear.checkpoint.info import dtype_names
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of plain weights, by their names in safetensors; others are quantised."""
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -90,12 +89,12 @@ def write_shards(
     shards[-1].close()
     count = len(shards)
     files = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
-    files = files if count > 1 else {1: SINGLE}
+    files = files if count > 1 else {1: SAFETENSORS}
     for number, shard in enumerate(shards, start=1):
         shard.file.rename(directory / files[number])
     if count > 1:
         size = sum(shard.size for shard in shards)
         metadata = {"total_parameters": numel, "total_size": size}
         index = {"metadata": metadata, "weight_map": {n: files[home[n]] for n in sorted(home)}}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return dtype_names([functools.reduce(torch.promote_types, dtypes)])[0]

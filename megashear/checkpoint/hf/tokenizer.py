@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
-
 from megashear.checkpoint.foreign import read_json, refuse
 from megashear.errors import CheckpointError
 from megashear.files import read_small
@@ -34,10 +31,14 @@ Generation = dict[str, Any]
 
 
 def _sentencepiece(file: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
     return SentencePieceProcessor(model_proto=file.read_bytes() or b"none")
 
 
 def _tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
     return Tokenizer.from_str(read_small(file))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megashear.checkpoint.atomic import whole_directory
 from megashear.checkpoint.hf import safetensors as shards
 from megashear.checkpoint.hf.config import hf_config
+from megashear.checkpoint.hf.index import SAFETENSORS_INDEX
 from megashear.checkpoint.hf.mapping import hf_tensors, to_hf
 from megashear.checkpoint.hf.tokenizer import (
     CONFIG,
@@ -29,7 +30,7 @@ from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules
 
 CONTENT = (
-    *(CONFIG, GENERATION, "README.md", "*.safetensors", shards.INDEX),
+    *(CONFIG, GENERATION, "README.md", "*.safetensors", SAFETENSORS_INDEX),
     *(*READERS, f"{TEMPLATES}/"),
 )
 """What is in a directory that we write: patterns for `whole_directory`."""

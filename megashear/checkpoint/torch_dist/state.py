@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -20,9 +21,11 @@ from torch.nn import functional
 
 from megashear.checkpoint.info import CheckpointInfo
 from megashear.checkpoint.torch_dist.metadata import check_metadata, reason_of
+from megashear.console import progress
 from megashear.errors import CheckpointError
-from megashear.model.build import unwrap
+from megashear.model.build import bound_rules, unwrap
 from megashear.platform.checkpoints import layout_of_newer_release, weights_only
+from megashear.platform.parallel import Platform
 from megashear.pruning.table import outer_rules
 
 
@@ -127,3 +130,28 @@ def fill_from_checkpoint(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
         missing = [key for key, value in part.items() if key not in filled and value is not None]
         if missing:
             raise CheckpointError(f"{info.model_directory}: lacks {', '.join(missing)}")
+
+
+@torch.no_grad()
+def fill_from_reader(
+    chunks: Iterable[nn.Module], read: Callable[[str], Tensor], platform: Platform
+) -> None:
+    """Give each parameter of this rank its tensor-parallel shard of what `read` returns.
+
+    Args:
+        chunks: this rank's part of the model.
+        read: returns a whole tensor by its name in the table.
+        platform: says which shard this rank holds.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the model's.
+    """
+    rules = list(bound_rules(chunks))
+    for bound in progress(rules, "loading", len(rules), "tensors", speaks=platform.rank == 0):
+        whole = read(bound.rule.name)
+        if tuple(whole.shape) != bound.rule.shape():
+            raise CheckpointError(
+                f"{bound.rule.name} is {tuple(whole.shape)}; the model needs {bound.rule.shape()}"
+            )
+        shard = bound.rule.shard(whole, platform.tensor_rank, platform.tensor_size)
+        bound.parameter.copy_(shard)

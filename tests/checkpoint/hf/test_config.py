@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megashear.checkpoint.hf.config import hf_config, shape_from_hf_config
-from megashear.checkpoint.hf.mapping import FAMILIES
+from megashear.checkpoint.hf.families import FAMILIES
 from megashear.config import schema
 from megashear.config.schema import ModelShape, RotaryScaling
 from megashear.errors import CheckpointError

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.checkpoint import models
 from megashear.checkpoint.compare import megatron_logits
 from megashear.checkpoint.dense import export_huggingface, import_huggingface
-from megashear.checkpoint.hf.reader import HuggingFaceReader
 from megashear.checkpoint.info import read_info
-from megashear.checkpoint.models import load_model
 from megashear.checkpoint.torch_dist import background
 from megashear.checkpoint.torch_dist.reader import WeightsReader
 from megashear.checkpoint.torch_dist.state import sharded_weights
@@ -37,8 +36,10 @@ def convert(directory: Path) -> dict[str, Tensor]:
     logits = {}
     for name in VARIANTS:
         import_huggingface(directory / name / "source", directory / name / "imported")
-        logits[name] = megatron_logits(directory / name / "imported", TOKENS)
-        export_huggingface(read_info(directory / name / "imported"), directory / name / "exported")
+        logits[name] = megatron_logits(models.open(directory / name / "imported"), TOKENS)
+        export_huggingface(
+            models.open(directory / name / "imported"), directory / name / "exported"
+        )
     return logits
 
 
@@ -55,9 +56,12 @@ def save_again(directory: Path, layout: str) -> dict[str, dict[str, Any]]:
         imported, saved = directory / name / "imported", directory / name / layout
         shape = read_info(imported).shape
         chunks = build_model(shape, platform, LAYOUTS[layout], TOKENS.shape[1])
-        load_model(imported, chunks, platform)
+        models.open(imported).fill(chunks, platform)
         background.save(sharded_weights(chunks), saved)
-        again, source = WeightsReader(saved, shape), HuggingFaceReader(directory / name / "source")
+        again, source = (
+            WeightsReader(saved, shape),
+            models.open(directory / name / "source"),
+        )
         found["wrong"][name] = [
             key for key, tensor in again.items() if not torch.equal(tensor, source.read(key))
         ]

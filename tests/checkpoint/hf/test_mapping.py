@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from megashear.checkpoint.hf.config import hf_config, shape_from_hf_config
-from megashear.checkpoint.hf.mapping import PARTS, hf_tensors, to_hf, to_megatron
+from megashear.checkpoint.hf.families import PARTS
+from megashear.checkpoint.hf.mapping import hf_tensors, to_hf, to_megatron
 from megashear.config.schema import FAMILIES, ModelShape, RotaryScaling
 from megashear.errors import CheckpointError
 from megashear.pruning.table import param_rules

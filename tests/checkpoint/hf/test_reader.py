@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint import models
 from megashear.checkpoint.hf.writer import write_huggingface
 from tests.support.hf_models import (
     VARIANTS,
@@ -33,19 +33,19 @@ def test_import_and_export_give_identical_tensors(
     tmp_path: Path, variant: str, max_shard_bytes: int
 ) -> None:
     model = save_llama(tmp_path / "model", **VARIANTS[variant])
-    reader = HuggingFaceReader(tmp_path / "model")
+    reader = models.open_huggingface(tmp_path / "model").weights
     out = tmp_path / "out"
     write_huggingface(out, reader.shape, reader.items(), max_shard_bytes=max_shard_bytes)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (max_shard_bytes == 5000)
     assert_same_tensors(model, load_llama(out))
-    assert HuggingFaceReader(out).shape == reader.shape
+    assert models.open_huggingface(out).shape == reader.shape
 
 
 def test_sharded_by_transformers(tmp_path: Path) -> None:
     model = random_llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
-    reader = HuggingFaceReader(tmp_path / "model")
+    reader = models.open_huggingface(tmp_path / "model").weights
     write_huggingface(tmp_path / "out", reader.shape, reader.items())
     assert_same_tensors(model, load_llama(tmp_path / "out"))
 
@@ -65,14 +65,14 @@ def test_bin_files(model: Path, sharded: bool) -> None:
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     else:
         torch.save(tensors, model / "pytorch_model.bin")
-    reader = HuggingFaceReader(model)
+    reader = models.open_huggingface(model).weights
     write_huggingface(model / "out", reader.shape, reader.items())
     assert_same_tensors(expected, load_llama(model / "out"))
 
 
 def test_half_precision_is_kept_or_cast(tmp_path: Path) -> None:
     random_llama().bfloat16().save_pretrained(tmp_path / "model")
-    reader = HuggingFaceReader(tmp_path / "model")
+    reader = models.open_huggingface(tmp_path / "model").weights
     assert {tensor.dtype for _, tensor in reader.items()} == {torch.bfloat16}
     write_huggingface(tmp_path / "kept", reader.shape, reader.items())
     write_huggingface(tmp_path / "cast", reader.shape, reader.items(), dtype="float32")

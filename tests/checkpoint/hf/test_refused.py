@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megashear.checkpoint.hf.reader import HuggingFaceReader
+from megashear.checkpoint import models
 from megashear.errors import CheckpointError
 from tests.support.hf_models import (
     change_config,
@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
 
 def refusal(directory: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        HuggingFaceReader(directory).check()
+        models.open_huggingface(directory).verify()
     return str(caught.value)
 
 
@@ -75,13 +75,13 @@ def test_a_config_that_lies_is_told_by_the_tensors(model: Path) -> None:
 def test_reading_checks_first(model: Path) -> None:
     change_tensors(model, lambda tensors: tensors.pop(FOURTH))
     with pytest.raises(CheckpointError, match=f"{FOURTH} is missing"):
-        HuggingFaceReader(model).read("decoder.final_layernorm.weight")
+        models.open_huggingface(model).weights.read("decoder.final_layernorm.weight")
 
 
 def test_tied_head_may_be_there_but_not_differ(tmp_path: Path) -> None:
     model = save_llama(tmp_path, tie_word_embeddings=True)
     change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
-    HuggingFaceReader(tmp_path).check()
+    models.open_huggingface(tmp_path).verify()
     change_tensors(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1e-3))
     assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path)
     save_llama(tmp_path, tie_word_embeddings=True)
@@ -163,4 +163,4 @@ def test_index_against_its_files(sharded: Path) -> None:
 def test_links_into_a_cache_are_followed(model: Path, tmp_path: Path) -> None:
     blob = (model / "model.safetensors").rename(tmp_path / "blob")
     (model / "model.safetensors").symlink_to(blob)
-    HuggingFaceReader(model).check()
+    models.open_huggingface(model).verify()

@@ -15,12 +15,11 @@ import torch
 from megatron.core import package_info
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megashear.checkpoint.models import fill_from_reader
 from megashear.checkpoint.torch_dist import background
 from megashear.checkpoint.torch_dist.metadata import check_metadata
 from megashear.checkpoint.torch_dist.optimizer import optimizer_state
 from megashear.checkpoint.torch_dist.reader import WeightsReader
-from megashear.checkpoint.torch_dist.state import load, sharded_weights
+from megashear.checkpoint.torch_dist.state import fill_from_reader, load, sharded_weights
 from megashear.checkpoint.torch_dist.stream import processes, write_weights
 from megashear.config.schema import ModelShape, OptimizerConfig, ParallelConfig, PlatformConfig
 from megashear.errors import CheckpointError

@@ -15,8 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
+from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.info import CheckpointInfo
-from megashear.checkpoint.models import write_model
 from megashear.checkpoint.torch_dist import background, stream
 from megashear.checkpoint.torch_dist.metadata import check_metadata
 from megashear.checkpoint.torch_dist.reader import WeightsReader
