@@ -10,8 +10,22 @@ STAMP := $(VENV)/.stamp
 MAX_KB := 500
 BENCHMARKS ?= mask_overhead data_loading tokenization conversion checkpoints evaluation scaling inference
 
+# The mathematics, configuration, tables, golden losses, and three steps of pruning.
+QUICK := tests/golden tests/config tests/pruning tests/reference tests/test_layering.py \
+  tests/planning/test_layouts.py tests/planning/test_targets.py tests/checkpoint/hf/test_mapping.py \
+  tests/data/test_domain_weights.py tests/model/test_masked_weights.py \
+  tests/model/test_reference_llama.py tests/platform/test_layers.py tests/training/test_oracle.py
+# What meets Megatron-Core or torch, whose releases differ.
+LATEST := tests/golden tests/model tests/platform tests/performance/test_counts.py \
+  tests/planning/test_communication.py tests/planning/test_memory.py \
+  tests/pruning/test_masked_extracted_hf.py tests/checkpoint/hf tests/checkpoint/torch_dist \
+  tests/checkpoint/test_dense.py tests/data/test_dataset.py tests/data/test_loader.py \
+  tests/tools/test_megatron_lm.py tests/test_shipped.py tests/training/test_documents.py \
+  tests/training/test_layouts.py tests/training/test_oracle.py tests/training/test_resume.py
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-latest test-slurm bench python-latest check format clean
+.PHONY: help venv venv-latest demo test-quick test test-all test-long test-gpu test-latest test-slurm bench \
+  python-latest check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,16 +48,30 @@ $(STAMP): setup.py constraints.txt tests/requirements-files.txt
 demo: $(STAMP) ## shear a small LLaMA end to end on two processes of this machine
 	$(BIN)/python examples/demo/run.py $(ARGS)
 
-test: $(STAMP) ## run the tests
+test-quick: $(STAMP) ## run the tests of the mathematics (under two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK) $(ARGS)
+
+test: $(STAMP) ## run the tests, without those that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-test-long: $(STAMP) ## run the tests that take minutes: a real model's way, and a whole chain's
+test-all: ## run every test, here, on Slurm and with the newest Megatron-Core (an hour)
+	$(MAKE) test ARGS="--long $(ARGS)"
+	$(MAKE) test-slurm
+	$(MAKE) test-latest LATEST=tests
+
+test-long: $(STAMP) ## run only the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
-test-latest: ## run the tests with Python 3.12 and the newest Megatron-Core, in .venv-latest (6 GB)
+test-gpu: $(STAMP) ## run the tests that need a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu tests/platform $(ARGS)
+
+venv-latest:
 	@test -n "$(PYTHON_LATEST)" || \
-	  { echo "error: no Python 3.12. Name one: make PYTHON_LATEST=/path/to/python3.12 $@" >&2; exit 1; }
-	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
+	  { echo "error: no Python 3.12. Name one: make PYTHON_LATEST=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(MAKE) venv PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
+
+test-latest: venv-latest ## run what meets Megatron-Core with its newest release, in .venv-latest (6 GB)
+	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest ARGS="$(LATEST) $(ARGS)"
 
 test-slurm: $(STAMP) ## run the tests with a real Slurm on this machine (as root; installs it on Debian)
 	@test "$$(id -u)" = 0 || { echo "error: $@ starts Slurm's daemons, as root" >&2; exit 1; }

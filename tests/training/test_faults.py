@@ -167,7 +167,7 @@ def run_once(config: RunConfig, fault: Fault | None, out: Path) -> list[dict[str
 
 
 def aimed_faults(passed: dict[str, int]) -> list[Fault]:
-    """A fault at every rename of a save, and at four other operations on files.
+    """A fault at every rename of a save, and at two other operations on files.
 
     Args:
         passed: moments of rank 0 in an undisturbed run, with how often it came to them.
@@ -177,7 +177,7 @@ def aimed_faults(passed: dict[str, int]) -> list[Fault]:
     renames = [moment for moment in often if moment.startswith("os.rename")]
     others = [moment for moment in often if " /" in moment and moment not in renames]
     assert len(renames) >= 2
-    aimed = renames + draw.sample(others, min(4, len(others)))
+    aimed = renames + draw.sample(others, min(2, len(others)))
     return [Fault(moment, 1, 0.0, 0, kills_all=draw.random() < 0.5) for moment in aimed]
 
 

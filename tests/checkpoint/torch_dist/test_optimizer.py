@@ -181,8 +181,10 @@ def close(ours: Tensor, expected: Tensor, what: str) -> None:
     assert (ours - expected).abs().max() <= 2e-5 * scale, what  # as gradients in test_layouts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp32") for name in SAME), *((name, "bf16") for name in list(SAME)[:2])],
+)
 def test_the_same_layout_goes_on_bit_for_bit(
     name: str, precision: str, tmp_path: Path, unbroken: Any
 ) -> None:
