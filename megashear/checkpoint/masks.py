@@ -22,12 +22,13 @@ from megashear.config.loader import from_yaml
 from megashear.config.schema import QUERY_GROUP
 from megashear.console import table as text_table
 from megashear.errors import CheckpointError, ConfigError
-from megashear.pruning.extract import (
+from megashear.pruning.lagrangian import (
     OffTarget,
+    constraint_targets,
+    constraints,
     format_off_target,
     off_target,
 )
-from megashear.pruning.lagrangian import constraint_targets, constraints
 from megashear.pruning.masks import Masks
 
 LOG_ALPHA, MULTIPLIERS = "log_alpha", "multipliers"

@@ -1,6 +1,6 @@
-"""How many parameters a shape has, and how many a masked model is expected to keep.
+"""Parameters of a shape, and the number that a masked model is expected to keep, by the table.
 
-Both read the table and nothing else. Imports torch and `config`; never Megatron.
+Imports torch and `config`; never Megatron.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megashear.pruning.table import LAYER, ParamRule, layer_rules, outer_rules
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """Parameters of a dense model, whose layers are alike; a tied embedding counts once."""
+    """Return the parameters of a dense model; a tied embedding counts once."""
     outer, layer = (
         sum(math.prod(rule.shape()) for rule in rules)
         for rules in (outer_rules(shape), layer_rules(shape, 0))
@@ -24,11 +24,10 @@ def parameter_count(shape: ModelShape) -> int:
 
 
 def flops_per_token(shape: ModelShape, seq_length: int) -> float:
-    """Arithmetic of training on one token (FLOP), forward and backward, without recomputation.
+    """Return the FLOP of training on one token, forward and backward, without recomputation.
 
-    6 for each weight of a matrix product, and 12 times the sequence for each dimension of the heads
-    of each layer: full attention, as the PaLM paper (appendix B) counts model FLOPs, though half of
-    it is masked.
+    6 for each weight of a matrix product, and 12 seq_length for each dimension of each layer's
+    heads: full attention, as the PaLM paper (appendix B) counts, though half of it is masked.
     """
     lookups = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
     attention = shape.num_layers * shape.num_attention_heads * shape.kv_channels * seq_length
@@ -38,14 +37,14 @@ def flops_per_token(shape: ModelShape, seq_length: int) -> float:
 def expected_parameter_count(
     shape: ModelShape, probability_kept: dict[str, Tensor], head_unit: str = QUERY_GROUP
 ) -> Tensor:
-    """Expected parameters of a masked model, float64 scalar, differentiable.
+    """Return the expected parameters of a masked model, float64 scalar, differentiable.
 
-    Units are independent, so the expectation of a product is the product of expectations: sums over
-    the units of each axis, multiplied; a layer's parameters go with the layer. All layers of a
-    source are alike, so the rules of one stand for all, as vectors over the layers.
+    Units are independent, so the expectation of a product is the product of expectations: the sums
+    over the units of each axis, and the layer's. All layers of a source have the same rules, so
+    those of one are evaluated as vectors over the layers.
 
     Args:
-        shape: the source model's.
+        shape: shape of the source model.
         probability_kept: P(z > 0) of all four masks, [rows, units].
         head_unit: what a unit of the head mask is.
     """

@@ -21,20 +21,20 @@ DETERMINISTIC_SLOPE = 0.8
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """CPU generator of a step's noise, the same on every rank and after every resume."""
-    # Hashed, because torch's CPU generator looks at the low 32 bits of its seed only.
+    """Return a CPU generator for a step's noise, the same on every rank and after a resume."""
+    # Hashed, because torch's CPU generator uses only the low 32 bits of its seed.
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def noise(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform noise u in [1e-6, 1 - 1e-6]: float32 of the size, on the CPU."""
+    """Draw uniform noise in [1e-6, 1 - 1e-6], float32 on the CPU."""
     uniform = torch.rand(size, generator=generator, dtype=torch.float32)
     return (NOISE_EPS + (1 - 2 * NOISE_EPS) * uniform).clamp(NOISE_EPS, 1 - NOISE_EPS)
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Training sample z in [0, 1]; no gradient reaches log_alpha where z is clamped."""
+    """Return the training sample z in [0, 1]; log_alpha has no gradient where z is clamped."""
     logit = uniform.log() - torch.log1p(-uniform)
     low, high = STRETCH
     s = torch.sigmoid((logit + log_alpha) / TEMPERATURE)
@@ -42,21 +42,21 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 
 def probability_kept(log_alpha: Tensor) -> Tensor:
-    """P(z > 0), clipped to [1e-6, 1 - 1e-6]; its mean is the expected share of units kept."""
+    """Return P(z > 0), clipped to [1e-6, 1 - 1e-6]; its mean is the expected fraction kept."""
     low, high = STRETCH
     removed = torch.sigmoid(TEMPERATURE * math.log(-low / high) - log_alpha)
     return 1 - removed.clamp(NOISE_EPS, 1 - NOISE_EPS)
 
 
 def deterministic(log_alpha: Tensor, removed: int | Tensor) -> Tensor:
-    """Masks [rows, units] for evaluation: sigmoid(0.8 log_alpha / beta), the smallest set to 0.
+    """Return evaluation masks [rows, units]: sigmoid(0.8 log_alpha / beta), the smallest set to 0.
 
-    Among equal log_alpha the lower index is kept, on any device: an untrained model loses its last
-    layers, never its first.
+    Of equal log_alpha the lower index is kept, on any device: an untrained model loses its last
+    layers, not its first.
 
     Args:
         log_alpha: [rows, units].
-        removed: units to set to 0, the same in every row or int [rows].
+        removed: number of units to set to 0, one for all rows or int [rows].
     """
     rows, units = log_alpha.shape
     removed_R = torch.as_tensor(removed, device=log_alpha.device).expand(rows)

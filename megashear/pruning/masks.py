@@ -1,6 +1,6 @@
 """The learned masks of a model: one log_alpha per unit, and the target shape that they must reach.
 
-The same on every rank, in float32, for the whole model. Imports torch and `config`; never
+Every rank holds the masks of the whole model, in float32. Imports torch and `config`; never
 Megatron.
 """
 
@@ -20,10 +20,9 @@ from megashear.pruning.table import HEAD, INTERMEDIATE, MASK_KINDS, mask_sizes
 def resolve_target(
     source: ModelShape, target: TargetShape, head_unit: str = QUERY_GROUP
 ) -> ModelShape:
-    """The whole shape of a target that `config.validate` found good.
+    """Return the full shape of a valid target; sizes that it does not name stay as in the source.
 
-    What the target does not name stays as in the source; so do the heads of a query group, or, with
-    query heads as units, the number of groups.
+    Query groups keep their number of heads; with query heads as units, the groups themselves stay.
     """
     sizes = {name: size for name, size in asdict(target).items() if size is not None}
     heads = sizes.get("num_attention_heads", source.num_attention_heads)
@@ -33,19 +32,19 @@ def resolve_target(
 
 
 class Masks(nn.Module):
-    """log_alpha of every masked unit; gives z for training, evaluation and extraction.
+    """log_alpha of every masked unit; computes z for training, evaluation and extraction.
 
     Args:
         source: shape of the model that is pruned.
-        target: shape to reach; a kind of mask whose size it leaves alone is not masked. None (a
-            constraint on the size of the whole model) masks all four kinds.
+        target: shape to reach; a kind whose size it does not change has no mask. With None (a
+            constraint on the size of the whole model) all four kinds have one.
         head_unit: what a unit of the head mask is (see `table.MASK_KINDS`).
 
     Attributes:
-        log_alpha: float32 [rows, units] per masked kind.
-        sizes: (rows, units per row) of the masked kinds.
-        target_units: units to keep per row, of the masked kinds; empty without a target.
-        target_sparsity: 1 - target / size, of the masked kinds; empty without a target.
+        log_alpha: float32 [rows, units] by masked kind.
+        sizes: (rows, units per row) by masked kind.
+        target_units: units to keep per row, by masked kind; empty without a target.
+        target_sparsity: 1 - target / size, by masked kind; empty without a target.
     """
 
     def __init__(
@@ -77,25 +76,24 @@ class Masks(nn.Module):
             log_alpha.clamp_(-hard_concrete.LOG_ALPHA_LIMIT, hard_concrete.LOG_ALPHA_LIMIT)
 
     def sample(self, seed: int, step: int) -> dict[str, Tensor]:
-        """Training masks of a step, all four kinds [rows, units], differentiable in log_alpha."""
+        """Sample the masks of a step, all four kinds [rows, units], differentiable in log_alpha."""
         self.clamp_()
         generator = hard_concrete.generator(seed, step)
         z = {}
         for mask, size in self.sizes.items():  # not log_alpha: a ParameterDict may sort its names
             log_alpha, uniform = self.log_alpha[mask], hard_concrete.noise(size, generator)
-            if log_alpha.is_cuda:
-                uniform = uniform.pin_memory()  # else the copy would wait for the device
-            uniform = uniform.to(log_alpha.device, non_blocking=True)
+            if log_alpha.is_cuda:  # from pinned memory the copy does not wait for the device
+                uniform = uniform.pin_memory().to(log_alpha.device, non_blocking=True)
             z[mask] = hard_concrete.sample(log_alpha, uniform)
         return self._with_unmasked(z)
 
     @torch.no_grad()
     def deterministic(self, which: Literal["current", "target"]) -> dict[str, Tensor]:
-        """Evaluation masks, all four kinds [rows, units], detached.
+        """Return the evaluation masks, all four kinds [rows, units], detached.
 
         Args:
-            which: `target` keeps the target's number of units in each row; `current` (and either,
-                without a target shape) the number that each row is expected to keep by now.
+            which: `target` keeps the target's number of units in each row; `current` keeps the
+                number that each row is expected to keep now, as both do without a target shape.
         """
         self.clamp_()
         z = {}
@@ -110,26 +108,26 @@ class Masks(nn.Module):
         return self._with_unmasked(z)
 
     def probability_kept(self) -> dict[str, Tensor]:
-        """P(z > 0), all four kinds [rows, units]; exactly 1 for a kind that is not masked."""
+        """Return P(z > 0), all four kinds [rows, units]; exactly 1 for a kind without a mask."""
         self.clamp_()
         return self._with_unmasked(
             {mask: hard_concrete.probability_kept(a) for mask, a in self.log_alpha.items()}
         )
 
     def expected_sparsity(self) -> dict[str, Tensor]:
-        """Expected share of units removed, of the masked kinds: [rows]."""
+        """Return the expected fraction of units removed [rows], by masked kind."""
         probability = self.probability_kept()
         return {mask: 1 - probability[mask].mean(1) for mask in self.sizes}
 
     def row_name(self, mask: str, row: int) -> str:
-        """A row of a mask (or of another constraint) as it is told: `head of layer 3, group 1`."""
+        """Return the name of a row of a mask or constraint, such as `head of layer 3, group 1`."""
         if mask == HEAD and self.head_unit == QUERY_HEAD:
             layer, group = divmod(row, self.source.num_query_groups)
             return f"{mask} of layer {layer}, group {group}"
         return f"{mask} of layer {row}" if mask in (HEAD, INTERMEDIATE) else mask
 
     def _with_unmasked(self, masked: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All four kinds, in the order of MASK_KINDS; ones for the kinds that are not masked."""
+        """Return all four kinds in the order of MASK_KINDS, with ones for those without a mask."""
         device = next((value.device for value in masked.values()), None)
         return {
             mask: masked[mask]

@@ -1,10 +1,9 @@
-"""The table: which axis of which parameter is indexed by which units, and which axes are scaled.
+"""The table: which units index which axis of each parameter, and which axes the masks scale.
 
-One statement drives masking, mask gradients, extraction and the shapes of the result. A rule is
-bound to a tensor-parallel shard by asking its axes for the units of that shard (DESIGN section 2).
-
-Parameters go by their names in a Megatron-Core checkpoint, with the layer number written out, as in
-`decoder.layers.3.mlp.linear_fc2.weight`. Imports torch and `config` only; never Megatron.
+This one statement drives masking, mask gradients, extraction and the shapes of the result. The axes
+of a rule give the units of each tensor-parallel shard. Parameters have their names in a
+Megatron-Core checkpoint, with the layer number, as in `decoder.layers.3.mlp.linear_fc2.weight`.
+Imports torch and `config`; never Megatron.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ LAYER, HIDDEN, HEAD, INTERMEDIATE = "layer", "hidden", "head", "intermediate"
 MASK_KINDS = (LAYER, HIDDEN, HEAD, INTERMEDIATE)
 """The four kinds of mask.
 
-`pruning.head_unit` says what a unit of the head mask is: a query group (its query heads with their
-key and value), or a query head, of which each group then keeps the same number, and its key and
-value. Names and shapes of parameters do not depend on it.
+`pruning.head_unit` says what a unit of the head mask is: a query group (its query heads, key and
+value), or a query head; each group then keeps its key and value and the same number of heads.
 """
 
 
 def mask_sizes(shape: ModelShape, head_unit: str = QUERY_GROUP) -> dict[str, tuple[int, int]]:
-    """(rows, units per row) of each mask of a model; a row is a set that shares one target size.
+    """Return (rows, units per row) of each mask; a row is a set of units with one target size.
 
     layer [1, L]   hidden [1, d]   intermediate [L, ffn_hidden_size]
     head [L, num_query_groups], or [L * num_query_groups, heads_per_group] of query heads
@@ -51,16 +49,16 @@ class Axis:
     """One axis of a parameter.
 
     Attributes:
-        mask: the mask whose units index the axis; None where no mask does (the vocabulary).
-        units: units along the axis of the whole parameter, from one row of the mask or from several
+        mask: the mask whose units index the axis; None if no mask does (the vocabulary).
+        units: units along the axis of the whole parameter, from one or several rows of the mask
             (the query heads of all groups of a layer).
-        repeat: consecutive positions that belong to one unit (the rows of a head).
-        block: units that stand together (the query heads of a group).
-        fixed: positions after each block that no unit switches (the group's key and value).
-        tile: how often the whole pattern stands in the axis (2 in fc1: gate rows, then up rows).
-        scaled: whether the mask multiplies the parameter along this axis; if not it only cuts.
-        parallel: whether tensor parallelism splits the axis, between blocks. Where they do not
-            divide evenly (the vocabulary), padding makes the last shards as long as the others.
+        repeat: consecutive positions of one unit (the rows of a head).
+        block: consecutive units (the query heads of a group).
+        fixed: positions after each block that belong to no unit (the group's key and value).
+        tile: repetitions of the whole pattern (2 in fc1: gate rows, then up rows).
+        scaled: whether the mask multiplies the parameter along this axis; if not, it only cuts.
+        parallel: whether tensor parallelism splits the axis, between blocks. If they do not divide
+            evenly (the vocabulary), padding makes the last shards as long as the others.
     """
 
     mask: str | None
@@ -74,12 +72,12 @@ class Axis:
 
     @property
     def vocabulary(self) -> bool:
-        """Whether it is that of the vocabulary."""
+        """Whether this is the axis of the vocabulary."""
         return self.mask is None and self.parallel
 
     @property
     def block_length(self) -> int:
-        """Positions of a block, with those after it that no unit switches."""
+        """Positions of a block and of what is fixed after it."""
         return self.block * self.repeat + self.fixed
 
     def blocks(self, ranks: int = 1) -> int:
@@ -111,12 +109,12 @@ class ParamRule:
     """How masks act on one parameter: its line in the table.
 
     Attributes:
-        name: checkpoint name, the layer number written out.
+        name: checkpoint name, with the layer number.
         axes: its one or two axes.
         layer: number of the transformer layer; None outside the layers.
         scaled_by_layer: whether z_layer multiplies the parameter (along axis 0, with z_hidden).
-        norm: the weight of an RMSNorm over hidden units: while masked it carries sqrt(n/d) as well
-            (n of them kept).
+        norm: the weight of an RMSNorm over hidden units; while n of d are kept, it is multiplied
+            by sqrt(n/d) as well.
     """
 
     name: str
@@ -140,7 +138,7 @@ class ParamRule:
         return tuple(axis.length(ranks) for axis in self.axes)
 
     def shard(self, tensor: Tensor, rank: int, ranks: int) -> Tensor:
-        """One tensor-parallel rank's part of the whole parameter; padding is 0."""
+        """Return one tensor-parallel rank's shard of the whole parameter; padding is 0."""
         for dim, axis in enumerate(self.axes):
             if axis.parallel and ranks > 1:
                 share = axis.share(rank, ranks)
@@ -151,7 +149,7 @@ class ParamRule:
         return tensor
 
     def units(self, axis: Axis, masks: Mapping[str, Tensor]) -> Tensor:
-        """The units [axis.units] of all masks [rows, units] that index an axis of the parameter."""
+        """Return the units [axis.units] of the masks [rows, units] that index an axis."""
         assert axis.mask is not None
         per_layer = axis.mask in (HEAD, INTERMEDIATE)
         return masks[axis.mask].view(-1, axis.units)[self.layer if per_layer else 0]
@@ -160,7 +158,7 @@ class ParamRule:
 def layer_rules(
     shape: ModelShape, layer: int, head_unit: str = QUERY_GROUP
 ) -> tuple[ParamRule, ...]:
-    """The rules of one transformer layer, in the order of Megatron's modules."""
+    """Return the rules of one transformer layer, in the order of Megatron's modules."""
     ffn = shape.ffn_hidden_size
     prefix = f"decoder.layers.{layer}."
     cut = Axis(HIDDEN, shape.hidden_size)
@@ -196,7 +194,7 @@ def layer_rules(
 
 
 def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:
-    """Axis 0 of linear_qkv (group by group: queries, key, value), and axis 1 of linear_proj."""
+    """Return axis 0 of linear_qkv (by group: queries, key, value) and axis 1 of linear_proj."""
     size, per_group = shape.kv_channels, shape.heads_per_group
     if head_unit == QUERY_HEAD:
         number = shape.num_attention_heads
@@ -208,7 +206,7 @@ def _head_axes(shape: ModelShape, head_unit: str) -> tuple[Axis, Axis]:
 
 
 def outer_rules(shape: ModelShape) -> tuple[ParamRule, ...]:
-    """The rules outside the transformer layers: embedding, final norm and output head."""
+    """Return the rules outside the transformer layers: embedding, final norm, output head."""
     vocabulary = Axis(None, shape.vocab_size, parallel=True)
     residual = Axis(HIDDEN, shape.hidden_size, scaled=True)
     rules = [
@@ -223,7 +221,7 @@ def outer_rules(shape: ModelShape) -> tuple[ParamRule, ...]:
 
 
 def param_rules(shape: ModelShape, head_unit: str = QUERY_GROUP) -> Iterator[ParamRule]:
-    """Every parameter of a model: embedding, layers, final norm, output head."""
+    """Yield the rules of a model in the order embedding, layers, final norm, output head."""
     embedding, *rest = outer_rules(shape)
     yield embedding
     for layer in range(shape.num_layers):

@@ -15,8 +15,13 @@ from megashear.config.schema import ModelShape, RunConfig
 from megashear.model.masked_weights import MaskedWeights
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import expected_parameter_count, parameter_count
-from megashear.pruning.extract import format_off_target, off_target
-from megashear.pruning.lagrangian import Lagrangian, constraint_targets, constraints
+from megashear.pruning.lagrangian import (
+    Lagrangian,
+    constraint_targets,
+    constraints,
+    format_off_target,
+    off_target,
+)
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.pruning.table import HIDDEN
 from megashear.training.optimizer import WeightOptimizer

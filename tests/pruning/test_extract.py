@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megashear.config.schema import QUERY_GROUP, QUERY_HEAD, ModelShape, TargetShape
 from megashear.errors import CheckpointError
-from megashear.pruning.extract import extract, format_off_target, off_target, uniform_shape
+from megashear.pruning.extract import extract, uniform_shape
+from megashear.pruning.lagrangian import format_off_target, off_target
 from megashear.pruning.masks import Masks, resolve_target
 from megashear.pruning.table import MASK_KINDS, mask_sizes, param_rules
 from tests.support.reference_llama import forward, random_masks, random_weights
