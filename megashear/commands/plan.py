@@ -33,7 +33,7 @@ examples:
   megashear plan --source models/llama2-7b --size 1.3B --tensor 8
   megashear plan --source models/llama2-7b --memory 2GiB --precision int4
 
-Ends with status 1 where a run fits in no layout.
+The exit status is 1 if a run fits in no layout.
 """
 _FREE = {"platform.layers": "auto", "platform.kernels": "auto", "platform.loader": "torch"}
 """What need not be installed where a plan is made."""
@@ -54,28 +54,36 @@ def add(commands: Any) -> None:
         "runs",
         nargs="*",
         metavar="CONFIG",
-        help="YAML files of runs or of a chain, then key.sub=value for all",
+        help="YAML files of runs, or of a chain; then overrides key.sub=value for all of them",
     )
     names = ", ".join(gpu.name for gpu in GPUS)
-    add_option("--gpus", default="8", help="of the run, or of each: 8,16 (default: 8)")
+    add_option("--gpus", default="8", help="number of GPUs, or one for each run: 8,16 (default: 8)")
     add_option("--gpu", default="h100-80gb", help=f"{names} (default: h100-80gb)")
     add_option("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add_option("--network", type=float, default=200, metavar="GBIT", help="Gbit/s from a GPU to "
                "other nodes (default: 200)")  # fmt: skip
-    add_option("--mfu", type=float, default=0.3, help="share of a GPU's peak that arithmetic "
-               "reaches (default: 0.3, as published); a run's log says what it was")  # fmt: skip
-    add_option("--reserve", type=float, default=0.1, help="share of a GPU's memory to leave free, "
-               "for what is not modelled (default: 0.1)")  # fmt: skip
+    add_option("--mfu", type=float, default=0.3, help="fraction of a GPU's peak that "
+               "arithmetic reaches (default: 0.3, as published); a run logs its own")  # fmt: skip
+    add_option("--reserve", type=float, default=0.1, help="fraction of a GPU's memory to leave "
+               "free for what is not modelled (default: 0.1)")  # fmt: skip
     add_option("--source-shape", type=Path, metavar="FILE", help="sizes (YAML) or config.json of "
-               "the source, where init_from is not here yet")  # fmt: skip
+               "the source, if init_from does not exist yet")  # fmt: skip
     sizes = parser.add_argument_group("target shapes")
-    sizes.add_argument("--source", metavar="DIR", help="of the model to prune, or a config.json")
-    sizes.add_argument("--size", metavar="N", help="parameters: 1.3B, 370M")
-    sizes.add_argument("--memory", metavar="BYTES", help="of the weights: 4GiB, 700MB")
-    sizes.add_argument("--precision", choices=("bf16", "int4"), default="bf16", help="of --memory")
-    sizes.add_argument("--kv-cache", metavar="BYTES", help="a token, at bf16: 64KiB")
+    sizes.add_argument(
+        "--source", metavar="DIR", help="directory or config.json of the model to prune"
+    )
+    sizes.add_argument("--size", metavar="N", help="wanted parameters: 1.3B, 370M")
+    sizes.add_argument(
+        "--memory", metavar="BYTES", help="wanted memory of the weights: 4GiB, 700MB"
+    )
+    sizes.add_argument(
+        "--precision", choices=("bf16", "int4"), default="bf16", help="precision for --memory"
+    )
+    sizes.add_argument(
+        "--kv-cache", metavar="BYTES", help="wanted keys and values per token, in bf16: 64KiB"
+    )
     sizes.add_argument("--tensor", type=int, metavar="N", help="tensor-parallel ranks that "
-                       "the target must divide by (default: those of 8 come first)")  # fmt: skip
+                       "must divide the target (default: those by 8 first)")  # fmt: skip
     add_option("--json", action="store_true", help="print JSON")
     # A number with a unit is no option either: argparse takes -1 for a value, and not -1KiB.
     parser._negative_number_matcher = re.compile(r"-\.?\d")
@@ -134,7 +142,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     if not found:
         _wrong("--gpu", f"= {args.gpu} is none of {', '.join(gpu.name for gpu in GPUS)}")
     if not 0 < args.mfu <= 1 or not 0 <= args.reserve < 1:
-        _wrong("--mfu, --reserve", "are shares: between 0 and 1")
+        _wrong("--mfu, --reserve", "are fractions: between 0 and 1")
     if args.gpus_per_node < 1 or not 0 < args.network < math.inf:
         _wrong("--gpus-per-node, --network", "must be numbers above 0")
     return Cluster(found[0], args.gpus_per_node, args.network * 1e9 / 8, args.mfu)

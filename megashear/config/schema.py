@@ -1,6 +1,6 @@
-"""The fields of a run's YAML file, as frozen dataclasses; a field's comment is its documentation.
+"""The fields of a run's YAML file, as frozen dataclasses; the comment of a field documents it.
 
-Nothing is checked here beyond what a single value can say of itself: `validate` looks at the whole.
+Nothing is checked here; `validate` does that.
 This module imports only the standard library.
 """
 
@@ -20,10 +20,11 @@ ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """How rotary embeddings are stretched over longer texts, in config.json's terms.
+    """How rotary embeddings are scaled to longer sequences, in config.json's terms.
 
-    `dynamic` acts beyond `max_position_embeddings` only, which no text here is; of `llama3`,
-    Megatron-Core knows low_freq_factor 1, high_freq_factor 4 and 8192 original positions alone.
+    `dynamic` acts only beyond `max_position_embeddings`, which no sequence here exceeds. Of
+    `llama3`, Megatron-Core supports only low_freq_factor 1, high_freq_factor 4 and 8192 original
+    positions.
     """
 
     rope_type: str  # linear | dynamic | llama3 | yarn
@@ -86,7 +87,7 @@ class TargetShape:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How the masks are learned (DESIGN section 3; defaults are the paper's)."""
+    """How the masks are learned (docs/masks.md); defaults are the paper's."""
 
     sparsity_warmup_steps: int = 640  # steps over which the target sparsity rises from 0
     mask_lr: float = 1.0  # at its peak, on the schedule of optimizer.lr
@@ -114,7 +115,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Domains and the rule by which their weights move (DESIGN section 4)."""
+    """Domains and the rule by which their weights move (docs/data-design.md)."""
 
     seq_length: int = 4096  # tokens
     rule: str = "paper"  # paper | reference_code | constant
@@ -137,7 +138,7 @@ class EvaluationConfig:
 
     interval: int = 50  # steps
     # Of validation text, at most, at each evaluation. The paper's 500 would add 74% to the
-    # computation of pruning, 32 add 4.7% (docs/design.md, section 4).
+    # computation of pruning, 32 add 4.7%.
     sequences_per_domain: int = 32
     masks: str = "current"  # current | target: which deterministic masks, in stage prune
 
@@ -172,7 +173,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is laid over processes; what is left over is data parallel."""
+    """How the model is split over processes; the remaining factor is data parallelism."""
 
     tensor: int = 1  # ranks that share each layer
     sequence: bool = False  # split what tensor parallelism repeats (norms, residual) by tokens
@@ -192,7 +193,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class PlatformConfig:
-    """Where the run stands. `auto` takes the best that is there and says which."""
+    """What the run computes on. `auto` takes the best that is available and logs its choice."""
 
     device: str = "auto"  # auto | cpu | cuda
     layers: str = "auto"  # auto | torch | transformer_engine
@@ -209,7 +210,7 @@ class PlatformConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Views of a run beside metrics.jsonl, which has every record in any case."""
+    """Views of a run in addition to metrics.jsonl, which always has every record."""
 
     tensorboard: bool = False  # event files in the run directory
     wandb: str = "disabled"  # disabled | offline (in the run directory, for `wandb sync`) | online

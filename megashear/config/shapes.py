@@ -1,6 +1,6 @@
 """Rules for sizes: model, source, target and batch against each other and the parallel layout.
 
-Part of `validate`, which see. Imports `schema` and `values` only.
+`validate.problems` applies them. Imports `schema` and `values` only.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ def shape_problems(
 
 
 def allowed_layouts(shape: ModelShape) -> dict[str, list[int]]:
-    """Sizes of the parallel layout that a model's shape allows, by kind; it sets no others.
+    """Return the sizes of the parallel layout that a model's shape allows, by kind.
 
-    Of `pipeline` they are the stages times the chunks of each (virtual stages).
+    `pipeline` is the number of stages times the chunks per stage (virtual stages).
     """
     split = math.gcd(*(getattr(shape, name) for name in _split_sizes(shape)))
     return {"tensor": divisors(split), "pipeline": _stages(shape)}
 
 
 def _split_sizes(shape: ModelShape) -> tuple[str, ...]:
-    """Names of the sizes that tensor parallelism splits evenly; the vocabulary is padded."""
+    """Return the sizes that tensor parallelism splits evenly; the vocabulary is padded."""
     grouped = shape.num_query_groups != shape.num_attention_heads
     heads = "num_query_groups" if grouped else "num_attention_heads"
     return heads, "ffn_hidden_size"
 
 
 def _stages(shape: ModelShape) -> list[int]:
-    """Pipeline stages times chunks that get the same number of layers each."""
+    """Return the products of stages and chunks that get the same number of layers each."""
     return divisors(shape.num_layers)
 
 
@@ -79,16 +79,16 @@ def _biases(run: CheckContext) -> Iterator[Problem]:
 
 
 def _rotary_scaling(run: CheckContext) -> Iterator[Problem]:
-    """What Megatron-Core has of rotary embeddings for longer texts."""
+    """Megatron-Core supports this scaling of rotary embeddings."""
     scaling = run.config.model.rotary_scaling if run.config.model is not None else None
     if scaling is None:
         return
     original, factor = scaling.original_max_position_embeddings, scaling.attention_factor
     if scaling.rope_type == "llama3" and original != 8192:
-        text = f"= {show(original)}: of llama3, Megatron-Core knows 8192 alone. Write that"
+        text = f"= {show(original)}: Megatron-Core supports llama3 with 8192 only. Write that"
         yield "model.rotary_scaling.original_max_position_embeddings", text
     if scaling.rope_type == "yarn" and original is None:
-        text = "is missing: yarn needs the positions that the base and no factor were made for"
+        text = "is missing: yarn needs the positions that the model had before scaling"
         yield "model.rotary_scaling.original_max_position_embeddings", text
     if 0 < scaling.factor < 1:
         yield "model.rotary_scaling.factor", f"= {scaling.factor:g} must be >= 1"
@@ -120,7 +120,7 @@ def _target(run: CheckContext) -> Iterator[Problem]:
 
 
 def _heads_together(run: CheckContext, source: ModelShape) -> tuple[int, str]:
-    """The number that heads are pruned by, and what it is of the source."""
+    """Return the number that heads are pruned in multiples of, and its meaning in the source."""
     groups, per_group = source.num_query_groups, source.heads_per_group
     if run.config.pruning.head_unit == QUERY_HEAD and per_group > 1:
         return groups, f"{groups} query groups, each of which keeps the same number of heads"
@@ -128,7 +128,7 @@ def _heads_together(run: CheckContext, source: ModelShape) -> tuple[int, str]:
 
 
 def _head_unit(run: CheckContext) -> Iterator[Problem]:
-    """Single query heads can be pruned where several share a key and value."""
+    """Single query heads can be pruned only if several share a key and value."""
     source, head_unit = run.source, run.config.pruning.head_unit
     if run.config.stage != "prune" or source is None or source.heads_per_group > 1:
         return
@@ -138,7 +138,7 @@ def _head_unit(run: CheckContext) -> Iterator[Problem]:
 
 
 def _tensor_parallel(run: CheckContext) -> Iterator[Problem]:
-    """What tensor parallelism splits evenly divides by its ranks, in source and target."""
+    """The sizes that tensor parallelism splits divide by its ranks, in source and target."""
     tensor = run.config.parallel.tensor
     axes = list(_split_axes(run))
     if tensor < 2 or not axes or min(size for *_, size in axes) < 1:
@@ -152,7 +152,7 @@ def _tensor_parallel(run: CheckContext) -> Iterator[Problem]:
 
 
 def _split_axes(run: CheckContext) -> Iterator[tuple[str, str, int]]:
-    """(path, beginning of the message, size) of what tensor parallelism splits evenly."""
+    """Yield (path, start of the message, size) of what tensor parallelism splits evenly."""
     config, source, shape = run.config, run.source, _trained(run)
     if shape is not None:
         for name in _split_sizes(shape):
@@ -194,7 +194,7 @@ def _pipeline(run: CheckContext) -> Iterator[Problem]:
 
 
 def _sequence(run: CheckContext) -> Iterator[Problem]:
-    """What shares a sequence divides it evenly, and sequence parallelism has ranks to split over.
+    """Ranks that split a sequence divide it, and sequence parallelism has ranks to split over.
 
     Context parallelism gives each rank two blocks, one from either end of the sequence.
     """
@@ -215,7 +215,7 @@ def _sequence(run: CheckContext) -> Iterator[Problem]:
 
 
 def _overlap(run: CheckContext) -> Iterator[Problem]:
-    """Gathering weights behind the forward pass is the distributed optimizer's."""
+    """Only the distributed optimizer gathers weights during the forward pass."""
     parallel = run.config.parallel
     missing = [
         f"parallel.{name}"
@@ -228,7 +228,7 @@ def _overlap(run: CheckContext) -> Iterator[Problem]:
 
 
 def _trained(run: CheckContext) -> ModelShape | None:
-    """The shape that the run trains, where it is known."""
+    """Return the shape that the run trains, if it is known."""
     return run.config.model if run.config.stage == "pretrain" else run.source
 
 
@@ -241,7 +241,7 @@ def _positions(run: CheckContext) -> Iterator[Problem]:
 
 
 def _context(run: CheckContext) -> Iterator[Problem]:
-    """What the layers of a model cannot do where ranks share a sequence."""
+    """Limits of the layers if ranks split a sequence."""
     config, shape = run.config, _trained(run)
     context = config.parallel.context
     if shape is None or context < 2:
@@ -249,7 +249,7 @@ def _context(run: CheckContext) -> Iterator[Problem]:
     scaling, window = shape.rotary_scaling, shape.sliding_window
     yarn = scaling is not None and scaling.rope_type == "yarn"
     original = scaling.original_max_position_embeddings if scaling is not None else None
-    # Megatron-Core makes yarn's embeddings of these positions, and shares them out, when it starts.
+    # Megatron-Core computes yarn's embeddings of these positions and splits them when it starts.
     if yarn and original and original % (2 * context):
         text = f"= {context}: the {original} original positions of the model's yarn embeddings "
         yield "parallel.context", text + f"are not divisible by {2 * context}"
@@ -259,7 +259,7 @@ def _context(run: CheckContext) -> Iterator[Problem]:
 
 
 def _packed_documents(run: CheckContext) -> Iterator[Problem]:
-    """Transformer Engine splits a sequence over ranks without a mask."""
+    """Transformer Engine cannot split a sequence with a mask over ranks."""
     context, layers = run.config.parallel.context, run.config.platform.layers
     if run.config.data.reset_attention_mask and context > 1 and layers != "torch":
         text = f"= true with parallel.context = {context} needs platform.layers = 'torch'"
@@ -283,7 +283,7 @@ def _world(run: CheckContext) -> Iterator[Problem]:
 def _batches(run: CheckContext) -> Iterator[Problem]:
     """A global batch is whole micro-batches on every data-parallel rank, in rounds of the stages.
 
-    Without a number of processes, one data-parallel rank is the least that there can be.
+    If the number of processes is unknown, one data-parallel rank is assumed.
     """
     trainer, parallel = run.config.trainer, run.config.parallel
     batch, micro = trainer.global_batch_size, trainer.micro_batch_size

@@ -1,8 +1,8 @@
-"""What must hold between the fields of a run, each broken rule with its field, value and way out.
+"""The rules between the fields of a run; a broken rule is reported with field, value and fix.
 
-`problems` is the whole of it: a list of small checks, each of which yields (path, message) pairs.
+`problems` runs a list of small checks, each of which yields (path, message) pairs.
 Imports the standard library and `schema` only; never torch or Megatron, so that a run is refused
-within a second. Optional packages are looked for, not imported.
+within a second. Optional packages are searched for, not imported.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _BOUNDS: dict[str, tuple[str, ...]] = {  # rule -> fields
     "< 1": ("target_sparsity", "optimizer.adam_beta1", "optimizer.adam_beta2"),
 }
 _NUMBERS = {int: ">= 1", float: "> 0"}
-"""What holds for every number but those that may be 0."""
+"""The rule for every number, except those that may be 0."""
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -186,7 +186,7 @@ def _domain_weights(run: CheckContext) -> Iterator[Problem]:
 
 
 def _weight_bounds(run: CheckContext) -> Iterator[Problem]:
-    """Each weight begins within its bounds, and there are weights within all bounds."""
+    """Each weight starts within its bounds, and some weights satisfy all bounds."""
     domains = run.config.data.domains
     for index, domain in enumerate(domains):
         if domain.first_sample < 0:
@@ -200,9 +200,9 @@ def _weight_bounds(run: CheckContext) -> Iterator[Problem]:
             yield f"data.domains[{index}].weight", text
     least, most = (sum(getattr(d, name) for d in domains) for name in ("min_weight", "max_weight"))
     if least > 1 + 1e-9:
-        yield "data.domains", f"min_weight sums to {least:.6g}; at most 1 can be kept to"
+        yield "data.domains", f"min_weight sums to {least:.6g}; at most 1 is possible"
     if domains and most < 1 - 1e-9:
-        yield "data.domains", f"max_weight sums to {most:.6g}; at least 1 can be kept to"
+        yield "data.domains", f"max_weight sums to {most:.6g}; at least 1 is needed"
 
 
 def _references(run: CheckContext) -> Iterator[Problem]:
@@ -232,7 +232,7 @@ def _data_files(run: CheckContext) -> Iterator[Problem]:
             if absent:
                 text = f"= {show(prefix)}: no file {either(absent)}. "
                 suffixed = prefix.endswith((".bin", ".idx"))
-                text += "Leave the suffix away" if suffixed else "Write it by `megashear tokenize`"
+                text += "Leave out the suffix" if suffixed else "Write it by `megashear tokenize`"
                 yield f"data.domains[{index}].{name}", text
 
 
@@ -248,14 +248,14 @@ def _paths(run: CheckContext) -> Iterator[Problem]:
 
 
 def _packages(run: CheckContext) -> Iterator[Problem]:
-    """What is asked for by name is installed, and can run on the device asked for."""
+    """Packages that are asked for by name are installed and can run on the device."""
     platform = run.config.platform
     asked = []
     if platform.layers == "transformer_engine":
         install = "Install it by `pip install megashear[te]`"
         asked.append(("layers", "transformer_engine", "Transformer Engine", install))
     if platform.kernels == "apex":
-        # By its compiled kernels: the package index has something else under the name of apex.
+        # Its compiled kernels identify it: the package index has another project named apex.
         asked.append(("kernels", "amp_C", "NVIDIA's Apex", "Build it from its sources"))
     for name, module, title, install in asked:
         if platform.device == "cpu":

@@ -1,4 +1,4 @@
-"""Values of a configuration as checks see them: problems, faulty values, and how both are worded.
+"""Values of a configuration as checks see them: problems, faulty values, and their wording.
 
 Imports the standard library and `schema` only; never torch or Megatron.
 """
@@ -12,21 +12,21 @@ from typing import Any, get_args, get_origin, get_type_hints
 from megashear.config.schema import ModelShape, RunConfig
 
 Problem = tuple[str, str]
-"""Path of the field, and what is wrong with it together with the way out."""
+"""Path of a field, and what is wrong with it and how to fix it."""
 
 PRUNED_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-"""The sizes that pruning changes."""
+"""Sizes that pruning changes."""
 
 
 class Unreadable(Exception):
-    """A check touched a value that could not be read; the loader has reported it already."""
+    """A check used a value that could not be read; the loader has already reported it."""
 
 
 class Faulty:
-    """Stands for a value that could not be read: the check that uses it ends there.
+    """Stands for a value that could not be read, and ends any check that uses it.
 
-    Without it a wrong `trainer.steps` would either hide every other problem of the file or, with a
-    default in its place, bring forth problems that are not there.
+    Otherwise a wrong `trainer.steps` would hide every other problem of the file or, with a default
+    in its place, cause problems that the file does not have.
     """
 
     def _end_check(self, *_: object) -> Any:
@@ -42,20 +42,20 @@ FAULTY: Any = Faulty()
 
 @dataclass(frozen=True)
 class CheckContext:
-    """All that checks look at."""
+    """What checks look at."""
 
     config: RunConfig
-    source: ModelShape | None  # the shape at init_from, where it is known
-    world_size: int | None  # processes of the run, where they are known
-    check_files: bool  # whether data files and checkpoints have to be there
+    source: ModelShape | None  # the shape at init_from, if it is known
+    world_size: int | None  # processes of the run, if they are known
+    check_files: bool  # whether data files and checkpoints must exist
 
 
 Check = Callable[[CheckContext], Iterator[Problem]]
-"""A rule: what it finds wrong with a run."""
+"""A rule; it yields the problems that it finds."""
 
 
 def show(value: object) -> str:
-    """A value as it would stand in the YAML file, cut to one short line."""
+    """Return a value as in the YAML file, cut to one short line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -74,7 +74,7 @@ def either(options: Sequence[object]) -> str:
 
 
 def options(cls: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, type) of every option below a dataclass, those of lists left out."""
+    """Yield (dotted path, type) of every option below a dataclass, except those in lists."""
     for name, hint in get_type_hints(cls).items():
         kind = hint if get_origin(hint) is None else get_args(hint)[0]  # X | None
         if not is_dataclass(kind):
@@ -84,7 +84,7 @@ def options(cls: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def field(config: RunConfig, path: str) -> Any:
-    """The value at a dotted path; None below a section that is not given."""
+    """Return the value at a dotted path; None below a section that is not given."""
     value: Any = config
     for name in path.split("."):
         value = None if value is None else getattr(value, name)
@@ -92,7 +92,7 @@ def field(config: RunConfig, path: str) -> Any:
 
 
 def given(config: RunConfig, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """(path, value) of the fields that are given and could be read."""
+    """Yield (path, value) of the fields that are given and could be read."""
     for path in paths:
         try:
             value = field(config, path)
@@ -103,11 +103,11 @@ def given(config: RunConfig, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def divisors(number: int) -> list[int]:
-    """Divisors up to 1024: as advice, more than any cluster has use for."""
+    """Return the divisors up to 1024; as advice, larger ones are of no use."""
     return [n for n in range(1, min(number, 1024) + 1) if number % n == 0]
 
 
 def multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `number`: `8 or 12`."""
+    """Return the multiples of `unit` on both sides of `number`: `8 or 12`."""
     below = number // unit * unit
     return either([n for n in (below, below + unit) if n > 0])

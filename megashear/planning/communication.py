@@ -1,9 +1,9 @@
-"""What a rank sends in a step, collective by collective (docs/design.md, section "Planning").
+"""The bytes that a rank sends in a step, collective by collective (docs/planning.md).
 
-Exact for what runs on CPU processes (torch layers, Megatron-Core's schedules and data parallelism),
-but for sums of a few numbers, and the padding of buckets under the distributed optimizer:
-`benchmarks/scaling.py` and tests/planning/test_communication.py count it. Transformer Engine's
-attention over context ranks passes keys and values round in a ring, which is from its code.
+The counts are exact on CPU processes (torch layers, Megatron-Core's schedules, data parallelism),
+except for sums of a few numbers and the padding of buckets under the distributed optimizer:
+`benchmarks/scaling.py` and tests/planning/test_communication.py measure them. The ring in which
+Transformer Engine passes keys and values over context ranks is modelled from its code.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of a rank that are alike, or messages to another.
+    """Equal collectives, or messages, that a rank takes part in.
 
     Attributes:
         kind: one of KINDS: which parallelism needs it.
         collective: one of COLLECTIVES.
-        bytes: of the whole tensor, of one call.
+        bytes: size of the whole tensor of one call.
         count: calls in a step.
-        ranks: of the group.
-        stride: from one rank of the group to the next.
+        ranks: size of the group.
+        stride: distance from one rank of the group to the next.
         beside_products: begun beside a matrix product that does not wait for it.
     """
 
@@ -58,7 +58,7 @@ class Transfer:
 
 
 def transfers(setup: Setup, stage: int) -> list[Transfer]:
-    """Of a rank of a pipeline stage, counted from 0, in a step."""
+    """Return what a rank of a pipeline stage (counted from 0) sends in a step."""
     every = (
         *_tensor(setup, stage),
         *_context(setup),
@@ -70,7 +70,7 @@ def transfers(setup: Setup, stage: int) -> list[Transfer]:
 
 
 def _hidden(setup: Setup) -> float:
-    """Bytes of the residual stream of a micro-batch, not split."""
+    """Bytes of the residual stream of a micro-batch, before it is split."""
     return float(setup.element * setup.tokens * setup.shape.hidden_size)
 
 
@@ -84,11 +84,11 @@ def _sizes(setup: Setup, stage: int) -> Sizes:
 
 
 def _tensor(setup: Setup, stage: int) -> Iterator[Transfer]:
-    """Sums of what row-parallel weights give, and of the gradients that column-parallel ones give.
+    """Sums of the outputs of row-parallel weights and of the gradients of column-parallel ones.
 
-    Of a layer two each, of the embedding and the output head one. Under `sequence` a sum is a
-    scatter, and each linear gathers its input: column-parallel ones forward, and again for their
-    weight's gradient; row-parallel ones the gradient of their output.
+    A layer has two of each; the embedding and the output head have one. Under `sequence` a sum is a
+    reduce-scatter, and each linear layer gathers its input: column-parallel ones in the forward
+    pass and again for the gradient of their weight, row-parallel ones the gradient of their output.
     """
     parallel, count = setup.parallel, setup.micro_batches
     first, last = _ends(setup, stage)
@@ -117,9 +117,9 @@ def _tensor(setup: Setup, stage: int) -> Iterator[Transfer]:
 
 
 def _context(setup: Setup) -> Iterator[Transfer]:
-    """Keys and values of all context ranks; backward their gradients (and in a ring both)."""
+    """Keys and values of all context ranks, and their gradients (in a ring both)."""
     parallel, shape = setup.parallel, setup.shape
-    again = parallel.recompute != "none"  # both ways to recompute do attention anew
+    again = parallel.recompute != "none"  # both ways to recompute repeat attention
     calls = 2 * setup.layers * setup.micro_batches
     channels = shape.num_query_groups * shape.kv_channels / parallel.tensor
     local = setup.element * setup.tokens * channels
@@ -147,7 +147,7 @@ def _pipeline(setup: Setup, stage: int) -> Iterator[Transfer]:
 
 
 def _data(setup: Setup, stage: int) -> Iterator[Transfer]:
-    """Gradients are summed in fp32; with a distributed optimizer weights are gathered."""
+    """Sums of gradients in fp32; under the distributed optimizer, the gathering of weights."""
     parallel = setup.parallel
     number = _sizes(setup, stage).parameters
     group = (setup.data_size * parallel.context, parallel.tensor)
@@ -159,9 +159,9 @@ def _data(setup: Setup, stage: int) -> Iterator[Transfer]:
 
 
 def _masks(setup: Setup) -> Iterator[Transfer]:
-    """One sum of the gradients of all masks, over the ranks that each have a part of them.
+    """One sum of the gradients of all masks over the ranks that hold shards of the model.
 
-    Those are the ranks of a model; with a distributed optimizer all.
+    Under the distributed optimizer these are all ranks.
     """
     parallel = setup.parallel
     ranks = parallel.tensor * parallel.pipeline

@@ -23,7 +23,7 @@ OVERLAPPED = ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gat
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout, what it takes of a GPU, and how long its step is."""
+    """A layout, the memory of its GPUs, and the time of its step."""
 
     setup: Setup
     memory: Memory
@@ -31,12 +31,12 @@ class Layout:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs."""
+        """Throughput of all GPUs."""
         return self.setup.tokens_per_step / self.time.total
 
     @property
     def sent(self) -> dict[str, float]:
-        """Bytes that a rank of the last pipeline stage sends in a step, by what they are for."""
+        """Bytes that a rank of the last pipeline stage sends in a step, by kind."""
         sent = dict.fromkeys(KINDS, 0.0)
         for transfer in transfers(self.setup, self.setup.parallel.pipeline - 1):
             sent[transfer.kind] += transfer.sent
@@ -44,12 +44,12 @@ class Layout:
 
     @property
     def mask_overhead(self) -> float:
-        """What pruning adds to the time of a step, as a share of that without masks."""
+        """What masks add to the time of a step, as a fraction of a step without them."""
         return self.time.masks / (self.time.total - self.time.masks)
 
     @property
     def options(self) -> str:
-        """What makes a run have this layout, as overrides on the command line."""
+        """Overrides on the command line that give a run this layout."""
         names = ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "recompute")
         parallel, default = self.setup.parallel, ParallelConfig()
         values = [
@@ -61,14 +61,14 @@ class Layout:
 
 
 def usable_bytes(cluster: Cluster, reserve: float = RESERVE) -> float:
-    """Of a GPU's memory, what a plan may fill."""
+    """Return the memory of a GPU that a plan may fill."""
     return cluster.gpu.memory_gib * 2**30 * (1 - reserve)
 
 
 def layout_of(
     config: RunConfig, shape: ModelShape, gpus: int, cluster: Cluster, backend: str
 ) -> Layout:
-    """A configuration's own layout, which `config.validate` found good."""
+    """Return the layout of a configuration that `config.validate` accepts."""
     setup = setup_of(config, shape, gpus, backend)
     return Layout(setup, peak_memory(setup), step_time(setup, cluster))
 
@@ -76,7 +76,7 @@ def layout_of(
 def allowed(
     config: RunConfig, shape: ModelShape, gpus: int, cluster: Cluster, backend: str
 ) -> Iterator[Layout]:
-    """Every layout that the rules of a run allow, whether it fits or not."""
+    """Return every layout that the rules of a run allow, whether it fits or not."""
     for candidate in _candidates(config, shape, gpus, cluster.gpus_per_node):
         yield layout_of(candidate, shape, gpus, cluster, backend)
 
@@ -106,7 +106,7 @@ def _is_better(one: Layout, other: Layout) -> bool:
 def _candidates(
     config: RunConfig, shape: ModelShape, gpus: int, gpus_per_node: int
 ) -> Iterator[RunConfig]:
-    """Every layout that the configuration's rules allow, with each way to recompute."""
+    """Return every configuration that the rules allow, with each way to recompute."""
     allowed = allowed_layouts(shape)
     tensors = [n for n in allowed["tensor"] if n <= gpus_per_node and gpus % n == 0]
     stages = [n for n in allowed["pipeline"] if gpus % n == 0]

@@ -1,8 +1,8 @@
-"""Memory of a rank, part by part, by arithmetic (docs/design.md, section "Planning").
+"""The memory of a rank, computed part by part (docs/planning.md).
 
 Activations follow Korthikanti et al. 2022 (arXiv 2205.05198), for the tensors that these layers
-really keep for the backward pass: no scores of attention (flash kernels), no dropout. Measured
-against what runs allocate on CPUs by `benchmarks/memory_model.py`.
+keep for the backward pass: no attention scores (flash kernels), no dropout. The model is compared
+with what runs allocate on CPUs by `benchmarks/memory_model.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from megashear.hardware import BLOCK_ELEMENTS
 from megashear.planning.setup import CPU, TRANSFORMER_ENGINE, Setup, sizes_of_stage
 
 ERROR = 0.06
-"""Largest error of a rank's peak against measured ones, on CPUs (benchmarks/results)."""
+"""Largest relative error of a rank's peak against measured peaks on CPUs (benchmarks/results)."""
 ERROR_TEXT = f"within {ERROR:.0%} of measured peaks on CPUs; not measured on GPUs"
 
 RESERVE = 0.1
-"""Of a GPU's memory, for what is not modelled: CUDA's context, NCCL's buffers, workspaces of
-matrix products, fragmentation."""
+"""Fraction of a GPU's memory kept free for what is not modelled: CUDA's context, NCCL's buffers,
+workspaces of matrix products, fragmentation."""
 
 MASK_BYTES = 48
-"""Of a unit of the masks: log_alpha, its gradient, two moments, and what its sample keeps."""
+"""Bytes per unit of the masks: log_alpha, its gradient, two moments, and what sampling keeps."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,30 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    masks: float  # masks, factors, and the copy of scaled weights that is put aside
+    masks: float  # masks, scales, and the copy of scaled weights
     activations: float  # of all micro-batches in flight, and the gradients of a layer
     logits: float  # and what the loss and the gradient of the output head take
     buffers: float  # of communication, and temporary copies of the optimizer
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """The sum of all parts."""
         return float(sum(vars(self).values()))
 
 
 def peak_memory(setup: Setup) -> Memory:
-    """Of the rank that takes most: one of the first pipeline stage, or of the last."""
+    """Return the memory of the rank that needs most: in the first or the last pipeline stage."""
     stages = {0, setup.parallel.pipeline - 1}
     return max((stage_memory(setup, stage) for stage in sorted(stages)), key=lambda m: m.total)
 
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
-    """Of a rank of a pipeline stage, counted from 0."""
+    """Return the memory of a rank of a pipeline stage, counted from 0."""
     parallel, element, owners = setup.parallel, setup.element, setup.owners
     first, last = stage == 0, stage == parallel.pipeline - 1
     sizes = sizes_of_stage(setup.shape, parallel.tensor, setup.layers, first, last)
-    fp32_copy = 4 if setup.precision == "bf16" else 0  # beside two moments
-    # Copies of scaled weights are put aside where the optimizer has none of its own.
+    fp32_copy = 4 if setup.precision == "bf16" else 0  # in addition to two moments
+    # Scaled weights are copied unless the optimizer has a copy of its own.
     put_aside = 0 if setup.precision == "bf16" else 4 * sizes.scaled / owners
     device = "cpu" if setup.backend == CPU else "cuda"
     scratch = 4 * min(BLOCK_ELEMENTS[device], sizes.most_scaled / owners)  # of the chain rule
@@ -68,13 +68,13 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
         masks=(put_aside + scratch + MASK_BYTES * setup.masked_units) if setup.masked else 0,
         activations=kept + at_work,
         logits=logits,
-        # Beside activations, or, where more, in their place after the backward pass.
+        # In addition to activations, or after the backward pass in their place, if that is more.
         buffers=_communication(setup, stage) + max(0.0, after - inside),
     )
 
 
 def _after_backward(setup: Setup, parameters: int, largest: int) -> float:
-    """Temporary copies of the optimizer's step."""
+    """Bytes of temporary copies in the optimizer's step."""
     if setup.backend == TRANSFORMER_ENGINE:  # its fused Adam has none
         return 0.0
     if setup.backend == CPU:  # one parameter after another
@@ -83,7 +83,7 @@ def _after_backward(setup: Setup, parameters: int, largest: int) -> float:
 
 
 def _communication(setup: Setup, stage: int) -> float:
-    """What a stage receives into, and where sequence parallelism gathers."""
+    """Bytes of the buffers for pipeline messages and for what sequence parallelism gathers."""
     hidden = setup.element * setup.tokens * setup.shape.hidden_size
     messages = 2 * ((stage > 0) + (setup.parallel.virtual_pipeline > 1))
     return messages * hidden / _split(setup) + (hidden if setup.parallel.sequence else 0)
@@ -108,13 +108,13 @@ def _activations(setup: Setup, stage: int) -> tuple[float, float, float]:
         kept += in_flight * hidden * (1 - 1 / parallel.virtual_pipeline if last else 1)
     # Backward through a gated MLP: gradients of its output and of both its halves.
     at_work = hidden + 2 * element * tokens * setup.shape.ffn_hidden_size / parallel.tensor
-    if full:  # a layer is there once more, with its output
+    if full:  # a layer exists a second time, with its output
         x_kept = hidden if setup.precision == "fp32" or setup.backend != CPU else 0
         at_work += per_layer - x_kept + hidden
-    if parallel.sequence:  # what is gathered of all tokens
+    if parallel.sequence:  # gathered inputs of all tokens
         at_work += element * tokens * setup.shape.hidden_size
     embedding = element * _vocabulary(setup) * setup.shape.hidden_size
-    if stage == 0:  # its gradient, when all of a micro-batch is done
+    if stage == 0:  # its gradient, at the end of a micro-batch
         at_work = max(at_work, embedding + 2 * hidden - kept / in_flight)
     if setup.shape.tied_embeddings and parallel.pipeline == 1:  # that of the output head waits
         at_work += embedding
@@ -134,25 +134,25 @@ def layer_activations(setup: Setup) -> float:
     # The projection as a whole, whose values attention keeps; rotated queries and keys; output.
     attention = element * ((queries + 2 * keys) + (queries + keys) + queries)
     if context > 1 and setup.backend != TRANSFORMER_ENGINE:
-        # In their place keys and values of all ranks, gathered; outputs of both blocks, and joined.
+        # Instead: gathered keys and values of all ranks; outputs of both blocks, and joined.
         attention = element * (3 * queries + 2 * keys * context)
     if shape.qk_norm:
         attention += (_norm(setup) - element) * (queries + keys)
     if parallel.recompute != "selective":
         attention += 4 * shape.num_attention_heads / tensor  # log-sum-exp
     if setup.backend != TRANSFORMER_ENGINE:
-        # Cosines and sines, of queries and of keys, once for all sequences of the batch.
+        # Cosines and sines for queries and keys, once for all sequences of the batch.
         attention += element * 4 * shape.kv_channels / setup.micro_batch_size
     if setup.backend not in (CPU, TRANSFORMER_ENGINE) and setup.micro_batch_size > 1:
         attention += element * queries  # the output, in another order
-    # fc1 (gate and up) and the product; not compiled, the activated gate and the up half too.
+    # fc1 (gate and up) and the product; uncompiled also the activated gate and the up half.
     halves = 5 if setup.backend == CPU else 3
     mlp = element * halves * shape.ffn_hidden_size / tensor
     return tokens * (norms + attention + mlp)
 
 
 def _norm(setup: Setup) -> int:
-    """Bytes of a norm's input and output, an element; on a CPU of what is between as well."""
+    """Bytes per element of a norm's input and output; on a CPU also of its intermediate results."""
     if setup.backend != CPU:
         return 2 * setup.element
     return 3 * 4 if setup.precision == "fp32" else 4 + 4 + 2
@@ -164,10 +164,10 @@ def _vocabulary(setup: Setup) -> int:
 
 
 def _loss(setup: Setup, hidden: float) -> float:
-    """Bytes of the end of a model, at the larger of two moments.
+    """Bytes at the end of the model, at the larger of two moments.
 
-    In the loss: logits, and their fp32 copy where they are bf16. In the output head's backward
-    pass: the gradients of logits, of its weight, and of what came in.
+    In the loss: logits, and their fp32 copy if they are bf16. In the backward pass of the output
+    head: the gradients of the logits, of its weight and of its input.
     """
     shape, tokens, element = setup.shape, setup.tokens, setup.element
     vocabulary = _vocabulary(setup)

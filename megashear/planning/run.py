@@ -30,13 +30,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the chain, and what is known of it before it runs.
+    """A run, and what is known of it before it runs.
 
     Attributes:
-        config: as it stands in its file.
-        shape: of the model that it trains.
-        gpus: of the run.
-        domains: their number; 0 where it is not known.
+        config: the configuration in its file.
+        shape: shape of the model that it trains.
+        gpus: number of GPUs.
+        domains: number of domains; 0 if it is unknown.
     """
 
     config: RunConfig
@@ -46,7 +46,7 @@ class PlannedRun:
 
     @property
     def target(self) -> ModelShape | None:
-        """The shape that masks lead to."""
+        """The shape that the run prunes to; None without a target shape."""
         wanted = self.config.target
         if self.config.stage != "prune" or wanted is None:
             return None
@@ -61,13 +61,13 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        """That it trains on."""
+        """Tokens that the run trains on."""
         trainer = self.config.trainer
         return trainer.steps * trainer.global_batch_size * self.config.data.seq_length
 
     @property
     def backend(self) -> str:
-        """What computes on GPUs: `auto` stands for Transformer Engine."""
+        """The layers on GPUs: `auto` stands for Transformer Engine."""
         return TORCH if self.config.platform.layers == "torch" else TRANSFORMER_ENGINE
 
     def evaluation_cost(self) -> float:
@@ -76,12 +76,12 @@ class PlannedRun:
         return self.config.evaluation_cost(sequences)
 
     def hours(self, layout: Layout) -> float:
-        """Of training and evaluations."""
+        """Return the hours of training and evaluations."""
         seconds = self.config.trainer.steps * layout.time.total
         return seconds * (1 + self.evaluation_cost()) / 3600
 
     def disk_bytes(self) -> dict[str, int]:
-        """Of what lies on disk, at most."""
+        """Return the most bytes that the run's files take, by kind."""
         bf16 = self.config.platform.precision_on(cuda=True) == "bf16"
         element, moments = (2, 12) if bf16 else (4, 8)  # with bf16, fp32 weights as well
         number = parameter_count(self.shape)
@@ -97,13 +97,13 @@ class RunPlan:
     """A run in its own layout and in others.
 
     Attributes:
-        run: what is planned.
-        cluster: where.
-        problems: why its own layout cannot be; then there is no `configured`.
+        run: the run.
+        cluster: the machines.
+        problems: why it cannot run as configured; then `configured` is None.
         configured: its own layout.
-        layouts: others that fit, fastest first.
-        least: of all that the rules allow, the one that takes least memory; None where none does.
-        reserve: share of a GPU's memory that is left free.
+        layouts: layouts that fit, fastest first.
+        least: the layout that needs least memory of all that may run; None if none may.
+        reserve: fraction of a GPU's memory that is left free.
     """
 
     run: PlannedRun
@@ -116,23 +116,23 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the configured layout does."""
+        """Whether the configured layout fits."""
         own = self.configured
         return own is not None and own.memory.total <= usable_bytes(self.cluster, self.reserve)
 
     @property
     def chosen(self) -> Layout | None:
-        """The layout that totals are of: its own if it fits, else the fastest that does."""
+        """The layout for the totals: its own if it fits, else the fastest that does."""
         return self.configured if self.fits else next(iter(self.layouts), None)
 
     @property
     def why_none(self) -> str | None:
-        """What leaves no layout that fits; None where one does."""
+        """Why no layout fits; None if one does."""
         batch, least = self.run.config.trainer.global_batch_size, self.least
         if self.layouts:
             return None
         if least is None:
-            text = f"trainer.global_batch_size = {batch} cannot be shared evenly by"
+            text = f"trainer.global_batch_size = {batch} cannot be split evenly over"
             text += f" {self.run.gpus:,} GPUs, however the model is split"
             return f"{text}. Take fewer GPUs, or another batch"
         total, part = least.memory.total / GIB, max(asdict(least.memory).items(), key=itemgetter(1))
@@ -140,7 +140,7 @@ class RunPlan:
         return f"{text} ({least.options}). Take more GPUs, or larger ones"
 
     def facts(self) -> dict[str, Any]:
-        """All that is known, as plain values: what --json prints, and the text is made of."""
+        """Return the plan as plain values: `--json` prints them, and the text is made from them."""
         run = self.run
         return {
             "stage": run.config.stage,

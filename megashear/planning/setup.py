@@ -1,4 +1,4 @@
-"""What a plan is made for: a model in a layout, on one rank. Imports config and pruning only."""
+"""A model in a layout, as a plan sees it. Imports config and pruning only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from megashear.config.schema import ModelShape, ParallelConfig, RunConfig
 from megashear.pruning.table import ParamRule, layer_rules, mask_sizes, outer_rules
 
 CPU, TORCH, TRANSFORMER_ENGINE = BACKENDS = ("cpu", "torch", "transformer_engine")
-"""What computes: torch layers on a CPU (norms in several operations), torch layers or Transformer
-Engine's on a GPU."""
+"""Layers: torch on a CPU (norms in several operations), torch or Transformer Engine on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,14 @@ class Setup:
     """One layout of a run.
 
     Attributes:
-        shape: of the model that is trained.
+        shape: shape of the trained model.
         parallel: the layout.
         data_size: data-parallel ranks.
         seq_length: tokens of a sequence.
-        micro_batch_size: sequences.
-        micro_batches: of a data-parallel rank in a step.
+        micro_batch_size: sequences of a micro-batch.
+        micro_batches: micro-batches of a data-parallel rank in a step.
         masked: whether masks are trained too (stage prune).
-        masked_units: of the masks, for the whole model.
+        masked_units: units of all masks of the model.
         backend: one of BACKENDS.
         precision: bf16 | fp32.
     """
@@ -60,18 +59,18 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on one context-parallel rank."""
+        """Tokens of a micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_length // self.parallel.context
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens of all ranks in a step."""
         sequences = self.data_size * self.micro_batches * self.micro_batch_size
         return sequences * self.seq_length
 
 
 def setup_of(config: RunConfig, shape: ModelShape, gpus: int, backend: str) -> Setup:
-    """The layout of a configuration that `config.validate` found good for so many GPUs."""
+    """Return the layout of a configuration that `config.validate` accepts for this many GPUs."""
     parallel, trainer = config.parallel, config.trainer
     data_size = gpus // parallel.model_ranks
     sizes = mask_sizes(shape, config.pruning.head_unit).values()
@@ -94,12 +93,12 @@ class Sizes:
     """Parameters of a rank.
 
     Attributes:
-        parameters: all.
+        parameters: all parameters.
         scaled: those that masks scale.
-        largest: of the largest.
-        most_scaled: of all layers' parameters of one name that masks scale, the most.
-        replicated: those that are whole on every tensor-parallel rank.
-        qk_norms: of them, in the norms of queries and keys.
+        largest: those of the largest tensor.
+        most_scaled: the most that tensors of one name have in all layers, if masks scale them.
+        replicated: those that every tensor-parallel rank holds whole.
+        qk_norms: those in the norms of queries and keys, which are replicated.
     """
 
     parameters: int
@@ -115,11 +114,11 @@ def sizes_of_stage(shape: ModelShape, tensor: int, layers: int, first: bool, las
     """Parameters that a rank of a pipeline stage holds.
 
     Args:
-        shape: of the whole model.
+        shape: shape of the whole model.
         tensor: tensor-parallel ranks.
-        layers: of the stage.
+        layers: layers of the stage.
         first: whether it has the embedding.
-        last: whether it has the output head: of tied embeddings a copy, unless it has them.
+        last: whether it has the output head; with tied embeddings, a copy of the embedding.
     """
     embedding, norm, *head = outer_rules(shape)
     rules = [(rule, layers) for rule in layer_rules(shape, 0)]

@@ -21,16 +21,16 @@ from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
 
 TOLERANCE = {"size": (0.96, 1.04), "memory": (0.94, 1.0), "kv-cache": (0.75, 1.0)}
-"""A proposal's figure over the wanted one; what is a limit is never exceeded."""
+"""Range of a proposal's figure over the wanted one; a limit is never exceeded."""
 USUAL_FFN = (2, 6)
-"""Feed-forward over hidden size: of the known shapes 2.6 to 5.9."""
+"""Range of the intermediate over the hidden size; known shapes have 2.6 to 5.9."""
 INT4_BYTES = 0.5 + 2 / 128
-"""Of a weight of the layers: four bits, and a 16-bit scale for 128 of them. Embedding and head stay
-in bf16, as common 4-bit formats leave them."""
+"""Bytes per weight of the layers: four bits, and a 16-bit scale for 128 of them. Embedding and head
+stay in bf16, as in common 4-bit formats."""
 APART = 1.1
-"""Ratio by which proposals differ at least, in depth or in width."""
+"""Least ratio of two proposals, in depth or in width."""
 TENSOR = 8
-"""Tensor-parallel ranks that a target should divide by; what divides by fewer comes later."""
+"""Tensor-parallel ranks that a target should divide by; targets that do not are ranked lower."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Known:
 
 
 def _ungated(name: str, billions: float, layers: int, hidden: int) -> Known:
-    """Of the GPT-NeoX architecture: feed-forward of 4 times the hidden size, two matrices."""
+    """A GPT-NeoX model: its feed-forward has 4 times the hidden size and two matrices."""
     return Known(name, billions, layers, hidden, hidden, 4 * hidden * 2 / 3)
 
 
@@ -73,12 +73,12 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for: one figure, and at most so many bytes of keys and values a token.
+    """The wanted figure, and a limit for the bytes of keys and values per token.
 
     Attributes:
-        kind: size (parameters) | memory (bytes of weights) | kv-cache (bytes a token, at bf16).
+        kind: size (parameters) | memory (bytes of weights) | kv-cache (bytes per token, in bf16).
         wanted: the figure.
-        precision: of the weights in memory, bf16 | int4.
+        precision: precision of the weights in memory, bf16 | int4.
         kv_bytes: limit for kinds size and memory.
     """
 
@@ -90,7 +90,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A target, and what it comes to."""
+    """A target and its figures."""
 
     target: TargetShape
     head_unit: str
@@ -106,30 +106,30 @@ class Proposal:
 
 
 def kv_bytes(shape: ModelShape) -> int:
-    """Bytes of the keys and values of a token in all layers, at bf16."""
+    """Return the bytes of the keys and values of a token in all layers, in bf16."""
     return 2 * 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
 
 
 def weight_bytes(shape: ModelShape, precision: str) -> float:
-    """Memory of the weights, bf16 or int4."""
+    """Return the bytes of the weights in bf16 or int4."""
     outer = parameter_count(replace(shape, num_layers=0))
     rate = 2 if precision == "bf16" else INT4_BYTES
     return 2 * outer + rate * (parameter_count(shape) - outer)
 
 
 def figure(shape: ModelShape, goal: Goal) -> float:
-    """Of a shape, what the goal is about."""
+    """Return the figure of a shape that the goal is about."""
     if goal.kind == "kv-cache":
         return kv_bytes(shape)
     return parameter_count(shape) if goal.kind == "size" else weight_bytes(shape, goal.precision)
 
 
 def propose(source: ModelShape, goal: Goal, tensor: int = 1, most: int = 6) -> list[Proposal]:
-    """The targets nearest to known shapes, each APART from the others.
+    """Return the targets nearest to known shapes, each at least APART from the others.
 
-    Every one is no larger than the source in any size, keeps its size of a head and its ratio of
-    heads to query groups (or, by query heads, its groups), divides by the tensor-parallel ranks,
-    has an even number of layers or the source's, and the wanted figure within TOLERANCE.
+    No size is larger than the source's. A target keeps the head size and the ratio of heads to
+    query groups (or, by query heads, the groups), divides by the tensor-parallel ranks, has an even
+    number of layers or the source's, and the wanted figure within TOLERANCE.
     """
     chosen: list[Proposal] = []
     found = sorted(_candidates(source, goal, tensor), key=lambda each: each.distance)
@@ -145,13 +145,13 @@ def _are_apart(one: ModelShape, other: ModelShape) -> bool:
 
 
 def why_none(source: ModelShape, goal: Goal, tensor: int) -> tuple[str, str]:
-    """(option, text): which of the wishes leaves nothing to propose."""
+    """Return (option, text): which option leaves nothing to propose, and why."""
     most = figure(source, goal)
     if goal.wanted > most:
         return goal.kind, f"is more than the source has, {most:,.0f}"
     if free := propose(source, replace(goal, kv_bytes=math.inf), tensor):
         least = min(kv_bytes(each.shape) for each in free) / 1024
-        return "kv-cache", f"is too little for that {goal.kind}: usual shapes take {least:g} KiB"
+        return "kv-cache", f"is too small for that {goal.kind}: usual shapes need {least:g} KiB"
     split = allowed_layouts(source)["tensor"]
     if tensor not in split:
         return "tensor", f"does not split the source, which divides by {either(split)}"
@@ -169,7 +169,7 @@ def why_none(source: ModelShape, goal: Goal, tensor: int) -> tuple[str, str]:
 
 
 def _passes(proposal: Proposal, source: ModelShape, tensor: int) -> bool:
-    """Whether a run may have it: by the rules that a run is checked by."""
+    """Whether the rules of a run accept the target."""
     config = RunConfig(
         stage="prune",
         run_dir="run",
@@ -192,14 +192,14 @@ def _candidates(source: ModelShape, goal: Goal, tensor: int) -> Iterator[Proposa
 
 
 def _depths(source: ModelShape) -> Iterator[int]:
-    """Even numbers, which pipeline stages divide, and the source's own."""
+    """Even numbers of layers, which pipeline stages divide, and the source's own."""
     for layers in range(max(1, source.num_layers // 4), source.num_layers + 1):
         if layers % 2 == 0 or layers == source.num_layers:
             yield layers
 
 
 def _widths(source: ModelShape, tensor: int) -> Iterator[tuple[str, ModelShape]]:
-    """(head unit, the source with fewer heads and a smaller hidden size)."""
+    """Yield (head unit, the source with fewer heads and a smaller hidden size)."""
     for head_unit, heads in _heads(source, tensor):
         for hidden in _hidden_sizes(source, heads):
             sizes = TargetShape(source.num_layers, hidden, heads, source.ffn_hidden_size)
@@ -207,7 +207,7 @@ def _widths(source: ModelShape, tensor: int) -> Iterator[tuple[str, ModelShape]]
 
 
 def _heads(source: ModelShape, tensor: int) -> Iterator[tuple[str, int]]:
-    """(head unit, heads) that a target may have, whose query groups divide by the ranks."""
+    """Yield (head unit, heads) of targets whose query groups divide by the ranks."""
     groups, per_group = source.num_query_groups, source.heads_per_group
     for kept in range(tensor, groups + 1, tensor):
         yield QUERY_GROUP, kept * per_group
@@ -219,7 +219,7 @@ def _heads(source: ModelShape, tensor: int) -> Iterator[tuple[str, int]]:
 def _hidden_sizes(source: ModelShape, heads: int) -> Iterator[int]:
     """Multiples of 128 (64 for small models) near the width of the heads.
 
-    transformers wants of a LLaMA a hidden size that is a multiple of the number of heads.
+    transformers requires the hidden size of a LLaMA to be a multiple of its number of heads.
     """
     width = heads * source.kv_channels
     unit = 128 if source.hidden_size % 128 == 0 else 64
@@ -231,9 +231,9 @@ def _hidden_sizes(source: ModelShape, heads: int) -> Iterator[int]:
 def _ffn_hidden_sizes(
     source: ModelShape, shape: ModelShape, goal: Goal, tensor: int
 ) -> Iterator[int]:
-    """The usual size that brings a shape nearest to the goal; and the source's share, rounded up.
+    """Yield the size that brings a shape nearest to the goal, and the source's ratio, rounded up.
 
-    The paper's own, and LLaMA's, are of the second kind.
+    The paper's target and LLaMA's sizes are of the second kind.
     """
     unit = math.lcm(tensor, 128 if source.ffn_hidden_size % 128 == 0 else 64)
     share = source.ffn_hidden_size * shape.hidden_size / source.hidden_size
@@ -260,7 +260,7 @@ def _proposal(shape: ModelShape, head_unit: str, goal: Goal) -> Proposal:
         ((_distance(shape, parameters, known), known) for known in KNOWN), key=lambda pair: pair[0]
     )
     proposal = Proposal(target, head_unit, shape, parameters, nearest, distance)
-    # What splits badly over ranks or stages, or is less than it may be, comes later.
+    # Targets that split badly over ranks or stages, or miss the goal, are ranked lower.
     ranks = max(n for n in proposal.tensor if TENSOR % n == 0)
     later = 0.05 * math.log2(TENSOR / ranks) + (0.1 if shape.num_layers % 4 else 0)
     later += 0.25 * _apart(figure(shape, goal), goal.wanted)
@@ -268,7 +268,7 @@ def _proposal(shape: ModelShape, head_unit: str, goal: Goal) -> Proposal:
 
 
 def _distance(shape: ModelShape, parameters: int, known: Known) -> float:
-    """How far a shape is from a known one, in logarithms of ratios: depth to width above all."""
+    """Return the distance of a shape to a known one, in logarithms of ratios."""
     depth = _apart(shape.hidden_size / shape.num_layers, known.hidden_size / known.num_layers)
     ffn = _apart(
         shape.ffn_hidden_size / shape.hidden_size, known.ffn_hidden_size / known.hidden_size

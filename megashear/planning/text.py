@@ -53,12 +53,12 @@ def run_text(file: Path, plan: RunPlan) -> str:
 
 
 def _step(layout: dict[str, Any], which: str) -> Iterator[str]:
-    """What a step's time goes into, what a rank sends in it, and what of both is the masks'."""
+    """The parts of a step's time, the bytes that a rank sends, and the cost of the masks."""
     seconds = layout["seconds_per_step"]
     shares = {name: part / seconds["total"] for name, part in seconds.items() if name != "total"}
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= 5e-4)
     sent = {name: size for name, size in layout["sent_bytes_per_step"].items() if size}
-    yield f"\na step {which}: {seconds['total']:.3g} s, of it {parts}"
+    yield f"\na step {which}: {seconds['total']:.3g} s, of which {parts}"
     if sent:
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sent.items())
         yield f"  a rank sends {sizes}"
@@ -118,7 +118,7 @@ def _figure(value: float) -> str:
 
 
 def assumptions_text(cluster: Cluster, reserve: float) -> str:
-    """What the figures stand on."""
+    """The assumptions behind the figures."""
     source = MFU_SOURCE if cluster.mfu == MFU else "--mfu"
     return (
         f"assumed: arithmetic at {cluster.mfu:.0%} of the peak ({source}), links and network at "
@@ -129,7 +129,7 @@ def assumptions_text(cluster: Cluster, reserve: float) -> str:
 
 
 def proposals_text(source: ModelShape, proposals: Sequence[Proposal]) -> str:
-    """Target shapes as a table, and as lines for a run's file."""
+    """Target shapes as a table, and as YAML for a run's file."""
     sizes = ("parameters", "layers", "hidden", "heads", "groups", "intermediate")
     header = (*sizes, "tensor", "bf16 GiB", "int4 GiB", "KV KiB/token", "near")
     rows = []
@@ -145,7 +145,11 @@ def proposals_text(source: ModelShape, proposals: Sequence[Proposal]) -> str:
             )
         )
     lines = [f"source: {parameter_count(source):,} parameters ({_sizes(source)})", ""]
-    lines += [console.table(rows, header), "tensor: parallel ranks it divides by", ""]
+    lines += [
+        console.table(rows, header),
+        "tensor: tensor-parallel ranks that divide the target",
+        "",
+    ]
     lines.append("for a run's file, one of:")
     return "\n".join([*lines, *map(_target_lines, proposals)])
 

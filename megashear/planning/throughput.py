@@ -1,8 +1,8 @@
-"""How long a step takes in a layout, by a simple model (docs/design.md, section "Planning").
+"""A simple model of the time of a step in a layout (docs/planning.md).
 
-Arithmetic at an attainable share of the peak, the traffic of weights, what of the bytes of
-`communication` is not hidden behind arithmetic, and the bubble of the pipeline. It is there to rank
-layouts; the share is the user's to correct (`--mfu`) once a run has measured its own.
+It adds arithmetic at an attainable fraction of the peak, reads and writes of weights, communication
+that is not hidden behind arithmetic, and the bubble of the pipeline. It serves to rank layouts;
+users correct the fraction (`--mfu`) when a run has measured its own.
 """
 
 from __future__ import annotations
@@ -26,36 +26,35 @@ from megashear.planning.setup import Setup, Sizes, sizes_of_stage
 from megashear.pruning.counting import flops_per_token
 
 MFU = 0.3
-"""Of a GPU's peak, what arithmetic reaches."""
+"""Fraction of a GPU's peak that arithmetic reaches."""
 MFU_SOURCE = "--mfu; the paper's three published runs on 8 and 16 A100s come to 28 to 32%"
-"""Where that is known from: arXiv 2310.06694, as docs/design.md reckons it."""
+"""The source of MFU: arXiv 2310.06694, by the computation in docs/planning.md."""
 LINK_SHARE = 0.7
-"""Of a link's peak, what collectives reach."""
+"""Fraction of a link's peak that collectives reach."""
 LATENCY = 20e-6
-"""Seconds that a collective takes within a node however little is sent; and again for each time
-that the number of nodes doubles."""
+"""Least seconds of a collective within a node; each doubling of the nodes adds as much."""
 UPDATE_BYTES = 34
-"""Read and written of a parameter by the optimizer: gradient (twice: its norm), copy, moments."""
+"""Bytes per parameter that the optimizer reads and writes: gradient (twice), copy, moments."""
 FOLD_BYTES = {"bf16": 20, "fp32": 16}
-"""Read and written of each weight of a rank that masks scale, along both its axes."""
+"""Bytes read and written per masked weight of a rank to scale it along both axes."""
 CHAIN_RULE_BYTES = {"bf16": 50, "fp32": 60}
-"""Of each of them that it owns: by the chain rule (44), and to have the weight itself again, which
-with bf16 is the optimizer's fp32 copy (6) and else one put aside (8) and put back (8)."""
+"""Bytes per masked weight that a rank owns: for the chain rule (44), and to restore the weight; in
+bf16 from the optimizer's fp32 copy (6), else from a copy that is made (8) and read (8)."""
 MASK_KERNELS = (480, 26)
-"""Small kernels that a pruning step has and a dense one has not, as counted: and of each layer."""
+"""Small kernels that a pruning step has in addition to a dense one: always, and per layer."""
 KERNEL = 5e-6
-"""Seconds of a small kernel in a queue."""
+"""Seconds of a small kernel in a filled queue."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run stands on.
+    """The machines of a run.
 
     Attributes:
-        gpu: all of one kind.
-        gpus_per_node: joined by its links; nodes are joined by the network.
-        network: from a GPU to those of other nodes (bytes/s, one way).
-        mfu: share of the peak that arithmetic reaches.
+        gpu: the kind of all GPUs.
+        gpus_per_node: GPUs joined by the GPU's links; the network joins nodes.
+        network: bandwidth from a GPU to other nodes (bytes/s, one way).
+        mfu: fraction of the peak that arithmetic reaches.
     """
 
     gpu: Gpu
@@ -64,16 +63,16 @@ class Cluster:
     mfu: float = MFU
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Of a rank in a group of `ranks`, `stride` apart (bytes/s).
+        """Return the bandwidth of a rank in a group of `ranks`, `stride` apart (bytes/s).
 
-        A ring through several nodes uses the network of all its ranks of a node.
+        A ring through several nodes uses the network of all its ranks in a node.
         """
         in_node = max(1, self.gpus_per_node // stride)
         link = self.gpu.link_bandwidth
         return LINK_SHARE * (link if ranks <= in_node else min(link, self.network * in_node))
 
     def seconds(self, transfer: Transfer) -> float:
-        """Of what a rank sends, and waits for, in a step."""
+        """Return the seconds of a transfer in a step."""
         nodes = max(1.0, transfer.ranks * transfer.stride / self.gpus_per_node)
         latency = LATENCY * (1 + log2(nodes))
         bandwidth = self.bandwidth(transfer.ranks, transfer.stride)
@@ -82,10 +81,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by what they go into; of communication what is not hidden."""
+    """Seconds of an optimizer step by purpose; communication counts where it is not hidden."""
 
     arithmetic: float
-    weights: float  # read for every micro-batch, gradients added up
+    weights: float  # reads for every micro-batch, sums of gradients
     tensor: float
     context: float
     bubble: float  # of the pipeline
@@ -96,12 +95,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """The sum of all parts."""
         return float(sum(vars(self).values()))
 
 
 def step_time(setup: Setup, cluster: Cluster) -> StepTime:
-    """The time of a step; the pipeline goes at the pace of its last stage, which has the head."""
+    """Return the time of a step; the last stage, which has the output head, sets the pace."""
     parallel, count, gpu = setup.parallel, setup.micro_batches, cluster.gpu
     sizes, memory = _sizes(setup), gpu.memory_bandwidth
     arithmetic = count * _arithmetic(setup, cluster)
@@ -123,11 +122,11 @@ def step_time(setup: Setup, cluster: Cluster) -> StepTime:
 
 
 def exposed_seconds(setup: Setup, cluster: Cluster) -> dict[str, float]:
-    """Of communication in a step, on the last stage: what arithmetic does not hide, by KINDS.
+    """Return the communication of the last stage that arithmetic does not hide, by KINDS.
 
-    Beside the products of a third of the arithmetic Megatron-Core sends what they do not wait for;
-    gradients are reduced beside the last micro-batch's backward pass, and weights gathered
-    beside the first one's forward pass. Of interleaved messages half is taken to stay visible.
+    Megatron-Core overlaps tensor-parallel communication with a third of the arithmetic. Gradients
+    are reduced during the backward pass of the last micro-batch, and weights are gathered during
+    the forward pass of the first. Half of interleaved messages is assumed to stay visible.
     """
     parallel, arithmetic = setup.parallel, _arithmetic(setup, cluster)
     seconds, beside = dict.fromkeys(KINDS, 0.0), 0.0
@@ -146,14 +145,14 @@ def exposed_seconds(setup: Setup, cluster: Cluster) -> dict[str, float]:
 
 
 def _hides(setup: Setup, collective: str) -> float:
-    """Share of a micro-batch's arithmetic beside which a collective of data parallelism runs."""
+    """Fraction of a micro-batch's arithmetic that a data-parallel collective overlaps with."""
     if collective == ALL_GATHER:
         return 1 / 3 if setup.parallel.overlap_param_gather else 0.0
     return 2 / 3 if setup.parallel.overlap_grad_reduce else 0.0
 
 
 def mask_bytes(setup: Setup) -> float:
-    """Read and written of a rank's memory to fold the masks, and by the chain rule."""
+    """Bytes that a rank reads and writes to apply the masks and for the chain rule."""
     if not setup.masked:
         return 0.0
     held = _sizes(setup).scaled
@@ -163,13 +162,13 @@ def mask_bytes(setup: Setup) -> float:
 
 
 def mask_kernels(setup: Setup) -> int:
-    """Small kernels of the masks: samples, penalty, their optimizer; blocks of weights."""
+    """Small kernels of the masks: sampling, penalty, their optimizer, blocks of weights."""
     always, of_layer = MASK_KERNELS
     return always + of_layer * setup.layers if setup.masked else 0
 
 
 def _sizes(setup: Setup) -> Sizes:
-    """Of the last stage."""
+    """Parameters of the last stage."""
     stages = setup.parallel.pipeline
     return sizes_of_stage(setup.shape, setup.parallel.tensor, setup.layers, stages == 1, True)
 
@@ -182,7 +181,7 @@ def _arithmetic(setup: Setup, cluster: Cluster) -> float:
 
 
 def stage_flops_per_token(setup: Setup) -> float:
-    """Arithmetic of the last stage for a token, forward and backward, with recomputation."""
+    """FLOPs of the last stage per token, forward and backward, with recomputation."""
     shape, recompute = setup.shape, setup.parallel.recompute
     head = 6.0 * shape.vocab_size * shape.hidden_size
     layers = flops_per_token(shape, setup.seq_length) - head

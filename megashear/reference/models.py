@@ -1,4 +1,4 @@
-"""Models of a family with their measured losses, as files hold them.
+"""Read models of a family with their measured losses from files.
 
 Imports yaml, `config` and `errors` only.
 """
@@ -22,17 +22,17 @@ class Model:
     """A model of a family."""
 
     name: str
-    parameters: int  # embeddings too
+    parameters: int  # with embeddings
     losses: dict[str, float]  # nats per token, by domain
-    seq_length: Any = None  # of what it was measured on, where that is known, as is the next
+    seq_length: Any = None  # of the measurement, like the next; None if unknown
     sequences_per_domain: Any = None
 
 
 def read_models(files: Sequence[Path], domains: Sequence[str]) -> list[Model]:
-    """The models that files (YAML or JSON) list as `models`, with their losses on these domains.
+    """Return the models that files (YAML or JSON) list as `models`, with their losses by domain.
 
     Raises:
-        ConfigError: with everything that is wrong with any of the files.
+        ConfigError: with every problem of the files.
     """
     models: list[Model] = []
     found: list[Problem] = []
@@ -66,7 +66,7 @@ def read_models(files: Sequence[Path], domains: Sequence[str]) -> list[Model]:
 
 
 def _number(value: Any) -> float:
-    """A number, also as the text that YAML takes 1.3e9 for; NaN if it is none."""
+    """Return a number, also from text (YAML takes 1.3e9 for text); NaN if it is none."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Losses of a model of another size: L(N) = E + A / N^b, through the losses of a family of models.
+"""Predict the loss at another size, L(N) = E + A / N^b, from the losses of a family of models.
 
 A fit belongs to one domain; N counts all parameters, embeddings too (Sheared LLaMA, section 2.2).
 Imports numpy and `errors` only.
@@ -15,14 +15,14 @@ import numpy as np
 from megashear.errors import DataError
 
 PARAMETERS = 3
-"""Of a fit: E, A and b, so that it needs as many sizes."""
+"""Parameters of a fit: E, A and b. A fit needs at least as many sizes."""
 
 EXPONENTS = (1e-3, 10.0)
-"""Where b is looked for. At the lower end the loss is linear in log N, at the upper one it has
-reached E at all but the smallest size: a fit that ends there has not found b."""
+"""Range of the search for b. At its lower end the loss is linear in log N; at its upper end it has
+reached E at all sizes except the smallest: a fit that ends there has not found b."""
 
 MISFIT = 0.02
-"""Of a residual, in nats: a fit with a larger one is flagged."""
+"""Largest residual (nats per token) of a fit that is not flagged."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fit:
     losses: tuple[float, ...]
 
     def loss(self, parameters: float) -> float:
-        """Loss (nats per token) of a model with so many parameters."""
+        """Return the loss (nats per token) of a model with this many parameters."""
         return self.E + self.A * parameters**-self.b
 
     @property
@@ -54,7 +54,7 @@ class Fit:
 
     @property
     def flag(self) -> str:
-        """What must be said of the fit before its losses are believed; empty if nothing."""
+        """Why the losses of the fit must not be trusted; empty if nothing speaks against them."""
         (lowest, highest), found = EXPONENTS, []
         by_size = sorted(zip(self.sizes, self.losses, strict=True))
         for (N, loss), (larger, other) in pairwise(by_size):
@@ -72,7 +72,7 @@ class Fit:
 
 
 def fit_domains(sizes: Sequence[float], losses: Mapping[str, Sequence[float]]) -> dict[str, Fit]:
-    """A fit for each domain, through the losses of the models with so many parameters.
+    """Fit each domain through the losses of the models with these numbers of parameters.
 
     Raises:
         DataError: there are fewer sizes than parameters of a fit, or losses do not fall with size;
@@ -95,7 +95,7 @@ def fit_domains(sizes: Sequence[float], losses: Mapping[str, Sequence[float]]) -
 
 
 def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
-    """The least-squares fit, which goes through three points exactly where that is possible.
+    """Return the least-squares fit; it goes through three points exactly if that is possible.
 
     For a given b the best E and A are linear regression, so b alone is searched (variable
     projection): on a grid, then on finer ones, each between the neighbours of the best point.
@@ -112,9 +112,9 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
 
 
 def _regression(b: float, log_N: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
-    """Best E and A / N^b at the mean of log N for an exponent, and the sum of squared residuals.
+    """Return the best E and A / N^b at the mean of log N for b, and the sum of squared residuals.
 
-    The power stands as (x^-b - 1) / b, which stays apart from a constant where b is small.
+    The power is written as (x^-b - 1) / b, which differs from a constant also for small b.
     """
     curve = np.expm1(-b * (log_N - log_N.mean())) / b
     centred, y = curve - curve.mean(), losses - losses.mean()

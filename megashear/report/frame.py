@@ -1,4 +1,4 @@
-"""Runs as they are now, as one frame of a terminal."""
+"""The current state of runs as one frame for a terminal."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megashear.report.series import labels, last, mapping, number, part, seconds
 from megashear.report.tables import duration, how_it_ended, show
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
-"""Of `platform.timeout_minutes`, before the run has written its configuration."""
+"""`platform.timeout_minutes` until the run has written its configuration."""
 _STEPS = 100
-"""The newest ones, whose pace the time left is told by."""
+"""Number of newest steps that the time left is estimated from."""
 
 
 def frame(runs: Sequence[RecordedRun], now: float, width: int) -> RenderableType:
-    """One run with all that it tells, or a line for each of several.
+    """Show one run in detail, or several with a line each.
 
     Args:
-        runs: as read by now.
+        runs: runs as read so far.
         now: seconds since 1970.
-        width: of the terminal; a narrow one is told less.
+        width: columns of the terminal; a narrow one shows less.
     """
     if len(runs) == 1:
         return _whole(runs[0], now, width)
@@ -40,7 +40,7 @@ def frame(runs: Sequence[RecordedRun], now: float, width: int) -> RenderableType
 
 
 def state(run: RecordedRun, now: float) -> tuple[str, str]:
-    """What a run does, and the style to say it in."""
+    """Return what a run does, and the style to show it in."""
     newest = run.newest
     if not newest:
         return "not begun", "yellow"
@@ -49,19 +49,19 @@ def state(run: RecordedRun, now: float) -> tuple[str, str]:
     silent = now - seconds_since_1970(newest.get("time"))
     if math.isnan(silent):
         return "no sign of when", "yellow"
-    said = f"silent for {duration(max(silent, 0))}"
+    silence = f"silent for {duration(max(silent, 0))}"
     if silent > _patience(run):
-        return f"{said}: perhaps dead", "bold red"
-    return ("running" if silent < 60 else f"running, {said}"), "green"
+        return f"{silence}: perhaps dead", "bold red"
+    return ("running" if silent < 60 else f"running, {silence}"), "green"
 
 
 def is_over(run: RecordedRun) -> bool:
-    """Whether nothing more is to come."""
+    """Whether the run is complete."""
     return run.newest.get("kind") == "end" and run.newest.get("reason") == "complete"
 
 
 def _patience(run: RecordedRun) -> float:
-    """Seconds without a record after which a run that is alive would have ended itself."""
+    """Seconds without a record after which a live run would have ended itself."""
     timeout = number(part(run.config, "platform", "timeout_minutes"))
     minutes = DEFAULT_TIMEOUT_MINUTES if math.isnan(timeout) else timeout
     longest = [number(records[-1].get("seconds")) for records in run.records.values() if records]
@@ -69,7 +69,7 @@ def _patience(run: RecordedRun) -> float:
 
 
 def seconds_left(run: RecordedRun) -> float:
-    """At the pace of the newest steps since the last start, evaluations and saves included."""
+    """Estimate the seconds left from the newest steps since the last start, with their pauses."""
     steps, began = number(run.steps), number(run.start.get("step"))
     newest = [r for r in run.records["step"][-_STEPS:] if not r["step"] <= began]
     if math.isnan(steps) or not newest or is_over(run):
@@ -155,7 +155,7 @@ def _saved(run: RecordedRun) -> str:
 
 
 def _domains(run: RecordedRun, width: int) -> Table | None:
-    """Newest losses of each domain, and how the weights moved at the newest evaluation."""
+    """The newest losses of each domain, and the last change of its weight."""
     newest = run.last("evaluation")
     before = [r for r in run.records["evaluation"] if r is not newest][-1:] or [run.start]
     weights = mapping(newest, "domain_weights") or mapping(run.start, "domain_weights")
@@ -180,13 +180,13 @@ def _domains(run: RecordedRun, width: int) -> Table | None:
 
 
 def _masks(run: RecordedRun, width: int) -> Table | None:
-    """Expected sparsity against its target of now, and the units that the masks keep."""
+    """Expected sparsity, its current target, and the units that the masks keep."""
     newest, kept = run.last("step"), mapping(run.last("evaluation"), "kept")
     sparsity, target = mapping(newest, "sparsity"), mapping(newest, "target_sparsity")
     rows = []
     for name, value in sparsity.items():
         off = number(value) - number(target.get(name))
-        close = abs(off) < 0.02  # as the run's verdict has it
+        close = abs(off) < 0.02  # the tolerance of the run's own verdict
         found = kept.get(name)
         counts = [n for n in found if number(n) >= 0] if isinstance(found, list) else []
         units = "-" if not counts else f"{min(counts):,}"
@@ -225,9 +225,10 @@ def _table(
     rather_without: Sequence[int],
     left: Sequence[int] = (0,),
 ) -> Table:
-    """A table that is no wider than this, if need be without some columns, the first ones first.
+    """Return a table that is at most `width` wide.
 
-    Columns that do not stand on the left are of numbers.
+    Columns in `rather_without` are dropped in that order until it fits. Columns in `left` are
+    aligned to the left.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     columns = list(range(len(header)))

@@ -51,7 +51,7 @@ EXPECTED = {
     "data.seq_length": "= 17 is not divisible by 5, which parallel.tensor = 5 with sequence needs",
     "data.domains": "weights sum to 0.98; they must sum to 1",
     "data.domains[0].valid": "= 'nowhere': no file nowhere.bin or nowhere.idx",
-    "data.domains[1].train": "Leave the suffix away",
+    "data.domains[1].train": "Leave out the suffix",
     "data.domains[1].wieght": "unknown option. Did you mean 'weight'?",
     "trainer.steps": "= 'many': expected a whole number",
     "trainer.log_interval": "= 0 must be >= 1",  # by an override

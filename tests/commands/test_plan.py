@@ -85,7 +85,7 @@ def test_overrides_and_what_does_not_fit(
     assert "DOES NOT FIT in 36.0 GiB" in text and " configured\n" not in text
     text = planned(capsys, CHAIN[0], *arguments, "--gpus", "6")
     assert "cannot run as configured" in text and "32 is not divisible" in text
-    for gpus, why in (("1", "Take more GPUs, or larger"), ("100000", "size = 32 cannot be shared")):
+    for gpus, why in (("1", "Take more GPUs, or larger"), ("100000", "size = 32 cannot be split")):
         assert cli.execute(["plan", *map(str, (*CHAIN, *arguments, "--gpus", f"{gpus},16"))]) == 1
         text = capsys.readouterr().out
         assert f"none: {'the least takes' if gpus == '1' else 'trainer.'}" in text and why in text

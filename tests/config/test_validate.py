@@ -163,7 +163,7 @@ class TestStages:
             (RotaryScaling("ntk", 2.0), "rope_type", "Use linear, dynamic, llama3 or yarn"),
             (RotaryScaling("linear", 0.0), "factor", "must be > 0"),
             (RotaryScaling("dynamic", 0.5), "factor", "must be >= 1"),
-            (RotaryScaling("llama3", 8.0, 4096), "original_max_position_embeddings", "8192 alone"),
+            (RotaryScaling("llama3", 8.0, 4096), "original_max_position_embeddings", "8192 only"),
             (RotaryScaling("yarn", 8.0), "original_max_position_embeddings", "is missing: yarn"),
             (RotaryScaling("yarn", 8.0, 4096, beta_fast=0.0), "beta_fast", "must be > 0"),
             (
@@ -225,7 +225,7 @@ class TestFiles:
         assert found(check_files=False) == []
 
     def test_data_with_its_suffix(self) -> None:
-        only("data.domains[1].train", "Leave the suffix away", check_files=True,
+        only("data.domains[1].train", "Leave out the suffix", check_files=True,
              data__domains__1__train="wiki_train.bin")  # fmt: skip
 
     def test_checkpoint_and_tokenizer(self) -> None:

@@ -71,7 +71,7 @@ def test_proposals_are_choices(source: ModelShape, size: float) -> None:
         (Goal("size", 70e9, kv_bytes=65536), 8, "size", "more than the source has"),
         (Goal("size", 50e6), 8, "tensor", "shapes from 81,603,200 to 6,738,415,616"),
         (Goal("size", 5e6), 1, "size", "no usual shape"),
-        (Goal("size", 1.3e9, kv_bytes=20e3), 8, "kv-cache", "usual shapes take 128 KiB"),
+        (Goal("size", 1.3e9, kv_bytes=20e3), 8, "kv-cache", "usual shapes need 128 KiB"),
         (Goal("size", 1e9), 7, "tensor", "divides by 1, 2, 4, 8, 16 or 32"),
     ],
 )
