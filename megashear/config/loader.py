@@ -320,7 +320,8 @@ def _with_domains_from(config: RunConfig, found: list[Problem], check_files: boo
             found.append((where, text + "been saved, or a YAML file of domains"))
         return config
     domains = _read_domains(_read_yaml(file, str(file), found), str(file), found)
-    if data.reread_domains is True and not isinstance(domains, Faulty):
+    # In other stages than continue the model has not read what that run has.
+    if not found and (config.stage != "continue" or data.reread_domains):
         domains = tuple(replace(domain, first_sample=0) for domain in domains)
     data = replace(data, domains=domains, domains_from=None, reread_domains=False)
     return replace(config, data=data)

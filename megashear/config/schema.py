@@ -128,7 +128,8 @@ class DataConfig:
     domains: tuple[Domain, ...] = ()
     # A run whose domains, references and final weights to take, or a YAML file of domains.
     domains_from: str | None = None
-    reread_domains: bool = False  # with domains_from: read from sample 0, not where that run ended
+    # Stage continue with domains_from reads on where that run stopped; true: from sample 0 again.
+    reread_domains: bool = False
     tokenizer: str | None = None  # directory or file copied into exports
 
 

@@ -185,7 +185,7 @@ def test_records_of_another_shape_are_dropped_and_a_full_disk_is_named(tmp_path:
     file.unlink()
     file.symlink_to("/dev/full")
     with pytest.raises(PlatformError, match=r"metrics.jsonl cannot be written: .*No space left"):
-        log.step({"kind": "step", "step": 3})
+        log.record({"kind": "step", "step": 3})
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step-00000099\n", b"\xff\xfe\x00"])
