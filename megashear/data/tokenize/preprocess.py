@@ -20,7 +20,7 @@ from megashear.data.fingerprint import Fingerprint
 from megashear.data.tokenize.encoding import Encoded, Encoding, encode_all
 from megashear.data.tokenize.jsonl import find_inputs
 from megashear.data.tokenize.token_files import SUFFIXES, Counts, token_type
-from megashear.data.tokenize.unfinished import Job, Unfinished, folder_of, id_of, workplace
+from megashear.data.tokenize.unfinished import Job, Unfinished, folder_of, id_of, work_folder
 from megashear.errors import DataError
 from megashear.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -83,7 +83,7 @@ def tokenize_files(
     if made and not folder_of(str(output)).exists():
         return TokenizeReport(made)
     try:
-        with workplace(str(output), says=progress) as folder:
+        with work_folder(str(output), verbose=progress) as folder:
             work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep)
             if not work.progress.finished:
                 if made:

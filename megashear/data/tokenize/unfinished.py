@@ -55,10 +55,10 @@ def id_of(job: Job) -> str:
 
 
 @contextmanager
-def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
+def work_folder(output: str, *, verbose: bool = False) -> Iterator[Path]:
     """Lock the folder of the unfinished files of PREFIX for this process.
 
-    It is removed at the end unless it has a journal to continue from, which `says` prints.
+    It is removed at the end unless it has a journal to continue from; `verbose` prints that.
 
     Raises:
         DataError: another process is using it.
@@ -72,7 +72,7 @@ def workplace(output: str, *, says: bool = False) -> Iterator[Path]:
         finally:
             if not (folder / _JOURNAL).exists():
                 shutil.rmtree(folder)
-            elif says:
+            elif verbose:
                 text = f"unfinished work is kept in {folder}: the same command continues it"
                 print(text, file=sys.stderr)
 
@@ -81,7 +81,7 @@ class Unfinished:
     """The unfinished token files of a job, as a context that opens and closes them.
 
     Args:
-        folder: their `workplace`.
+        folder: their `work_folder`.
         prefixes: prefixes of the finished files.
         job: the job that makes them.
         dtype: dtype of the tokens.

@@ -264,7 +264,7 @@ def test_of_another_job_it_begins_anew(
 
 def test_two_runs_at_once_are_refused(tokenizer: Path, tmp_path: Path, stopped: list[str]) -> None:
     with (
-        unfinished.workplace(str(tmp_path / "out" / "x")),
+        unfinished.work_folder(str(tmp_path / "out" / "x")),
         pytest.raises(DataError, match=r"another `megashear tokenize` is writing .*out/x "),
     ):
         tokenize_files(stopped, tokenizer, tmp_path / "out" / "x")
