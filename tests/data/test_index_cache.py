@@ -24,7 +24,7 @@ VOCAB, SEQ = 300, 8
 @pytest.fixture(autouse=True)
 def everything_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "CACHED_FROM", 0)
-    index_cache._say_unwritable.cache_clear()
+    index_cache._warn_unwritable.cache_clear()
 
 
 @pytest.fixture

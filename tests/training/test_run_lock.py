@@ -154,4 +154,4 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (first, _), (second, _) = run_distributed(take, 2, tmp_path / "file" / "run", {})
     assert f"run_dir {tmp_path}/file/run cannot be created" in first
-    assert "cannot be made" in second
+    assert "cannot be created" in second
