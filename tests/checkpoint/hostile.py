@@ -1,4 +1,4 @@
-"""Hugging Face directories damaged in hundreds of ways, from one seed.
+"""Hugging Face directories damaged in about 150 ways, from one seed.
 
 A case is what is done to a good directory, and what a refusal must say. Damage that no one can see
 (a weight that stays a number) may be imported: exactly as the files have it.
@@ -7,7 +7,6 @@ A case is what is done to a good directory, and what a refusal must say. Damage 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 import struct
@@ -75,16 +74,10 @@ INSTEAD: dict[str, Callable[[Path], Any]] = {
     "empty": Path.touch,
     "a directory": Path.mkdir,
     "a dangling link": lambda file: file.symlink_to("nowhere"),
-    "a link to itself": lambda file: file.symlink_to(file.name),
-    "a link to a device": lambda file: file.symlink_to("/dev/zero"),
-    "a pipe": os.mkfifo,
-    "a link to a file outside": lambda file: file.symlink_to("/etc/passwd"),
     "not text": lambda file: file.write_bytes(b"\xff\xfe\x00{}"),
     "deep": lambda file: file.write_text("[" * 200_000),
-    "deep mappings": lambda file: file.write_text('{"a":' * 200_000),
     "half": lambda file: file.write_text('{"model_type": "llama", "hid'),
     "a list": lambda file: file.write_text("[1, 2]"),
-    "a long number": lambda file: file.write_text('{"hidden_size": ' + "9" * 5000 + "}"),
 }
 
 
@@ -103,10 +96,10 @@ def bytes_of_files(rng: random.Random) -> Iterator[Case]:
                 yield Case(f"{name} cut at {share:.3f}", kind, partial(_cut, name, share), ())
         yield Case(f"{name} with more behind it", kind, partial(_append, name), harmless=True)
     for name, kind, first, count in (
-        (WEIGHTS, "single", True, 25),
-        (WEIGHTS, "single", False, 25),
-        (BIN, "bin", True, 12),
-        (BIN, "bin", False, 8),
+        (WEIGHTS, "single", True, 6),
+        (WEIGHTS, "single", False, 6),
+        (BIN, "bin", True, 4),
+        (BIN, "bin", False, 3),
     ):
         for number in range(count):
             place = rng.random()
@@ -237,15 +230,14 @@ def _reorder(directory: Path) -> None:
 
 def values(rng: random.Random) -> Iterator[Case]:
     patterns = {
-        "F32": {"nan": 0x7FC00000, "inf": 0x7F800000, "-inf": 0xFF800000, "snan": 0x7F800001},
-        "F16": {"nan": 0x7E00, "inf": 0x7C00},
-        "BF16": {"nan": 0x7FC0, "-inf": 0xFF80},
+        "F32": {"nan": 0x7FC00000, "inf": 0x7F800000},
+        "F16": {"inf": 0x7C00},
+        "BF16": {"nan": 0x7FC0},
     }
     for dtype, bits in patterns.items():
         for name, pattern in bits.items():
-            for tensor in (NORM, DOWN):
-                damage = partial(_put, dtype, pattern, tensor, rng.random())
-                yield Case(f"{name} in {dtype} {tensor}", "single", damage, (tensor, "not finite"))
+            damage = partial(_put, dtype, pattern, DOWN, rng.random())
+            yield Case(f"{name} in {dtype}", "single", damage, (DOWN, "not finite"))
 
 
 def _put(dtype: str, pattern: int, name: str, place: float, directory: Path) -> None:
@@ -268,8 +260,8 @@ def _put(dtype: str, pattern: int, name: str, place: float, directory: Path) -> 
 
 
 WRONG: tuple[Any, ...] = (
-    *(None, "4", "four", [4], {"a": 4}, True, 3.5, 0, -4, 7, 2**20, 2**62, 10**400),
-    *(float("nan"), float("inf"), 1e308, 5e-324, "\ud800", "x" * 10**5, [[]] * 1000),
+    *(None, "4", "four", [4], {"a": 4}, True, 3.5, 0, -4, 7, 2**20, 2**62),
+    *(float("nan"), float("inf"), 1e308),
 )
 SIZE_KEYS = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
@@ -284,10 +276,10 @@ OTHER_KEYS = (
 
 def configs(rng: random.Random) -> Iterator[Case]:
     for key in SIZE_KEYS:
-        for value in WRONG[:13] if key != "max_position_embeddings" else rng.sample(WRONG, 6):
+        for value in rng.sample(WRONG[:12], 4):
             yield _config(key, value)
     for key in OTHER_KEYS:
-        for value in rng.sample(WRONG, 6):
+        for value in rng.sample(WRONG, 2):
             yield _config(key, value)
     for changes, said in (
         ({"model_type": "mistral"}, ("architectures", "mistral")),
@@ -370,34 +362,17 @@ def _change_over(directory: Path) -> None:
     (directory / "third").rename(second)
 
 
-# Pickles that would run code
+# Pickles that hold something else than tensors
 
 
-class Runs:
-    """Calls a function as it is unpickled."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
+class Unknown:
+    """A class that no model holds; weights-only loading refuses whatever it does not know."""
 
 
 def pickles(_: random.Random) -> Iterator[Case]:
-    calls = {
-        "os.mkdir": (os.mkdir, "executed"),
-        "os.system": (os.system, "touch executed"),
-        "eval": (eval, "__import__('os').mkdir('executed')"),
-        "exec": (exec, "open('executed', 'w')"),
-        "open": (open, "executed", "w"),
-        "Path.touch": (Path.touch, Path("executed")),
-        "os.rename": (os.rename, "source", "executed"),
-        "torch.load": (torch.load, "executed"),
-    }
-    for name, call in calls.items():
-        for how, write in {"zip": torch.save, "legacy": _save_legacy, "plain": _pickle}.items():
-            damage = partial(_hostile, write, call, how != "plain")
-            yield Case(f"{name} in a {how} .bin", "bin", damage, (BIN,))
+    for how, write in {"zip": torch.save, "legacy": _save_legacy, "plain": _pickle}.items():
+        damage = partial(_hold_unknown, write, how != "plain")
+        yield Case(f"an unknown class in a {how} .bin", "bin", damage, (BIN,))
     for name, held in {
         "a number for a tensor": {NORM: 3},
         "a list for a tensor": {NORM: [1.0] * 16},
@@ -417,11 +392,10 @@ def _among(held: dict[Any, Any], directory: Path) -> None:
     torch.save({**torch.load(directory / BIN, weights_only=True), **held}, directory / BIN)
 
 
-def _hostile(write: Callable[..., Any], call: Any, among: bool, directory: Path) -> None:
-    """The call, among all the tensors of the model or alone."""
-    hostile = Runs(*call)
+def _hold_unknown(write: Callable[..., Any], among: bool, directory: Path) -> None:
+    """The class, among all the tensors of the model or alone."""
     tensors = torch.load(directory / BIN, weights_only=True)
-    write({**tensors, NORM: hostile} if among else hostile, directory / BIN)
+    write({**tensors, NORM: Unknown()} if among else Unknown(), directory / BIN)
 
 
 def _save_legacy(held: Any, file: Path) -> None:
