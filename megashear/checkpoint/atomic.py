@@ -1,4 +1,4 @@
-"""Output directories that are there whole or not at all.
+"""Write an output directory completely or not at all.
 
 Imports nothing of megashear but `console`, `errors` and `files`.
 """
@@ -23,9 +23,9 @@ from megashear.files import flush, locked
 def whole_directory(
     directory: str | Path, *, overwrite: bool, content: Sequence[str]
 ) -> Iterator[Path]:
-    """Give a directory to write into; when the block ends well, it takes the name `directory`.
+    """Yield a directory to write into; it is renamed to `directory` when the block succeeds.
 
-    It lies beside its final place under a hidden name. Whatever ends the block early (Ctrl-C,
+    It is a hidden sibling of the final directory. Whatever ends the block early (Ctrl-C,
     SIGTERM and SIGHUP too) removes it and leaves what was there before. An empty directory may be
     there; with `overwrite`, a former result.
 
@@ -72,11 +72,11 @@ def _check_replaceable(final: Path, overwrite: bool, content: Sequence[str]) -> 
         text = f"{final} is not overwritten: it holds no {content[0]}. Remove it first"
         raise CheckpointError(text)
     inside = sorted(path.name + "/" * path.is_dir() for path in final.iterdir())
-    strangers = [name for name in inside if not any(fnmatch(name, ours) for ours in content)]
-    if strangers:
+    unknown = [name for name in inside if not any(fnmatch(name, ours) for ours in content)]
+    if unknown:
         raise CheckpointError(
-            f"{final} is not overwritten: it holds {', '.join(strangers)}, which no result does "
-            "and which would be lost. Move what you need away first"
+            f"{final} is not overwritten: it holds {', '.join(unknown)}, which no result "
+            "holds and which would be lost. Move what you need away first"
         )
 
 

@@ -1,7 +1,7 @@
-"""Checksums of all files of a checkpoint: what was cut, lost or changed is named before it is used.
+"""Checksums of all files of a checkpoint, so that damaged files are named before they are used.
 
-SHA-256: of what hashlib has, it is among the fastest where the processor helps (docs/log.md), and
-`sha256sum` checks it without megashear.
+They are SHA-256: among the fastest in hashlib where the processor has instructions for it
+(docs/log.md), and `sha256sum` checks them without megashear.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Checksum = dict[str, Any]
 
 
 def checksum(file: Path) -> Checksum:
-    """Size and hash of a file."""
+    """Return the size and hash of a file."""
     digest, size = hashlib.sha256(), 0
     block = memoryview(bytearray(2**18))
     with file.open("rb", buffering=0) as stream:
@@ -41,8 +41,8 @@ def seal(directory: Path, known: Mapping[str, Checksum]) -> None:
     """Write the checksums of all files in a directory; a collective.
 
     Args:
-        directory: all that belongs in it is there.
-        known: checksums that are known already, by name.
+        directory: complete except for the checksums.
+        known: checksums that are computed already, by name.
     """
     found = on_first_process(
         lambda: sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
@@ -58,21 +58,21 @@ def seal(directory: Path, known: Mapping[str, Checksum]) -> None:
 
 
 def damage(directory: Path, *parts: str) -> list[str]:
-    """What is wrong with a checkpoint, a line for each file; a collective where there are ranks.
+    """Return a line for each damaged file of a checkpoint; a collective where there are ranks.
 
     Args:
         directory: of the checkpoint.
-        parts: names that are looked at, with what is in them; all of them if none is given.
+        parts: names of the files and directories to check; all if none is given.
     """
     if not dist.is_initialized():
         return _damage(directory, parts, 0, 1)
     rank, size = dist.get_rank(), dist.get_world_size()
-    shares = on_each_process(lambda: _damage(directory, parts, rank, size))
-    return sorted({line for share in shares for line in share})
+    by_rank = on_each_process(lambda: _damage(directory, parts, rank, size))
+    return sorted({line for lines in by_rank for line in lines})
 
 
 def _damage(directory: Path, parts: tuple[str, ...], rank: int, size: int) -> list[str]:
-    """The same, of one rank's share of the files."""
+    """Check one rank's shard of the files."""
     sums, problems = _listed(directory, parts)
     mine = sorted(sums, key=lambda name: sums[name]["bytes"])[rank::size]
     shown = progress(mine, "checking", len(mine), "files", speaks=rank == 0)
@@ -80,7 +80,7 @@ def _damage(directory: Path, parts: tuple[str, ...], rank: int, size: int) -> li
 
 
 def _listed(directory: Path, parts: tuple[str, ...]) -> tuple[dict[str, Checksum], list[str]]:
-    """Checksums by name, in the order in which files are written; and what is wrong with them."""
+    """Return checksums by name, in the order of writing, and the problems of the list itself."""
     try:
         sums: dict[str, Checksum] = json.loads(read_small(directory / FILE))
         names = [name for name in sums if not parts or name.split("/")[0] in parts]
@@ -107,10 +107,10 @@ def _is_inside(name: str) -> bool:
 
 
 def _difference(directory: Path, name: str, expected: Checksum) -> list[str]:
-    """What is wrong with a file, as a line or none."""
+    """Return what is wrong with a file: one line or none."""
     try:
         size = (directory / name).stat().st_size
-        if not (directory / name).is_file():  # of a pipe or a device there would be no end
+        if not (directory / name).is_file():
             return [f"{name}: not an ordinary file"]
         if size != expected["bytes"]:
             return [f"{name}: {size:,} bytes instead of {expected['bytes']:,}"]
@@ -124,7 +124,7 @@ def _difference(directory: Path, name: str, expected: Checksum) -> list[str]:
 
 
 def verify(directory: Path, *parts: str) -> None:
-    """Refuse a checkpoint that is not as it was written; a collective where there are ranks.
+    """Refuse a damaged checkpoint; a collective where there are ranks.
 
     Args:
         directory: of the checkpoint.
@@ -138,20 +138,20 @@ def verify(directory: Path, *parts: str) -> None:
 
 @contextmanager
 def verifying(directory: Path, *parts: str) -> Iterator[None]:
-    """The same by a thread beside a block that reads the checkpoint, and no collective.
+    """Verify in a background thread while the block reads the checkpoint; not a collective.
 
-    What is damaged is told at the end of the block, also instead of what the block failed from.
+    Damage is raised at the end of the block, in place of an error that the block itself raised.
     """
     sums, lines = _listed(directory, parts)
-    with ThreadPoolExecutor(1) as beside:
-        tasks = [beside.submit(_difference, directory, name, sums[name]) for name in sums]
+    with ThreadPoolExecutor(1) as background:
+        tasks = [background.submit(_difference, directory, name, sums[name]) for name in sums]
         try:
             yield
         except CheckpointError:
             _refuse(directory, [*lines, *(line for task in tasks for line in task.result())])
             raise
         except BaseException:
-            beside.shutdown(cancel_futures=True)
+            background.shutdown(cancel_futures=True)
             raise
         _refuse(directory, [*lines, *(line for task in tasks for line in task.result())])
 
@@ -159,7 +159,7 @@ def verifying(directory: Path, *parts: str) -> Iterator[None]:
 def _refuse(directory: Path, damaged: list[str]) -> None:
     if damaged and not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: not there any more: a run that goes on has replaced it. "
+            f"{directory}: no longer there: its run has saved newer checkpoints and removed it. "
             "Start again, or raise trainer.keep_checkpoints"
         )
     if damaged:

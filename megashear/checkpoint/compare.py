@@ -1,6 +1,6 @@
-"""Do two models compute the same? Logits by transformers and by Megatron-Core, and how they differ.
+"""Compare the logits of two models, computed by transformers and by Megatron-Core.
 
-The one module that runs transformers' models, so that imports and exports are held against it.
+The one module that runs transformers' models, to test imports and exports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LogitsDifference:
     mean_abs: float
     scale: float
     kl_per_token: float  # Kullback-Leibler divergence of the second from the first, nats
-    top1_agreement: float  # share of tokens after which both find the same token likeliest
+    top1_agreement: float  # fraction of positions with the same likeliest token
 
     @property
     def relative(self) -> float:
@@ -43,7 +43,7 @@ class LogitsDifference:
         return self.max_abs / self.scale if self.scale else float("inf")
 
     def within(self, tolerance: float) -> bool:
-        """Whether the largest difference is below a share of the scale; never where one is NaN."""
+        """Whether the largest difference is below a fraction of the scale; False for NaN."""
         return self.max_abs == 0 or self.relative < tolerance
 
 
@@ -86,10 +86,10 @@ def logits(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hf_logits(model: Model, tokens: Tensor) -> Tensor:
-    """Logits by transformers; see `logits`.
+    """Return `logits` by transformers.
 
     Raises:
-        CheckpointError: also where transformers leaves a weight out or makes one up.
+        CheckpointError: transformers ignores a weight or initialises one that is missing.
     """
     import transformers
 
@@ -114,10 +114,9 @@ def _shown(tokens: Tensor, by: str) -> Iterable[Tensor]:
 
 @torch.no_grad()
 def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
-    """Logits by Megatron-Core's model in one process; see `logits`.
+    """Return `logits` by Megatron-Core in one process.
 
-    Of a pruning run they are those of the masked model, with the masks that extraction would cut
-    by folded in as in training.
+    A pruning run computes them with its masks, as extraction would fold them in.
     """
     positions = torch.arange(tokens.shape[1])[None]
     with single_process() as platform:

@@ -1,4 +1,4 @@
-"""Dense models: imported from Hugging Face, cut out of a pruning run, exported."""
+"""Write dense models: import from Hugging Face, extract from a pruning run, export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from megashear.checkpoint.info import (
     versions,
 )
 from megashear.checkpoint.models import Model, open_huggingface
-from megashear.checkpoint.torch_dist.stream import processes, share, shared_directory, write_weights
+from megashear.checkpoint.torch_dist.stream import (
+    processes,
+    shared_directory,
+    tensors_of_rank,
+    write_weights,
+)
 from megashear.console import progress
 from megashear.errors import CheckpointError
 from megashear.platform.collectives import on_first_process
@@ -42,7 +47,7 @@ def import_huggingface(
         overwrite: whether an existing checkpoint there is replaced.
 
     Raises:
-        CheckpointError: the model is incomplete or not understood, or `out` exists.
+        CheckpointError: the model is incomplete or not supported, or `out` exists.
     """
     if not (Path(source) / "config.json").is_file() and is_megatron(source):
         text = "a Megatron checkpoint, not a Hugging Face model; there is nothing to import"
@@ -57,7 +62,7 @@ def import_huggingface(
         generation=model.generation,
     )
     with processes():
-        names = share(info.shape)
+        names = tensors_of_rank(info.shape)
         weights = _read(model.read, names, "importing")
         return write_model(Path(out), info, weights, overwrite=overwrite)
 
@@ -78,12 +83,12 @@ def export_huggingface(
         out: Hugging Face directory to write.
         dtype: of the weights; None keeps the checkpoint's.
         tokenizer: directory or file of the tokenizer that goes with it.
-        other_tokenizer: whether it need not be the checkpoint's, so that its special tokens count.
+        other_tokenizer: whether it replaces the checkpoint's, so that its special tokens win.
         overwrite: whether an existing model there is replaced.
 
     Raises:
-        CheckpointError: the checkpoint is of a pruning run, or of a model that no architecture of
-            transformers is, or lacks a weight, or `out` exists.
+        CheckpointError: the checkpoint is of a pruning run or damaged, no architecture of
+            transformers computes the model, or `out` exists.
     """
     info = model.without_masks().info
     with closing(_verified(model)) as weights:
@@ -101,7 +106,7 @@ def export_huggingface(
 
 
 def _verified(model: Model) -> Generator[tuple[str, Tensor], None, None]:
-    """The tensors of a model; where it is damaged they end in the error."""
+    """Yield the tensors of a model; raise at the end if it is damaged."""
     with model.reading() as read:
         yield from _read(read, [rule.name for rule in param_rules(model.shape)], "exporting")
 
@@ -109,13 +114,13 @@ def _verified(model: Model) -> Generator[tuple[str, Tensor], None, None]:
 def _read(
     read: Callable[[str], Tensor], names: Sequence[str], what: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names; the progress bar counts names, since it would hold a tensor."""
+    """Yield tensors by name; the progress bar iterates over names, since it would hold a tensor."""
     for name in progress(names, what, len(names), "tensors", speaks=launched_rank() == 0):
         yield name, read(name)
 
 
 def extract_checkpoint(model: Model, out: Path, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write the dense target model of a pruning run; each process cuts and writes a part of it.
+    """Write the dense target model of a pruning run; each process writes some of its files.
 
     Args:
         model: of a pruning run.
@@ -123,7 +128,7 @@ def extract_checkpoint(model: Model, out: Path, *, overwrite: bool = False) -> C
         overwrite: whether an existing one is replaced.
 
     Raises:
-        CheckpointError: the layers do not come out alike, or `out` exists.
+        CheckpointError: the layers would differ in shape, or `out` exists.
     """
     with processes():
         model = model.shared()
@@ -137,7 +142,7 @@ def extract_checkpoint(model: Model, out: Path, *, overwrite: bool = False) -> C
             tokenizer=model.tokenizer,
             generation=model.generation,
         )
-        names = share(shape)
+        names = tensors_of_rank(shape)
         weights = extract(model.shape, z, model.read, head_unit, names)
         shown = progress(weights, "extracting", len(names), "tensors", speaks=launched_rank() == 0)
         return write_model(out, dense, shown, overwrite=overwrite)
@@ -150,12 +155,12 @@ def write_model(
     *,
     overwrite: bool = False,
 ) -> CheckpointInfo:
-    """Write a dense model's checkpoint: beside its place, then renamed; a collective.
+    """Write a dense model's checkpoint atomically; a collective.
 
     Args:
-        directory: where it is to lie.
-        info: of it; `versions` are filled in here.
-        weights: every tensor of `table(info.shape)`; of several processes, each its `share`.
+        directory: of the checkpoint.
+        info: its description; `versions` are filled in here.
+        weights: the tensors of `tensors_of_rank(info.shape)`, in this order.
         overwrite: whether an existing checkpoint there is replaced.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What commands and model cards say of a model and of where it comes from."""
+"""Describe a model and its history, for commands and model cards."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megashear.pruning.counting import parameter_count
 
 
 def facts(model: Model) -> dict[str, Any]:
-    """Return what there is to say of a model, under the names that `megashear inspect` promises.
+    """Return what `megashear inspect --json` prints of a model.
 
-    Of the weights no more than the tables of contents are read.
+    Only tables of contents are read, no weights.
 
     Raises:
         CheckpointError: parts of the model are missing or do not fit.
@@ -45,7 +45,7 @@ def facts(model: Model) -> dict[str, Any]:
 
 
 def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
-    """What a command shows of a model: its sizes, and what else it has."""
+    """Return the rows that describe a shape: sizes, then features."""
     biases = {
         "query/key/value": shape.qkv_bias,
         "attention output": shape.proj_bias,
@@ -77,13 +77,13 @@ def shape_rows(shape: ModelShape) -> list[tuple[str, str]]:
 
 
 def compared_rows(source: ModelShape, target: ModelShape) -> list[tuple[str, str, str]]:
-    """The same of two models, side by side."""
+    """Return the rows of `shape_rows` for two models side by side."""
     before, after = dict(shape_rows(source)), dict(shape_rows(target))
     return [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
 
 
 def layout_rows(shape: ModelShape) -> list[tuple[str, str]]:
-    """The parallel layouts that a model can be trained in."""
+    """Return the rows of the parallel layouts that a model can be trained in."""
     sizes = {kind: ", ".join(map(str, sizes)) for kind, sizes in allowed_layouts(shape).items()}
     return [
         ("tensor", sizes["tensor"]),
@@ -96,7 +96,7 @@ RECORD = ("stage", "steps", "tokens", "parameters", "path")
 
 
 def record_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
-    """The stages of a history in Markdown, under the columns of `RECORD`."""
+    """Return the rows of a history under the columns of `RECORD`, in Markdown."""
     return [
         (
             *(record.stage, f"{record.steps:,}", f"{record.tokens:,}"),
@@ -108,9 +108,9 @@ def record_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
 
 
 def model_card(info: CheckpointInfo, name: str) -> str:
-    """README.md of an exported model: what it is, where it comes from, how far it was trained.
+    """Return the README.md of an exported model: shape, history, validation losses.
 
-    The front matter has what is known; the license is for whoever publishes the model to state.
+    The license is left for whoever publishes the model to state.
     """
     records, source = info.records, info.records[0].shape
     pruned = any(record.stage in ("prune", "pruned") for record in records)
@@ -126,7 +126,7 @@ def model_card(info: CheckpointInfo, name: str) -> str:
         f"# {printable(name)}",
         f"A language model of {parameter_count(info.shape):,} parameters, written by megashear "
         f"{megashear.__version__} after training on {sum(r.tokens for r in records):,} tokens. "
-        "This card is a stub: what the model is for, its data and its limits are yours to tell.",
+        "This card is a stub: describe what the model is for, its data and its limits.",
         shape,
         _section("History", RECORD, record_rows(records)),
     ]
@@ -139,7 +139,7 @@ def model_card(info: CheckpointInfo, name: str) -> str:
 
 
 def _section(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A heading and a table in Markdown, numbers to the right."""
+    """Return a heading and a table in Markdown, numbers right-aligned."""
     columns = ["---", *("---:" for _ in header[1:])]
     lines = [f"| {' | '.join(cells)} |" for cells in (header, columns, *rows)]
     return "\n".join([f"## {title}", "", *lines])

@@ -1,4 +1,4 @@
-"""Reads files that anybody may have written, and shows what they say."""
+"""Read files that anybody may have written, and report problems in them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, NoReturn
 from megashear.errors import CheckpointError
 from megashear.files import read_small
 
-MOST_LINES, LONGEST_LINE = 50, 500
-"""Problems that one message lists, and characters of each; wrong files can make thousands."""
+MAX_LINES, MAX_LENGTH = 50, 500
+"""Problems in one message, and characters of each; a wrong file can cause thousands."""
 
 
 def refuse(source: object, problems: Sequence[str]) -> NoReturn:
     """Raise one CheckpointError that lists every problem found in `source`."""
     count = len(problems)
     lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
-    lines += [f"  {printable(problem)}" for problem in problems[:MOST_LINES]]
-    lines += [f"  and {count - MOST_LINES} more"] if count > MOST_LINES else []
+    lines += [f"  {printable(problem)}" for problem in problems[:MAX_LINES]]
+    lines += [f"  and {count - MAX_LINES} more"] if count > MAX_LINES else []
     raise CheckpointError("\n".join(lines))
 
 
 def printable(text: str) -> str:
-    """A line that says what a foreign file says, and does nothing to a terminal."""
-    text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}..."
+    """Return text of a foreign file as one line without control characters, cut if it is long."""
+    text = text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Return the mapping that a JSON file holds.
 
     Raises:
         CheckpointError: it is missing or holds something else.

@@ -1,4 +1,4 @@
-"""What checkpoints of runs and of dense models are on disk, and where they lie.
+"""The layout of checkpoints on disk, and their description in checkpoint.json.
 
     run_dir/checkpoints/step-00000100/
         model/              weights: an ordinary Megatron-Core torch_dist checkpoint
@@ -10,8 +10,8 @@
     run_dir/checkpoints/latest
 
 A dense model (imported or extracted) is a directory with `model/`, `checkpoint.json` and
-`checksums.json` alone. Of Megatron-LM's own checkpoints (`iter_0000100/`), which do not say what
-model they are of, the shape is told by a YAML file.
+`checksums.json` only. Megatron-LM's own checkpoints (`iter_0000100/`) do not state the shape of
+their model; a YAML file does. Imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FORMAT = 1
 INFO, LATEST, MASKS_FILE = "checkpoint.json", "latest", "masks.safetensors"
 
 HUGGINGFACE, MEGATRON_LM = "huggingface", "megatron-lm"
-"""Stages of models that were not made here."""
+"""Stages of models that other software wrote."""
 
 CHECKPOINT_STAGES = ("pretrain", "prune", "continue", "imported", "extracted")
-"""Of those that were."""
+"""Stages of our own checkpoints."""
 
 ITERATION = "latest_checkpointed_iteration.txt"
-"""Beside the checkpoints of Megatron-LM: the number of the newest."""
+"""File in which Megatron-LM keeps the number of its newest checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Record:
     """One stage on the way to a checkpoint.
 
     Attributes:
-        stage: as of CheckpointInfo, or huggingface.
-        path: where its result lay.
-        shape: of the weights in it; None where nobody wrote it down.
-        steps: of this stage alone, as tokens.
-        tokens: trained on.
-        losses: on validation text at its end, by domain, nats per token.
+        stage: one of CHECKPOINT_STAGES, or huggingface.
+        path: of its result, when the next stage read it.
+        shape: of the weights in it; None in checkpoints that did not record it.
+        steps: optimizer steps in this stage.
+        tokens: tokens trained on in this stage.
+        losses: validation losses at its end, by domain, in nats per token.
         samples: [first, end) of the samples that the stage read of each domain, where it is known.
     """
 
@@ -73,19 +73,19 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself (its checkpoint.json).
+    """The description of a checkpoint (its checkpoint.json).
 
     Attributes:
         shape: of the weights in it; in stage prune, of the source model.
-        stage: pretrain, prune, continue, imported, extracted or megatron-lm.
+        stage: one of CHECKPOINT_STAGES, megatron-lm or huggingface.
         step: optimizer steps done in this stage.
-        tokens: trained on in this stage.
-        target: shape that the masks lead to (stage prune).
-        history: the stages that led here, oldest first.
-        progress: what the trainer needs to go on (position in the data, weights of domains).
+        tokens: tokens trained on in this stage.
+        target: shape of the pruned model (stage prune).
+        history: the stages before this one, oldest first.
+        progress: what the trainer resumes from (position in the data, domain weights).
         config: the run's resolved configuration, as YAML.
         tokenizer: file or directory of the tokenizer, for exports.
-        generation: what the source says of special tokens and generation, for exports.
+        generation: special tokens and generation settings of the source, for exports.
     """
 
     shape: ModelShape
@@ -102,7 +102,7 @@ class CheckpointInfo:
     directory: Path = Path()
 
     def to_json(self) -> str:
-        """The text of checkpoint.json."""
+        """Return the text of checkpoint.json."""
         fields = dataclasses.asdict(self)
         del fields["directory"]
         return json.dumps({"format": FORMAT, **fields}, indent=1)
@@ -114,14 +114,14 @@ class CheckpointInfo:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """The stages that led here and, last, what this is itself."""
+        """The history, and this stage itself as its last record."""
         losses, samples = (self.progress.get(part) or {} for part in ("losses", "samples"))
         this = (self.stage, str(self.directory), self.shape, self.step, self.tokens)
         return (*self.history, Record(*this, losses, samples))
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint directory that a path means: itself, or the latest of a run directory.
+    """Return the checkpoint directory that a path means: itself, or the latest of a run.
 
     Raises:
         CheckpointError: there is none.
@@ -137,7 +137,7 @@ def find(path: str | Path) -> Path:
         raise CheckpointError(f"{latest} names {directory}, which is no checkpoint")
     if is_megatron_lm(path):
         raise CheckpointError(
-            f"{path}: a checkpoint of Megatron-LM, which does not say its model's shape. "
+            f"{path}: a checkpoint of Megatron-LM, which does not state its shape. "
             "tools/checkpoint/ read it with --shape FILE.yaml"
         )
     what = "is neither a checkpoint nor a run with one" if path.exists() else "does not exist"
@@ -148,11 +148,11 @@ def find(path: str | Path) -> Path:
 
 
 def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInfo:
-    """What the checkpoint at a path (its own or a run's directory) says of itself.
+    """Read the description of the checkpoint at a path (its directory or a run's).
 
     Args:
         path: to read from.
-        shape_file: YAML of a model's sizes, where the checkpoint is Megatron-LM's own.
+        shape_file: YAML file of the sizes, for Megatron-LM's own checkpoints only.
 
     Raises:
         CheckpointError: there is none, or its checkpoint.json is damaged or of another format.
@@ -181,7 +181,7 @@ def read_info(path: str | Path, shape_file: Path | None = None) -> CheckpointInf
 
 
 def _impossible(info: CheckpointInfo) -> list[str]:
-    """What no checkpoint of ours says, though it is of the right types."""
+    """Return values of the right type that no checkpoint of ours has."""
     problems = (
         []
         if info.stage in CHECKPOINT_STAGES
@@ -204,9 +204,9 @@ def _impossible(info: CheckpointInfo) -> list[str]:
 
 
 def _read_megatron_lm(path: Path, shape: ModelShape) -> CheckpointInfo:
-    """A checkpoint as Megatron-LM's training saves it, of a known shape."""
+    """Describe a checkpoint of Megatron-LM's own training, of a known shape."""
     if (path / INFO).is_file() or (path / "checkpoints" / LATEST).is_file():
-        raise CheckpointError(f"{path}: says its model's shape itself. Leave --shape out")
+        raise CheckpointError(f"{path}: states its shape itself. Leave --shape out")
     number = path.name.removeprefix("iter_")
     if (path / ITERATION).is_file():
         with (path / ITERATION).open("rb") as stream:
@@ -229,12 +229,12 @@ def _is_iteration(text: str) -> bool:
 
 
 def is_megatron_lm(path: str | Path) -> bool:
-    """Whether a path is of checkpoints that Megatron-LM's training wrote, as torch_dist."""
+    """Whether Megatron-LM's own training wrote the checkpoint at a path, as torch_dist."""
     return any((Path(path) / name).is_file() for name in (ITERATION, ".metadata"))
 
 
 def is_megatron(path: str | Path) -> bool:
-    """Whether a path is of a checkpoint in Megatron's format: ours, a run's or Megatron-LM's."""
+    """Whether a path has a checkpoint in Megatron's format: ours, a run's or Megatron-LM's."""
     ours = (INFO, Path("checkpoints") / LATEST)
     return is_megatron_lm(path) or any((Path(path) / name).is_file() for name in ours)
 

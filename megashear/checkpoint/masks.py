@@ -72,16 +72,16 @@ def unpack_masks(
 
 @dataclass(frozen=True)
 class MaskState:
-    """How far a mask has come: all of its rows that are on target, or one that is not.
+    """The state of one mask: of all its rows that are on target, or of one that is not.
 
     Attributes:
-        mask: its name; of a row that is off target, with the row's.
-        rows: how many.
+        mask: its name, with that of the row if it is off target.
+        rows: number of rows.
         expected_sparsity: lowest and highest of the rows.
-        target: sparsity; None where the mask has none of its own.
+        target: target sparsity; None where the mask has none of its own.
         kept: units that extraction keeps in a row, fewest and most; None for the whole model.
-        units: in a row.
-        off_target: whether it is.
+        units: number of units in a row.
+        off_target: whether the row is off its target.
     """
 
     mask: str
@@ -109,7 +109,7 @@ class LearnedMasks:
 
     @property
     def report(self) -> str:
-        """Expected sparsity, target and kept units of every mask, as text."""
+        """A table of the expected sparsity, target and kept units of every mask."""
         lines = [
             (
                 state.mask if state.rows == 1 else f"{state.mask} ({state.rows} rows)",
@@ -161,7 +161,7 @@ def _like(expected: Tensor, stored: Tensor) -> Tensor:
 
 
 def _states(masks: Masks, off: list[OffTarget], target_sparsity: float | None) -> list[MaskState]:
-    """For every mask its rows that are on target, as one, and each that is not."""
+    """Return, for every mask, one state for its rows on target and one for each row off it."""
     targets, z = constraint_targets(masks, target_sparsity), masks.deterministic("target")
     wrong = {(mask, row): name for mask, row, _, _, name in off}
     states = []

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved atomically, by all ranks or none, and found again after a crash."""
+"""The checkpoints of a run: saved atomically by all ranks or none, and found after a crash."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megashear.platform.random_states import random_states, restore_random_state
 
 @dataclasses.dataclass(frozen=True)
 class _Saving:
-    """A checkpoint that is being written: where, by what, and the place that it will take."""
+    """A checkpoint that is being written: its hidden directory, its writer, its final directory."""
 
     partial: Path
     writing: Writing
@@ -56,18 +56,18 @@ class CheckpointManager:
         optimizer: Any,
         tensors: Mapping[str, Tensor],
     ) -> None:
-        """Begin to write a checkpoint beside its place; `finish` gives it its name.
+        """Begin to write a checkpoint under a hidden name; `finish` renames it.
 
-        What is written is the state of now, also of a run that goes on.
+        It holds the state at the time of this call, while training continues.
 
         Args:
-            info: of it; its step names it.
+            info: its description; its step names the directory.
             chunks: this rank's part of the model.
             optimizer: Megatron-Core's.
-            tensors: small state that is equal on every rank (masks and their optimizer).
+            tensors: small state, equal on every rank (masks and their optimizer).
 
         Raises:
-            CheckpointError: a rank cannot write; nothing is left of it.
+            CheckpointError: a rank cannot write; the partial checkpoint is removed.
         """
         assert self._saving is None, "the last checkpoint is still being written"
         self._wait_for_removal()
@@ -85,7 +85,7 @@ class CheckpointManager:
     def _write_small_files(
         self, partial: Path, info: CheckpointInfo, tensors: Mapping[str, Tensor]
     ) -> None:
-        """On the first rank what is equal on all; this rank's random states."""
+        """Write the shared files on the first rank, and this rank's random states."""
         if self.platform.rank == 0:
             (partial / INFO).write_text(info.to_json())
             if tensors:
@@ -98,19 +98,19 @@ class CheckpointManager:
         return directory / "random" / f"rank-{self.platform.rank:05d}.safetensors"
 
     def poll(self) -> Path | None:
-        """Finish the save that goes on, if all ranks have written; returns what `finish` does."""
+        """Finish the current save if all ranks have written; return what `finish` returns."""
         if self._saving and not self.platform.largest(not self._saving.writing.done()):
             return self._complete(self._saving)
         return None
 
     def finish(self) -> Path | None:
-        """Wait for the save that goes on, rename it, then move `latest`; keep the newest.
+        """Wait for the current save, rename it, move `latest`, and remove old checkpoints.
 
         Returns:
-            The checkpoint, or None if none was being written.
+            The checkpoint, or None if no save was running.
 
         Raises:
-            CheckpointError: a rank could not write; nothing is left of it.
+            CheckpointError: a rank could not write; the partial checkpoint is removed.
         """
         checkpoint = self._complete(self._saving) if self._saving else None
         self._wait_for_removal()
@@ -139,20 +139,20 @@ class CheckpointManager:
 
     def _publish(self, partial: Path, final: Path) -> None:
         flush_tree(partial)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one `latest` did not get to
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or never named by `latest`
         os.replace(partial, final)
         flush(self.directory)
         write_durably(self.directory / LATEST, final.name + "\n", CheckpointError)
         self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep the newest; remove what saves that were killed have left."""
-        # A later one, which `latest` did not get to name, would else be kept in place of this one.
+        """Remove all but the newest checkpoints, and what killed saves have left."""
+        # A later one that `latest` never named must not be kept in place of this one.
         saved = sorted(path for path in self.directory.glob("step-*") if path.name <= newest.name)
         for old in saved[: -self.keep]:
             os.replace(old, old.with_name(f".{old.name}.partial"))  # no half of it under its name
         left = list(self.directory.glob(".step-*.partial"))
-        # Beside training: of files of many gigabytes a file system takes seconds.
+        # In the background: removing many gigabytes takes a file system seconds.
         self._removal = threading.Thread(target=_remove, args=left)
         self._removal.start()
 
@@ -161,17 +161,17 @@ class CheckpointManager:
             self._removal.join()
 
     def latest(self) -> CheckpointInfo | None:
-        """What `latest` names, or None where the run has not saved yet."""
+        """Return the checkpoint that `latest` names; None if the run has not saved yet."""
         if not (self.directory / LATEST).is_file():
             return None
         return read_info(self.directory.parent)
 
     def newest_whole(self) -> tuple[CheckpointInfo | None, str]:
-        """The checkpoint to go on from: what `latest` names, or if it is damaged the newest whole.
+        """Return the checkpoint to resume from: `latest`, or the newest undamaged one.
 
         Returns:
-            The checkpoint, or None where the run has not saved yet; and what is wrong with those
-            that were passed over.
+            The checkpoint, or None if the run has not saved yet; and what is wrong with those that
+            were passed over.
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
@@ -186,7 +186,7 @@ class CheckpointManager:
             lines = checksums.damage(directory)
             if not lines:
                 if wrong:
-                    wrong.append(f"Going on from the newest whole checkpoint, {directory}")
+                    wrong.append(f"Resuming from the newest undamaged checkpoint, {directory}")
                 else:  # the last save of a run has none after it that would
                     on_first_process(functools.partial(self._remove_old, directory))
                     self._wait_for_removal()
@@ -201,7 +201,7 @@ class CheckpointManager:
         raise CheckpointError("\n".join(wrong))
 
     def _candidates(self) -> tuple[str, list[str]]:
-        """What `latest` says, and all checkpoints: the named one first, then the newest."""
+        """Return the name in `latest`, and all checkpoints: that one first, then the newest."""
         run_dir = self.directory.parent
         if (run_dir / DOMAINS_FILE).is_file() and not self.directory.is_dir():
             raise CheckpointError(
@@ -216,7 +216,7 @@ class CheckpointManager:
     def load(
         self, info: CheckpointInfo, chunks: Sequence[Any], optimizer: Any
     ) -> dict[str, Tensor]:
-        """Fill the model and the optimizer from a checkpoint; returns its small tensors.
+        """Fill the model and the optimizer from a checkpoint; return its small tensors.
 
         Raises:
             CheckpointError: it is damaged, or parts of it are missing.
@@ -232,7 +232,7 @@ class CheckpointManager:
             raise CheckpointError(f"{file}: damaged: {error}") from error
 
     def restore_random_states(self, info: CheckpointInfo) -> None:
-        """Those of this rank, if the run had the same layout; else they stay as they were seeded.
+        """Restore this rank's random states if the layout is the same; else keep the seeded ones.
 
         Raises:
             CheckpointError: they are damaged.

@@ -1,4 +1,4 @@
-"""Work that all processes do together: what fails on one is an error on all, at once."""
+"""Work on all processes: a failure on one is an error on all."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ T = TypeVar("T")
 
 
 def on_each_process(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each process; a failure on one is an error on all. A collective."""
+    """Return what `work` returns on each process; raise on all if one fails. A collective."""
     result, failure = None, None
     try:
         result = work()
     except Exception as error:  # whatever it is, the others must not wait for ever
         failure = error
-    told: list[Any] = [None] * dist.get_world_size()
+    results: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(told, (result, failure and f"{type(failure).__name__}: {failure}"))
+        dist.all_gather_object(
+            results, (result, failure and f"{type(failure).__name__}: {failure}")
+        )
     except RuntimeError as error:
         raise CheckpointError(f"another process has died or does not answer: {error}") from failure
-    if isinstance(failure, OSError | SafetensorError):  # what a user can mend: a full disk
+    if isinstance(failure, OSError | SafetensorError):  # what a user can fix: a full disk
         raise CheckpointError(f"{type(failure).__name__}: {failure}") from failure
     if failure is not None:
         raise failure
-    for rank, (_, text) in enumerate(told):
+    for rank, (_, text) in enumerate(results):
         if text is not None:
-            raise CheckpointError(f"process {rank} of {len(told)} failed: {text}")
-    return [result for result, _ in told]
+            raise CheckpointError(f"process {rank} of {len(results)} failed: {text}")
+    return [result for result, _ in results]
 
 
 def on_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, to all; its failure is an error on all."""
+    """Run `work` on the first process; return its result, or raise, on all. A collective."""
     return on_each_process(lambda: work() if dist.get_rank() == 0 else None)[0]  # type: ignore

@@ -139,7 +139,7 @@ def test_the_run_goes_on_from_the_newest_whole_one_and_says_so(
     assert [rank["began"] for rank in found] == [4, 4]
     told = capfd.readouterr().err
     assert f"{checkpoint(run, 6)}: damaged:\n  {file}: " in told
-    assert f"Going on from the newest whole checkpoint, {checkpoint(run, 4)}" in told
+    assert f"Resuming from the newest undamaged checkpoint, {checkpoint(run, 4)}" in told
     assert steps_recorded(run) == [1, 2, 3, 4, 5]
     assert checkpoint(run, 6).is_dir()  # left, to be looked at
     found = run_distributed(train, 2, run, None)
@@ -232,7 +232,7 @@ def test_with_its_checkpoints_gone_a_run_does_not_begin_again(run: RunConfig) ->
 def test_a_checkpoint_that_a_run_replaced_while_it_was_read_is_not_called_damaged(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"gone: not there any more.*keep_checkpoints"):
+    with pytest.raises(CheckpointError, match=r"gone: no longer there.*keep_checkpoints"):
         verify(tmp_path / "gone")
 
 

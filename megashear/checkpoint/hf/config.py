@@ -1,10 +1,10 @@
-"""What a Hugging Face config.json says, as the shape of a model, and back.
+"""Translate a Hugging Face config.json into the shape of a model, and back.
 
-A setting is taken in one of three ways and never ignored: it becomes a field of the shape; it is in
-`FIXED` and must have a value written there; or it is in `NEUTRAL`, the keys known not to change the
-mathematics. Any other key that is set to something is an error, because only its author knows what
-it does to the logits. `families` has what sets families apart, `rotary` reads
-rotary embeddings. Imports neither torch, Megatron nor transformers.
+No setting is ignored: it becomes a field of the shape; or it is in `FIXED` and must have a value
+listed there; or it is in `NEUTRAL`, the keys known not to change the mathematics. Any other key
+that is set is an error, because only its author knows what it does to the logits. `families` has
+what sets families apart, `rotary` reads rotary embeddings. Imports neither torch, Megatron nor
+transformers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megashear.checkpoint.hf.families import FAMILIES, PARTS, Family
 from megashear.checkpoint.hf.rotary import NESTED, THETA, positive, read_rotary, rotary_settings
 from megashear.config.schema import ModelShape
 
-LARGEST = 2**20
-"""Largest size believed; a config that claims more is damaged (positions may be more)."""
+MAX_SIZE = 2**20
+"""Largest size accepted; a config that claims more is damaged (positions may be more)."""
 
 SIZES = {
     "num_layers": "num_hidden_layers",
@@ -96,10 +96,10 @@ EMPTY: tuple[Any, ...] = (None, {}, [], "")
 
 
 def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.json") -> ModelShape:
-    """The shape of the model that a config.json describes.
+    """Return the shape of the model that a config.json describes.
 
     Raises:
-        CheckpointError: listing everything in it that is missing, impossible or not understood.
+        CheckpointError: listing every setting that is missing, impossible or not supported.
     """
     family = family_of(config, source)
     settings = {**family.defaults, **config}
@@ -132,7 +132,7 @@ def shape_from_hf_config(config: Mapping[str, Any], source: object = "config.jso
 
 
 def family_of(config: Mapping[str, Any], source: object = "config.json") -> Family:
-    """The family that a config.json names.
+    """Return the family that a config.json names.
 
     Raises:
         CheckpointError: the family is not in the table.
@@ -152,11 +152,11 @@ def family_of(config: Mapping[str, Any], source: object = "config.json") -> Fami
 
 
 def _sizes(settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The fields of the shape that are sizes; a wrong one stands as 1 and is in `problems`."""
+    """Return the sizes of the shape; a wrong one is 1, and added to `problems`."""
     sizes: dict[str, Any] = dict.fromkeys(SIZES, 1)
     for field, key in SIZES.items():
         value = settings.get(key)
-        largest = 2**31 if key == "max_position_embeddings" else LARGEST
+        largest = 2**31 if key == "max_position_embeddings" else MAX_SIZE
         if value is None and key in DERIVED:
             sizes[field] = 0  # the shape derives it
         elif value is None:
@@ -178,7 +178,7 @@ def _boolean(settings: Mapping[str, Any], key: str, problems: list[str]) -> bool
 def _window(
     settings: Mapping[str, Any], family: Family, num_layers: int, problems: list[str]
 ) -> int | None:
-    """The tokens that a token sees in every layer, None for all; not in some layers only."""
+    """Return the attention window of every layer, None for all tokens; mixed layers are refused."""
     window = settings.get("sliding_window") if family.window else None
     if "use_sliding_window" in family.window:
         window = window if _boolean(settings, "use_sliding_window", problems) else None
@@ -207,7 +207,7 @@ def _window(
 
 
 def _not_understood(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Settings that are refused for their value, and keys that nobody has looked at."""
+    """Return problems: settings with a value that is not supported, and unknown keys."""
     understood = {*NEUTRAL, *SIZES.values(), *NESTED, NORM, TIED, THETA, LAYER_TYPES}
     understood |= {*family.switches, *family.window}
     problems = []
@@ -223,7 +223,7 @@ def _not_understood(config: Mapping[str, Any], family: Family) -> list[str]:
 
 
 def _impossible(shape: ModelShape) -> list[str]:
-    """What is wrong between the sizes of a shape."""
+    """Return problems between the sizes of a shape."""
     problems = []
     if shape.num_attention_heads % shape.num_query_groups:
         problems.append(
@@ -236,13 +236,13 @@ def _impossible(shape: ModelShape) -> list[str]:
 
 
 def hf_config(shape: ModelShape) -> dict[str, Any]:
-    """What config.json says about a shape, in a form that transformers 4 and 5 both read.
+    """Return the config.json of a shape, in a form that transformers 4 and 5 both read.
 
-    Of the architectures that have all that the model has and nothing else, it is the shape's own
-    family or else the first: a LLaMA with q/k norms is a Qwen3.
+    The architecture is the shape's own family, or else the first one that has all features of the
+    model and no others: a LLaMA with q/k norms is a Qwen3.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no architecture fits.
     """
     candidates = sorted(FAMILIES.values(), key=lambda family: family.model_type != shape.family)
     unfit = {family.architecture: _unfit(family, shape) for family in candidates}
@@ -271,7 +271,7 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def _unfit(family: Family, shape: ModelShape) -> list[str]:
-    """Why an architecture is not that of a shape."""
+    """Return why an architecture does not fit a shape."""
     has = {part for part in PARTS if getattr(shape, part)}
     may_have = family.always.union(*family.switches.values())
     problems = [f"has no {PARTS[part]}" for part in PARTS if part in has - may_have]

@@ -1,6 +1,6 @@
-"""Families of models: what transformers' config classes say, an entry for each.
+"""Families of models: an entry for each, with the defaults of transformers' config class.
 
-Imports neither torch, Megatron nor transformers, so that a config.json is read at once.
+Imports neither torch, Megatron nor transformers, whose AutoConfig takes seconds to import.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PARTS = {
     "mlp_bias": "biases of the feed-forward",
     "qk_norm": "q/k norms",
 }
-"""What some models have and others lack: flags of ModelShape, in words."""
+"""Features that only some models have: flags of ModelShape, in words."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture of transformers: what its config.json says beyond the sizes."""
+    """An architecture of transformers: the settings of its config.json besides the sizes."""
 
     architecture: str  # the class
     model_type: str

@@ -1,4 +1,4 @@
-"""Hugging Face directories: read tensor by tensor, checked as a whole; written whole or not at all.
+"""Read a Hugging Face directory tensor by tensor, checked as a whole.
 
 Nothing in a directory is ever executed: safetensors, or .bin files through torch's weights-only
 loader. Imports neither Megatron nor transformers.
@@ -27,7 +27,7 @@ from megashear.pruning.table import param_rules
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError)
-"""What the libraries raise for files that are missing, truncated, or not what they say."""
+"""Errors that the libraries raise for missing, truncated or damaged files."""
 
 Found = dict[str, tuple[Path, tuple[int, ...], str]]
 """File, shape and type of tensors, by name."""
@@ -63,7 +63,7 @@ class HuggingFaceReader:
         return dtype_names(DTYPES[dtype] for _, _, dtype in self._held.values())
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor of the table, in the type it is stored in.
+        """Return a whole tensor of the parameter table, in the dtype it is stored in.
 
         Raises:
             CheckpointError: as `check`, or the tensor cannot be read or is not finite.
@@ -71,13 +71,13 @@ class HuggingFaceReader:
         return to_megatron(self.shape, name, self._tensor)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the table, in its order, one in memory at a time."""
+        """Yield every tensor of the parameter table, in its order, one in memory at a time."""
         for rule in param_rules(self.shape):
             yield rule.name, self.read(rule.name)
 
     @functools.cached_property
     def _held(self) -> Found:
-        """What its files hold, after the check."""
+        """The tensors in its files, checked against config.json and the index."""
         found, problems = _scan(self.directory, self._index)
         problems += self._misfits(found)
         if problems:
@@ -117,13 +117,13 @@ class HuggingFaceReader:
 
 
 def _scan(directory: Path, index: Mapping[str, str] | str) -> tuple[Found, list[str]]:
-    """What the files hold, and where that is not what the index says."""
+    """Return the tensors in the files, and where they differ from the index."""
     found: Found = {}
     problems = []
     for name in [index] if isinstance(index, str) else sorted(set(index.values())):
         file = directory / name
         try:
-            if not file.is_file():  # of a pipe or a device there would be no end
+            if not file.is_file():
                 raise FileNotFoundError("missing, or not an ordinary file")
             held = _describe(file)
         except DAMAGED as error:
@@ -142,7 +142,7 @@ def _scan(directory: Path, index: Mapping[str, str] | str) -> tuple[Found, list[
 
 
 def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every tensor in a file."""
+    """Return shape and dtype of every tensor in a file."""
     if file.suffix == ".bin":
         names = {dtype: name for name, dtype in DTYPES.items()}
         return {
@@ -157,7 +157,7 @@ def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _read(file: Path, name: str) -> Tensor:
-    """One tensor; the file is opened for it alone, so that no more of it stays in memory."""
+    """Return one tensor; the file is opened anew, so that no more of it stays in memory."""
     try:
         if file.suffix == ".bin":
             return _load_bin(file, file.stat().st_mtime_ns)[name]
@@ -169,7 +169,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _load_bin(file: Path, mtime_ns: int) -> dict[str, Tensor]:
-    """A .bin file as of a time, mapped into memory; never unpickles anything but tensors."""
+    """Return the tensors of a .bin file, mapped into memory; loads weights only."""
     try:
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError):

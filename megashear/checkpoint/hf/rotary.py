@@ -1,6 +1,6 @@
-"""Rotary embeddings as a config.json states them, in the forms of transformers 4 and 5.
+"""Read and write rotary embeddings in a config.json, in the forms of transformers 4 and 5.
 
-4 has `rope_theta` beside a mapping `rope_scaling`, 5 one mapping `rope_parameters` with all of it.
+Version 4 has `rope_theta` and a mapping `rope_scaling`, version 5 one mapping `rope_parameters`.
 Imports neither Megatron nor transformers.
 """
 
@@ -16,10 +16,10 @@ from megashear.config.schema import ModelShape, RotaryScaling
 THETA = "rope_theta"
 NESTED = ("rope_parameters", "rope_scaling")
 ORIGINAL = "original_max_position_embeddings"
-MOST_POSITIONS = 2**20
-"""Of ORIGINAL; Megatron-Core keeps a cosine and a sine for each."""
+MAX_POSITIONS = 2**20
+"""Largest ORIGINAL accepted; Megatron-Core keeps a cosine and a sine for each position."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
-"""The values that Megatron-Core has written into its code."""
+"""The values that are fixed in Megatron-Core."""
 YARN = (ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -28,13 +28,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", *LLAMA3),
     "yarn": ("factor", *YARN, "mscale", "mscale_all_dim"),
 }
-"""What each type of rotary embedding is given by, besides the base."""
+"""Settings of each type of rotary embedding, besides the base."""
 UNREAD = {"yarn": ("attn_factor",)}
-"""What stands beside a type in published files, and transformers never reads."""
+"""Settings in published files that transformers never reads."""
 
 
 def positive(value: Any, path: str, problems: list[str], least: float = 0.0) -> float:
-    """A finite number above 0 and not below `least`; where it is none, a problem and 1."""
+    """Return a finite number above 0 and at least `least`; else 1, and add a problem."""
     if type(value) in (int, float) and 0 < value < 1e30 and value >= least:
         return float(value)
     range_ = f"from {least:g}" if least else "above 0"
@@ -45,13 +45,13 @@ def positive(value: Any, path: str, problems: list[str], least: float = 0.0) -> 
 def read_rotary(
     config: Mapping[str, Any], default: float, positions: int, problems: list[str]
 ) -> tuple[float, RotaryScaling | None]:
-    """The base and the scaling that a config.json states.
+    """Return the base and the scaling that a config.json states.
 
     Args:
         config: the content of the file.
         default: base where none is given.
         positions: max_position_embeddings.
-        problems: what is wrong is appended.
+        problems: problems are appended.
     """
     bases = {THETA: config[THETA]} if config.get(THETA) is not None else {}
     scalings = []
@@ -83,7 +83,7 @@ def read_rotary(
 def _read_scaling(
     key: str, given: Mapping[str, Any], positions: int, problems: list[str]
 ) -> RotaryScaling | None:
-    """The scaling that one mapping states, None if it states plain rotary embeddings."""
+    """Return the scaling that one mapping states; None for plain rotary embeddings."""
     types = {name: given[name] for name in ("rope_type", "type") if name in given}
     kind = next(iter(types.values()), "default")
     if not isinstance(kind, str) or any(other != kind for other in types.values()):
@@ -96,7 +96,7 @@ def _read_scaling(
     for name, value in given.items():
         whole_head = name == "partial_rotary_factor" and value == 1
         if name not in (*SETTINGS[kind], *types, *UNREAD.get(kind, ())) and not whole_head:
-            text = f"is not understood beside rope_type = {kind}"
+            text = f"is not supported with rope_type = {kind}"
             problems.append(f"{key}.{name} = {reprlib.repr(value)} {text}")
     if kind == "default":
         return None
@@ -104,8 +104,8 @@ def _read_scaling(
     original = None
     if ORIGINAL in SETTINGS[kind]:
         original = given.get(ORIGINAL, positions)
-        if type(original) is not int or not 1 <= original <= MOST_POSITIONS:
-            number = f"a whole number from 1 to {MOST_POSITIONS}"
+        if type(original) is not int or not 1 <= original <= MAX_POSITIONS:
+            number = f"a whole number from 1 to {MAX_POSITIONS}"
             text = f"{key}.{ORIGINAL} = {reprlib.repr(original)} must be {number}"
             problems.append(text)
             original = 1
@@ -154,9 +154,9 @@ def _read_yarn(
 
 
 def rotary_settings(shape: ModelShape) -> dict[str, Any]:
-    """What config.json says of a shape's rotary embeddings, in both forms.
+    """Return the rotary settings of a shape for config.json, in both forms.
 
-    Either says all: transformers 5 takes `rope_scaling` for `rope_parameters` where both are there.
+    Each form is complete: transformers 5 prefers `rope_scaling` where both are present.
     """
     scaling = shape.rotary_scaling
     stated: dict[str, Any] = {"rope_type": "default"}

@@ -1,7 +1,7 @@
-"""Writes safetensors of bounded size, tensor by tensor, with the index that transformers reads.
+"""Write safetensors files of bounded size tensor by tensor, with the index transformers reads.
 
-The library's own writer takes all tensors of a file at once: with files of the usual 5 GB that
-would be most of a small machine's memory.
+The library's own writer needs all tensors of a file at once: with the usual 5 GB, most of a small
+machine's memory.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megashear.checkpoint.hf.index import SAFETENSORS, SAFETENSORS_INDEX
 from megashear.checkpoint.info import dtype_names
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of plain weights, by their names in safetensors; others are quantised."""
+"""Dtypes of plain weights, by their names in safetensors; others are quantised."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Shard:
-    """A file that grows by tensors; its header, written last, has the place kept for it."""
+    """A file that grows by tensors; space for its header, written last, is reserved."""
 
     def __init__(self, file: Path, room: int) -> None:
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -58,15 +58,15 @@ def write_shards(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, Iterable[int]],
-    most: int,
+    max_bytes: int,
 ) -> str:
-    """Write named tensors, contiguous on the CPU; returns the type that holds all of theirs.
+    """Write named tensors, contiguous on the CPU; return the dtype that holds all of theirs.
 
     Args:
         directory: to write into.
-        tensors: of the types in `DTYPES`; one is held at a time.
+        tensors: with dtypes in `DTYPES`; one is held at a time.
         shapes: of all tensors that may come, by name.
-        most: bytes of tensors in a file, unless one alone has more.
+        max_bytes: of tensors in a file, unless a single one has more.
 
     Raises:
         OSError: they cannot be written.
@@ -78,7 +78,7 @@ def write_shards(
     dtypes: set[torch.dtype] = set()
     numel = 0
     for name, tensor in tensors:
-        if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > most):
+        if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > max_bytes):
             if shards:
                 shards[-1].close()
             shards.append(_Shard(directory / f"{len(shards)}.part", room))

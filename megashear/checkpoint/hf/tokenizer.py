@@ -1,7 +1,7 @@
-"""What goes with a Hugging Face model besides its weights: a tokenizer, and settings of generation.
+"""The tokenizer files and generation settings of a Hugging Face model.
 
-A checkpoint may be anybody's and names any path as its tokenizer, to be published with the model:
-a file is copied only once it was read as what its name says. Imports neither Megatron nor
+A foreign checkpoint can name any path as its tokenizer, and the files are published with the model:
+a file is copied only if it can be read as what its name says. Imports neither Megatron nor
 transformers.
 """
 
@@ -20,14 +20,14 @@ from megashear.files import read_small
 CONFIG, GENERATION = "config.json", "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-"""Written where nobody knows better: transformers would take LLaMA's."""
-LONGEST = 2**16
-"""Characters of all settings of generation."""
+"""Written where the ids are not known: transformers would assume LLaMA's."""
+MAX_CHARACTERS = 2**16
+"""Largest accepted size of all generation settings, in characters."""
 TEMPLATES = "additional_chat_templates"
-"""A directory of them, beside the tokenizer."""
+"""A directory of chat templates next to the tokenizer."""
 
 Generation = dict[str, Any]
-"""Of CONFIG the special tokens' ids that are known, of GENERATION the content, if there is one."""
+"""CONFIG -> the known ids of special tokens; GENERATION -> the content of that file, if any."""
 
 
 def _sentencepiece(file: Path) -> Any:
@@ -62,31 +62,31 @@ VOCABULARIES: dict[str, Callable[[Path], Any]] = {
     "vocab.json": _vocabulary,
     "tekken.json": _tekken,
 }
-"""Files any of which is a tokenizer (or its larger half), and what reads them."""
+"""Files each of which is a tokenizer or most of one, and their readers."""
 READERS: dict[str, Callable[[Path], Any]] = {
     **VOCABULARIES,
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json"), read_json),
     **dict.fromkeys(("added_tokens.json", "chat_template.json"), read_json),
     **dict.fromkeys(("merges.txt", "chat_template.jinja"), read_small),
 }
-"""The same of all files of tokenizers, by name."""
+"""All files of tokenizers by name, and their readers."""
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there is one in a directory."""
+    """Whether a directory holds a tokenizer."""
     return any((directory / name).is_file() for name in VOCABULARIES)
 
 
 def copy_tokenizer(tokenizer: Path, directory: Path, vocab_size: int) -> Generation:
-    """Copy the files of a tokenizer; returns what is told beside them of generation.
+    """Copy the files of a tokenizer; return the generation settings found with them.
 
     Args:
         tokenizer: directory of its files, or one of them.
-        directory: where they are to lie.
-        vocab_size: of the model, which has all special tokens.
+        directory: to copy into.
+        vocab_size: of the model; all special tokens must be below it.
 
     Raises:
-        CheckpointError: there is none, or a file is no part of one, or only points elsewhere.
+        CheckpointError: there is none, or a file is damaged or a link to elsewhere.
     """
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: source / name for name in READERS if (source / name).is_file()}
@@ -102,15 +102,15 @@ def copy_tokenizer(tokenizer: Path, directory: Path, vocab_size: int) -> Generat
     for name, file in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, directory / name)
-    told = read_generation(source, vocab_size) if (source / CONFIG).is_file() else {}
-    if not told.get(CONFIG):
-        told[CONFIG] = _special_ids(read)
-        check_generation(told, vocab_size, tokenizer)
-    return told
+    settings = read_generation(source, vocab_size) if (source / CONFIG).is_file() else {}
+    if not settings.get(CONFIG):
+        settings[CONFIG] = _special_ids(read)
+        check_generation(settings, vocab_size, tokenizer)
+    return settings
 
 
 def _read(file: Path, read: Callable[[Path], Any]) -> Any:
-    """What a reader makes of a file; the libraries raise whatever they like."""
+    """Return what a reader returns; the libraries can raise anything."""
     try:
         return read(file)
     except CheckpointError:
@@ -121,7 +121,7 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _special_ids(read: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens, out of the tokenizer itself."""
+    """Return the ids of special tokens that the tokenizer itself states."""
     config, tokenizer = read.get("tokenizer_config.json", {}), read.get("tokenizer.json")
     texts = {key: config.get(key.removesuffix("_id")) for key in IDS}
     texts = {
@@ -138,7 +138,7 @@ def _special_ids(read: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_links(source: Path, files: Iterable[Path]) -> None:
-    """Refuse to copy what a foreign directory only points at: a key, say, to be published."""
+    """Refuse links that lead out of a foreign directory: they could publish a private file."""
     home = source.resolve()
     places = (home, home.parent.parent / "blobs")  # the hub's cache is links to there
     problems = [
@@ -151,10 +151,10 @@ def _check_links(source: Path, files: Iterable[Path]) -> None:
 
 
 def read_generation(directory: Path, vocab_size: int) -> Generation:
-    """What a Hugging Face directory says of generation; a padding token of -1 is none.
+    """Return the generation settings of a Hugging Face directory; a padding token of -1 is none.
 
     Raises:
-        CheckpointError: a file is damaged, or a special token is none of the vocabulary's.
+        CheckpointError: a file is damaged, or a special token is not in the vocabulary.
     """
     config = read_json(directory / CONFIG)
     if config.get("pad_token_id") == -1:  # the first LLaMA's
@@ -169,7 +169,7 @@ def read_generation(directory: Path, vocab_size: int) -> Generation:
 
 
 def check_generation(generation: Mapping[str, Any], vocab_size: int, source: object) -> None:
-    """Refuse settings of generation that are none.
+    """Refuse damaged generation settings.
 
     Raises:
         CheckpointError: listing the problems.
@@ -189,8 +189,8 @@ def check_generation(generation: Mapping[str, Any], vocab_size: int, source: obj
             if not _are_ids(settings.get(key), vocab_size)
         ]
     try:
-        if len(json.dumps(generation, allow_nan=False)) > LONGEST:
-            problems.append(f"{GENERATION} is longer than {LONGEST:,} characters")
+        if len(json.dumps(generation, allow_nan=False)) > MAX_CHARACTERS:
+            problems.append(f"{GENERATION} is longer than {MAX_CHARACTERS:,} characters")
     except (ValueError, RecursionError):
         problems.append(f"{GENERATION} holds numbers that JSON does not have, or is too deep")
     if problems:
@@ -205,19 +205,19 @@ def _are_ids(value: Any, vocab_size: int) -> bool:
 
 
 def settings_of(
-    kept: Generation, told: Generation, told_wins: bool
+    source: Generation, tokenizer: Generation, tokenizer_wins: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an exported config.json says of special tokens, and its generation_config.json.
+    """Return the special tokens for an exported config.json, and its generation_config.json.
 
     Args:
-        kept: what the checkpoint has of its source.
-        told: what the tokenizer says.
-        told_wins: whether the ids are the tokenizer's where both know some.
+        source: settings that the checkpoint kept from its source.
+        tokenizer: settings that the tokenizer states.
+        tokenizer_wins: whether the tokenizer's ids win where both have some.
     """
-    first, second = (told, kept) if told_wins else (kept, told)
-    source = first if any(first.values()) else second
-    ids = {**NO_IDS, **source.get(CONFIG, {})}
-    stated = source.get(GENERATION, ids)
-    others = kept.get(GENERATION) or told.get(GENERATION) or {"_from_model_config": True}
+    first, second = (tokenizer, source) if tokenizer_wins else (source, tokenizer)
+    chosen = first if any(first.values()) else second
+    ids = {**NO_IDS, **chosen.get(CONFIG, {})}
+    stated = chosen.get(GENERATION, ids)
+    others = source.get(GENERATION) or tokenizer.get(GENERATION) or {"_from_model_config": True}
     settings = {key: value for key, value in others.items() if key not in IDS}
     return ids, settings | {key: stated[key] for key in IDS if key in stated}

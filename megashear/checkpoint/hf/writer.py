@@ -1,4 +1,4 @@
-"""Writes a Hugging Face directory, whole or not at all."""
+"""Write a Hugging Face directory completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTENT = (
     *(CONFIG, GENERATION, "README.md", "*.safetensors", SAFETENSORS_INDEX),
     *(*READERS, f"{TEMPLATES}/"),
 )
-"""What is in a directory that we write: patterns for `whole_directory`."""
+"""Files in a directory that we write: patterns for `whole_directory`."""
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -54,16 +54,16 @@ def write_huggingface(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model as transformers loads it; what is there is replaced only with `overwrite`.
+    """Write a model as transformers loads it.
 
     Args:
-        directory: where it is to lie.
+        directory: of the result.
         shape: of the model.
         weights: every tensor of `param_rules(shape)`, under its name; one is held at a time.
-        dtype: `float32`, `bfloat16` or `float16`; None keeps the type of each tensor.
-        tokenizer: directory whose tokenizer files go with it, or one file of a tokenizer.
-        generation: what its source says of special tokens and generation.
-        other_tokenizer: whether the tokenizer need not be the source's, so that its ids count.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the dtype of each tensor.
+        tokenizer: directory or file of the tokenizer to copy.
+        generation: special tokens and generation settings of its source.
+        other_tokenizer: whether the tokenizer replaces the source's, so that its ids win.
         card: text of README.md.
         max_shard_bytes: size that no file exceeds unless one tensor does.
         overwrite: as for `whole_directory`.
@@ -93,7 +93,7 @@ def write_huggingface(
 def _hf_tensors_of(
     shape: ModelShape, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of Hugging Face's names and layouts, each checked."""
+    """Yield the tensors under Hugging Face's names and in its layouts, each checked."""
     expected = {rule.name: rule.shape() for rule in param_rules(shape)}
     for name, whole in weights:
         if expected.pop(name, None) != tuple(whole.shape):

@@ -1,8 +1,8 @@
-"""Writes sharded state dicts as torch_dist checkpoints, by a process beside this one.
+"""Write sharded state dicts as torch_dist checkpoints in a background process.
 
-Megatron-Core plans on all ranks together which of them writes what; what several hold is spread
-over them. A fork of each rank then writes its files, and their checksums, from the memory as it was
-when it began, while the rank may go on.
+Megatron-Core plans on all ranks which of them writes what; replicated tensors are spread over their
+holders. A fork of each rank then writes its files and checksums from the memory as it was at the
+fork, while the rank continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FILES = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def save(state: Mapping[str, Any], directory: Path) -> None:
-    """Write a sharded state dict and wait until it is there; a collective.
+    """Write a sharded state dict and wait for it; a collective.
 
     Raises:
         CheckpointError: it cannot be written, on this rank or another (a full disk).
@@ -45,10 +45,10 @@ def save(state: Mapping[str, Any], directory: Path) -> None:
 
 
 class Writing:
-    """Checkpoints on their way to the disk. Making one and finishing it are collectives.
+    """Checkpoints that are being written. The constructor and `finish` are collectives.
 
     Args:
-        parts: directories that are made here, and the sharded state dict for each.
+        parts: directories, made here, and the sharded state dict for each.
 
     Raises:
         CheckpointError: a rank cannot begin.
@@ -90,7 +90,7 @@ class Writing:
         return bool(self._receiver.poll())
 
     def wait(self) -> None:
-        """Until nothing is written by this rank any more, whatever came of it."""
+        """Wait until this rank has stopped writing, successfully or not."""
         self._hang_up()
         if self._process is not None:
             self._process.join()
@@ -104,7 +104,7 @@ class Writing:
         Raises:
             CheckpointError: a rank could not write.
         """
-        shares = on_each_process(self._receive)
+        by_rank = on_each_process(self._receive)
         requests = [request for request in self._requests if request.async_fn is not None]
         for result in self._written:
             _results().put(result)
@@ -114,11 +114,11 @@ class Writing:
                 for finalize in request.finalize_fns:
                     finalize()
         on_each_process(lambda: self._raise(errors))
-        return {file: value for share in shares for file, value in share.items()}
+        return {file: value for sums in by_rank for file, value in sums.items()}
 
     def _receive(self) -> dict[Path, Checksum]:
         try:
-            self._written, share, failure = self._receiver.recv()
+            self._written, sums, failure = self._receiver.recv()
         except EOFError:
             self.wait()
             failure = f"the process that wrote it ended with status {self._process.exitcode}"
@@ -128,10 +128,10 @@ class Writing:
             free = shutil.disk_usage(self._directory).free
             text = f"cannot be written ({free:,} bytes free there): {failure}"
             raise CheckpointError(f"{self._directory}: {text}")
-        return share
+        return sums
 
     def _raise(self, errors: list[Exception]) -> None:
-        """The first failure of Megatron-Core's own writing, whatever the library made of it."""
+        """Raise the first error of Megatron-Core's own writing."""
         for error in errors:
             raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
 
@@ -142,7 +142,7 @@ def _make(directories: Iterable[Path]) -> None:
 
 
 def _request(state: Mapping[str, Any], directory: Path) -> Any:
-    """Megatron-Core's plan of what this rank writes, and of what completes it."""
+    """Return Megatron-Core's plan of what this rank writes, and how it is completed."""
     strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
     if (group := data_and_context_group()) is not None:
         strategy = FullyParallelSaveStrategyWrapper(strategy, group)
@@ -153,11 +153,11 @@ def _request(state: Mapping[str, Any], directory: Path) -> Any:
 
 
 def _write(jobs: list[Any], sender: Connection, receiver: Connection) -> None:
-    """What the process beside this one does: write, and tell what was written or why not."""
+    """Write in the background process, and send what was written or why it failed."""
     receiver.close()  # else this process would not notice that the other has gone
-    told = _Told()
+    first_error = _FirstError()
     log = logging.getLogger(_FILES)
-    log.addHandler(told)
+    log.addHandler(first_error)
     log.propagate = False
     written, failure = [], ""
     files: dict[Path, Checksum] = {}
@@ -169,18 +169,14 @@ def _write(jobs: list[Any], sender: Connection, receiver: Connection) -> None:
                 raise written[-1]
             files |= {Path(file): checksum(Path(file)) for file, *_ in arguments[1]}
     except Exception as error:
-        # Of megatron-core 0.19's error nothing is left but its type; it is told in the log.
-        failure = told.text or f"{type(error).__name__}: {error}"
+        # The error of megatron-core 0.19 has lost its text; its log has it.
+        failure = first_error.text or f"{type(error).__name__}: {error}"
     with suppress(BrokenPipeError):  # the run has ended
         sender.send((written if not failure else [], files, failure))
 
 
-class _Told(logging.Handler):
-    """Keeps the first error that Megatron-Core's writer logs.
-
-    Attributes:
-        text: of it.
-    """
+class _FirstError(logging.Handler):
+    """Keep the text of the first error that Megatron-Core's writer logs."""
 
     text = ""
 
@@ -190,10 +186,10 @@ class _Told(logging.Handler):
 
 
 def _results() -> Any:
-    """Megatron's queue for what was written: a plain one instead of one behind a spawned server.
+    """Return Megatron's queue of results, replaced by a plain one without a server process.
 
-    That one would start an interpreter that imports the main script again (6.3 s instead of 0.3 s,
-    and a hang where that script lacks a __main__ guard), and outlive a run that is killed.
+    The server would import the main script again (6.3 s instead of 0.3 s, and a hang where that
+    script lacks a __main__ guard), and outlive a run that is killed.
     """
     files: Any = importlib.import_module(_FILES)
     if files._results_queue is None:

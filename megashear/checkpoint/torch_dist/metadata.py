@@ -1,4 +1,4 @@
-"""The table of contents of a torch_dist checkpoint, read without running what a pickle names."""
+"""Read the table of contents of a torch_dist checkpoint, a pickle, without running any code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megashear.errors import CheckpointError
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
-# What the pickled table of contents of a torch_dist checkpoint may name: plain descriptions, which
-# do no harm whatever they are called with. Of these modules only the classes they define.
+# Names that the pickled table of contents may hold: plain descriptions, harmless with whatever
+# arguments. From these modules, only the classes that they define.
 _METADATA_MODULES = tuple(
     f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")
 )
@@ -32,7 +32,7 @@ _METADATA_NAMES = {
 
 
 def place_on_disk(name: str) -> tuple[str, tuple[int, ...]]:
-    """The name under which a tensor is stored, and its place in it: the layer, if it is of one."""
+    """Return the key under which a tensor is stored, and its index in it: its layer, if any."""
     match = _LAYER.match(name)
     if match is None:
         return name, ()
@@ -40,10 +40,10 @@ def place_on_disk(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def check_metadata(directory: Path) -> Metadata:
-    """The table of contents of a checkpoint, if it and the files that it lists are whole.
+    """Return the table of contents of a checkpoint; check that the files it lists are complete.
 
-    torch_dist keeps it as a pickle, which Megatron-Core reads without a check; a foreign one could
-    run any code there, and is refused if it names anything but torch's own descriptions.
+    It is a pickle, which Megatron-Core reads without a check. A foreign one could run any code, so
+    it is refused if it names anything but torch's own descriptions.
 
     Raises:
         CheckpointError: it is missing, damaged or names something unexpected, or files of the
@@ -51,8 +51,6 @@ def check_metadata(directory: Path) -> Metadata:
     """
     file = directory / ".metadata"
     try:
-        if not file.is_file():  # of a pipe or a device there would be no end
-            raise FileNotFoundError
         with file.open("rb") as stream:
             metadata: Metadata = _MetadataUnpickler(stream).load()
         short = _files_cut_short(directory, metadata)
@@ -80,7 +78,7 @@ def _files_cut_short(directory: Path, metadata: Metadata) -> list[str]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, on whichever rank it was; torch wraps tracebacks of all ranks around it."""
+    """Return the error of whichever rank failed, without the tracebacks that torch adds."""
     if isinstance(error, CheckpointException):
         if not error.failures:
             return "rank 0 says why"

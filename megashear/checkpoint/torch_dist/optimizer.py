@@ -1,10 +1,10 @@
-"""The state of Megatron-Core's optimizer as sharded tensors, the same in every parallel layout.
+"""The optimizer's state as sharded tensors that load in every parallel layout.
 
-Moments (and under bf16 the fp32 weights) have the shape of their parameter, and are stored under
-its name. What a rank has of them it writes and reads as blocks: the whole of its shard of the
-parameter, or under a distributed optimizer the run of elements that this rank owns, as at most
-three rectangles. So nothing is gathered, and the optimizer may be distributed or not on either
-side. The number of steps that AdamW keeps is that of the run; the rest is in the configuration.
+Moments (and under bf16 the fp32 weights) have the shape of their parameter and are stored under
+its name. A rank writes and reads its part as blocks: its whole shard of the parameter or, under a
+distributed optimizer, the range of elements that it owns, as at most three rectangles. So nothing
+is gathered, and the optimizer may be distributed or not on either side. The number of steps that
+AdamW keeps is that of the run; the rest is in the configuration.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Owned:
-    """What a rank's optimizer has of one parameter.
+    """The state that a rank's optimizer holds for one parameter.
 
     Attributes:
-        tensors: by kind, flat: the moments, and the fp32 weights under bf16.
-        begin: position of their first element in the rank's shard of the parameter, flat.
-        distributed: whether other data-parallel ranks have the rest.
+        tensors: flat, by kind: the moments, and the fp32 weights under bf16.
+        begin: index of their first element in the rank's flat shard of the parameter.
+        distributed: whether other data-parallel ranks hold the rest.
     """
 
     tensors: dict[str, Tensor]
@@ -41,7 +41,7 @@ class _Owned:
 
 
 def optimizer_state(weights: Mapping[str, Any], optimizer: Any) -> dict[str, ShardedTensor]:
-    """The optimizer's own tensors as a sharded state dict, to be written or to be filled.
+    """Return the optimizer's tensors as a sharded state dict, to be written or filled.
 
     Args:
         weights: sharded state dict of the rank's part of the model.
@@ -65,13 +65,13 @@ def optimizer_state(weights: Mapping[str, Any], optimizer: Any) -> dict[str, Sha
 def load_optimizer_state(
     state: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor], optimizer: Any, step: int
 ) -> None:
-    """Take up what was read for `optimizer_state`.
+    """Load what was read for `optimizer_state`.
 
     Args:
-        state: what was asked for.
-        loaded: what was read.
+        state: the sharded state dict that was requested.
+        loaded: the tensors that were read.
         optimizer: Megatron-Core's.
-        step: of the run: AdamW corrects its moments by it.
+        step: of the run; AdamW corrects its moments by it.
     """
     for name, tensor in loaded.items():
         if (block := state.get(name)) is not None:
@@ -90,7 +90,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _owned(optimizer: Any) -> dict[Tensor, _Owned]:
-    """What the rank has of each parameter; moments that no step has made yet are zeros."""
+    """Return what the rank holds for each parameter; moments before the first step are zeros."""
     owned = {}
     for part in _parts(optimizer):
         distributed = isinstance(part, DistributedOptimizer)
@@ -109,7 +109,7 @@ def _owned(optimizer: Any) -> dict[Tensor, _Owned]:
 
 
 def _main_parameters(part: Any) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Parameters, what AdamW updates for them on this rank, and its position in them."""
+    """Yield each parameter, the tensor that AdamW updates for it here, and where that begins."""
     if isinstance(part, DistributedOptimizer):
         for parameter, (group, place) in part.model_param_group_index_map.items():
             main = part.optimizer.param_groups[group]["params"][place]
@@ -123,7 +123,7 @@ def _main_parameters(part: Any) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 def _built(entry: Any) -> list[ShardedTensor]:
-    """A parameter's shards: one, or those that it is stored as (gate and up rows)."""
+    """Return the stored shards of a parameter: one, or two for gate and up rows."""
     if not isinstance(entry, ShardedTensorFactory):
         return [entry]
     return list(nested_values(entry.build()))
@@ -132,7 +132,7 @@ def _built(entry: Any) -> list[ShardedTensor]:
 def _blocks(
     shard: ShardedTensor, tensor: Tensor, part: _Owned, parameter: Tensor
 ) -> Iterator[ShardedTensor]:
-    """The rectangles of a shard that lie in what the rank owns."""
+    """Yield the rectangles of a shard that the rank owns."""
     first = shard.data.storage_offset() - parameter.storage_offset()
     begin = max(part.begin, first)
     end = min(part.begin + tensor.numel(), first + shard.data.numel())
@@ -159,7 +159,7 @@ def _blocks(
 def rectangles(
     shape: tuple[int, ...], begin: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and sizes of the blocks that make up positions of a flattened tensor, in order.
+    """Yield offsets and sizes of the blocks that make up a range of a flattened tensor.
 
     Args:
         shape: of the tensor; of one or two dimensions.

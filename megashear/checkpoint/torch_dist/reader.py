@@ -1,4 +1,4 @@
-"""Weights as an ordinary Megatron-Core checkpoint (torch_dist), one tensor at a time or by rank.
+"""Read the weights of a torch_dist checkpoint, one tensor at a time.
 
 Tensors are addressed by their names in the table, the layer number written out; on disk Megatron
 stacks the layers, so that a checkpoint loads in any parallel layout.
@@ -37,7 +37,7 @@ _WEIGHT = re.compile(r"^(embedding|decoder|mtp|output_layer)\.(?!.*_extra_state)
 
 
 class _Stored(NamedTuple):
-    """Where a tensor of a model lies: under which key, and in which layer if the key holds all."""
+    """Where a tensor is stored: its key, and the layer if the key holds all layers."""
 
     key: str
     layer: tuple[int, ...]
@@ -45,7 +45,7 @@ class _Stored(NamedTuple):
 
 
 def _stored_weights(metadata: Metadata, num_layers: int) -> dict[str, _Stored]:
-    """Tensors of a model by their names in the table; of stacked layers one more than there are."""
+    """Return tensors by their names in the table; list one stacked layer too many, if there is."""
     stored = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata) or not _WEIGHT.match(key):
@@ -68,10 +68,10 @@ def _fits(rule: ParamRule, shape: tuple[int, ...]) -> bool:
 
 
 class WeightsReader:
-    """Reads the weights of a checkpoint tensor by tensor, in one process and without a group.
+    """Read the weights of a checkpoint tensor by tensor, without a process group.
 
-    The checkpoint may be Megatron-LM's own: layers stacked or apart, the vocabulary padded (what is
-    beyond it is not read), an optimizer's state beside the weights.
+    The checkpoint may be Megatron-LM's own: layers stacked or separate, the vocabulary padded (the
+    padding is not read), with the optimizer's state.
 
     Args:
         directory: a torch_dist checkpoint of a model's weights.
@@ -104,13 +104,13 @@ class WeightsReader:
 
     @property
     def dtypes(self) -> list[str]:
-        """Types of its tensors."""
+        """Dtypes of its tensors."""
         stored: Any = self._metadata.state_dict_metadata
         held = (stored[self._stored[name].key] for name in self.rules)
         return dtype_names(entry.properties.dtype for entry in held)
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor of the table, in the dtype it is stored in.
+        """Return a whole tensor of the table, in the dtype it is stored in.
 
         Raises:
             CheckpointError: its file is missing or damaged.
@@ -135,7 +135,7 @@ class WeightsReader:
         return tensor
 
     def _read_part(self, item: ReadItem) -> Tensor:
-        """A part as `read_data` reads it, without the copy that it makes."""
+        """Return a part as `read_data` would, without its copy."""
         place = self._metadata.storage_data[item.storage_index]
         with (self.directory / place.relative_path).open("rb") as stream:
             view: Any = self._reader._slice_file(stream, place)
@@ -143,13 +143,13 @@ class WeightsReader:
         return narrow_tensor_by_index(part, item.storage_offsets, item.lengths)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the table, in its order."""
+        """Yield every tensor of the table, in its order."""
         for name in self.rules:
             yield name, self.read(name)
 
 
 class _IntoTensor(DefaultLoadPlanner):
-    """Puts the pieces that a read plan names into one tensor."""
+    """Put the pieces that a read plan names into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()

@@ -30,21 +30,21 @@ from megashear.pruning.table import outer_rules
 
 
 def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A sharded state dict without Megatron's `_extra_state` objects.
+    """Return a sharded state dict without Megatron's `_extra_state` objects.
 
-    They hold fp8 scales of Transformer Engine, are empty otherwise, and are the one thing in a
-    torch_dist checkpoint that torch would unpickle without a check.
+    They hold fp8 scales of Transformer Engine and are empty otherwise. Torch would unpickle them
+    without a check.
     """
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def _chunk_names(chunks: Sequence[Any]) -> list[str | None]:
-    """Names in a sharded state dict, as Megatron-Core's optimizers expect them."""
+    """Return the names of chunks that Megatron-Core's optimizers expect in a state dict."""
     return [f"model{number}" for number in range(len(chunks))] if len(chunks) > 1 else [None]
 
 
 def _without_padding(chunk: Any) -> dict[str, Any]:
-    """The sharded state dict of a chunk, with a vocabulary that is padded in memory alone."""
+    """Return the sharded state dict of a chunk, without the padding of the vocabulary."""
     state = without_extra_state(chunk.sharded_state_dict())
     rules = outer_rules(unwrap(chunk).shape)
     sizes = {rule.name: rule.axes[0].units for rule in rules if rule.axes[0].vocabulary}
@@ -55,7 +55,7 @@ def _without_padding(chunk: Any) -> dict[str, Any]:
 
 
 def _cut(entry: ShardedTensor, size: int) -> ShardedTensor | ShardedTensorFactory:
-    """Of a vocabulary what is written and read: its part of `size` rows in all, padded or not."""
+    """Return this rank's part of a vocabulary of `size` rows, without the padding in memory."""
     entry = dataclasses.replace(entry, allow_shape_mismatch=False)
     if entry.global_shape[0] == size:
         return entry
@@ -82,21 +82,21 @@ def _cut(entry: ShardedTensor, size: int) -> ShardedTensor | ShardedTensorFactor
 
 
 def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
-    """The sharded state dict of this rank's part of a model; of several chunks one of each."""
+    """Return the sharded state dict of this rank's part of a model; by chunk if it has several."""
     states = [_without_padding(chunk) for chunk in chunks]
     names = _chunk_names(chunks)
     return states[0] if names == [None] else dict(zip(names, states, strict=True))  # type: ignore
 
 
 def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Read what a sharded state dict asks for; a collective over all ranks.
+    """Read the tensors that a sharded state dict requests; a collective.
 
     Args:
-        state: the values are Megatron-Core ShardedTensors and the like, to be filled.
+        state: Megatron-Core's ShardedTensors and factories.
         directory: the checkpoint.
 
     Raises:
-        CheckpointError: the directory lacks something asked for, or is not a checkpoint.
+        CheckpointError: the directory lacks a requested tensor, or is not a checkpoint.
     """
     stored = check_metadata(directory).state_dict_metadata
     parts = [part for part in nested_values(dict(state)) if isinstance(part, ShardedBase)]
@@ -115,9 +115,7 @@ def load(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def fill_from_checkpoint(info: CheckpointInfo, chunks: Sequence[Any]) -> None:
-    """Fill this rank's part of a model from a checkpoint of any layout that is known to be whole.
-
-    A collective.
+    """Fill this rank's part of a model from a verified checkpoint of any layout; a collective.
 
     Raises:
         CheckpointError: it is of another model.
@@ -141,7 +139,7 @@ def fill_from_reader(
     Args:
         chunks: this rank's part of the model.
         read: returns a whole tensor by its name in the table.
-        platform: says which shard this rank holds.
+        platform: names the shard that this rank holds.
 
     Raises:
         CheckpointError: a tensor has another shape than the model's.

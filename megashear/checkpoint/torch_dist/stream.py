@@ -1,8 +1,8 @@
-"""Writes a dense model as a torch_dist checkpoint, tensor by tensor, from one process or many.
+"""Write a dense model as a torch_dist checkpoint tensor by tensor, from one process or many.
 
-Megatron-Core's own writer wants all tensors of a process at once. Here it writes a checkpoint that
-has none, with all that its release puts beside them; tensors are then appended one at a time to
-files of bounded size, and entered into the table of contents at the end.
+Megatron-Core's own writer needs all tensors of a process at once. Here it writes a checkpoint
+without tensors; tensors are then appended one at a time to files of bounded size, and entered into
+the table of contents at the end.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class _Entry(NamedTuple):
 
 
 def processes() -> AbstractContextManager[Any]:
-    """The process group that is there, or one of all that were launched, or of this one alone."""
+    """Use the present process group, or make one of the launched processes (or of this one)."""
     return nullcontext() if dist.is_initialized() else single_process()
 
 
 @contextmanager
 def shared_directory(directory: Path, **options: Any) -> Iterator[Path]:
-    """`whole_directory`, made and named by the first process for all; a collective at both ends."""
+    """Yield a `whole_directory` of the first process to all; a collective at both ends."""
     with ExitStack() as stack:
         whole = whole_directory(directory, **options)
         yield on_first_process(lambda: stack.enter_context(whole))
@@ -69,7 +69,7 @@ def shared_directory(directory: Path, **options: Any) -> Iterator[Path]:
 
 
 def files(shape: ModelShape) -> dict[str, str]:
-    """The file of each tensor, in the order of the table; the same for any number of processes."""
+    """Return the file of each tensor, in the table's order, for any number of processes."""
     rules = list(param_rules(shape))
     sizes = [prod(rule.shape()) for rule in rules]
     number, held = 1, 0  # Megatron-Core may have written a file 0
@@ -82,8 +82,8 @@ def files(shape: ModelShape) -> dict[str, str]:
     return names
 
 
-def share(shape: ModelShape) -> list[str]:
-    """Names of the tensors that this process writes: whole files, in turn."""
+def tensors_of_rank(shape: ModelShape) -> list[str]:
+    """Return the names of the tensors that this process writes: whole files, in turn."""
     home = files(shape)
     mine = set(list(dict.fromkeys(home.values()))[dist.get_rank() :: dist.get_world_size()])
     return [name for name, file in home.items() if file in mine]
@@ -97,7 +97,7 @@ def write_weights(
     Args:
         directory: made here; must not exist.
         shape: of the model.
-        weights: those of `share(shape)`, in this order; one at a time is held.
+        weights: the tensors of `tensors_of_rank(shape)`, in this order; one is held at a time.
 
     Returns:
         Checksums of the files with tensors.
@@ -107,12 +107,12 @@ def write_weights(
             than in other layers (all are named), or cannot be written, here or elsewhere.
     """
     background.save({}, directory)
-    home, mine = files(shape), share(shape)
+    home, mine = files(shape), tensors_of_rank(shape)
     parts = []
     with _Files(directory, home, shape, mine) as files_of_mine:
         for batch in _batches(home, mine, weights):  # so that a failure is soon known to all
             parts += on_each_process(partial(files_of_mine.append, batch))
-        shares = on_each_process(files_of_mine.checksums)
+        by_rank = on_each_process(files_of_mine.checksums)
     written = {entry.name: entry for entries, _ in parts for entry in entries}
     problems = [problem for _, found in parts for problem in found]
     problems += [
@@ -123,11 +123,11 @@ def write_weights(
     if problems:
         raise CheckpointError(f"{directory}: not written:\n  " + "\n  ".join(problems))
     on_first_process(lambda: _enter(directory, shape, entries))
-    return {file: value for share in shares for file, value in share.items()}
+    return {file: value for sums in by_rank for file, value in sums.items()}
 
 
 def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> list[Iterable[T]]:
-    """What a process writes between agreements, equally often on all: a file, at last the rest."""
+    """Split weights into the same number of batches on all ranks: a file each, then the rest."""
     rounds = ceil(len(set(home.values())) / dist.get_world_size())
     counts = list(Counter(home[name] for name in mine).values())[: rounds - 1]
     stream = iter(weights)
@@ -135,7 +135,7 @@ def _batches(home: dict[str, str], mine: list[str], weights: Iterable[T]) -> lis
 
 
 class _Files:
-    """The files of one process; one that is complete is flushed and hashed beside what follows."""
+    """The files of one process; complete ones are flushed and hashed in the background."""
 
     def __init__(
         self, directory: Path, home: dict[str, str], shape: ModelShape, mine: Container[str]
@@ -145,17 +145,17 @@ class _Files:
             rule.name: rule.shape() for rule in param_rules(shape) if rule.name in mine
         }
         self.sums: dict[Path, Checksum] = {}
-        self._beside = ThreadPoolExecutor(2)
+        self._background = ThreadPoolExecutor(2)
         self._sealing: dict[Path, tuple[Future[None], Future[Checksum]]] = {}
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._beside.shutdown()  # before the directory may be removed
+        self._background.shutdown()  # before the directory may be removed
 
     def append(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[list[_Entry], list[str]]:
-        """What was written, and what was not expected; what was is no longer."""
+        """Append tensors; return what was written, and problems."""
         entries, problems = [], []
         for name, tensor in weights:
             if self.expected.pop(name, None) != tuple(tensor.shape):
@@ -167,12 +167,12 @@ class _Files:
         self.checksums()
         for name in {entry.place.relative_path for entry in entries} - unfinished:
             file = self.directory / name
-            tasks = self._beside.submit(flush, file), self._beside.submit(checksum, file)
+            tasks = self._background.submit(flush, file), self._background.submit(checksum, file)
             self._sealing[file] = tasks
         return entries, problems
 
     def checksums(self) -> dict[Path, Checksum]:
-        """Of all complete files, when they are on the disk."""
+        """Wait until all complete files are on the disk; return their checksums."""
         for file, (flushed, hashed) in self._sealing.items():
             flushed.result()
             self.sums[file] = hashed.result()
@@ -197,7 +197,7 @@ def _append(file: Path, name: str, tensor: Tensor) -> _Entry:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """Of a full disk, or of Ctrl-C, torch tells what followed when it closed its file."""
+    """Return the cause (a full disk, Ctrl-C) of the error that torch raised closing its file."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) or not isinstance(cause, Exception):
@@ -207,7 +207,7 @@ def _reason(error: BaseException) -> BaseException:
 
 
 def _save(tensor: Tensor, stream: IO[bytes]) -> None:
-    """As torch does, but for its CRC-32, which torch never checks and checksums are in place of."""
+    """Save without CRC-32, which torch never checks; checksums.json replaces it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -217,13 +217,13 @@ def _save(tensor: Tensor, stream: IO[bytes]) -> None:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The same, without what else its storage may hold, which torch.save would write too."""
+    """Return the tensor with a storage of its own size, since torch.save writes whole storages."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _mixed_types(entries: Iterable[_Entry]) -> Iterator[str]:
-    """Tensors of another type than in the first layer; a checkpoint has one type for all layers."""
+    """Yield tensors of another dtype than in the first layer: a checkpoint stacks all layers."""
     first: dict[str, torch.dtype] = {}
     for entry in entries:
         key, _ = place_on_disk(entry.name)

@@ -153,11 +153,11 @@ def test_what_is_not_understood_is_refused_by_name(key: str, value: Any) -> None
         ({"type": "mrope", "mrope_section": [1]}, "rope_type = 'mrope' is not supported"),
         ({"type": ["yarn"], "factor": 4.0}, "must be one name"),
         ({"type": "yarn", "rope_type": "linear", "factor": 4.0}, "must be one name"),
-        ({"factor": 4.0}, "factor = 4.0 is not understood beside rope_type = default"),
+        ({"factor": 4.0}, "factor = 4.0 is not supported with rope_type = default"),
         ({"type": "linear"}, "factor = None must be a number from 1"),
         ({"type": "linear", "factor": "2"}, "factor = '2' must be a number from 1"),
         ({"type": "linear", "factor": 0.5}, "factor = 0.5 must be a number from 1"),
-        ({"type": "dynamic", "factor": 2.0, "alpha": 1000}, "alpha = 1000 is not understood"),
+        ({"type": "dynamic", "factor": 2.0, "alpha": 1000}, "alpha = 1000 is not supported"),
         (
             {**LLAMA3, "low_freq_factor": 2.0},
             "low_freq_factor = 2.0: Megatron-Core knows 1.0",
@@ -172,7 +172,7 @@ def test_what_is_not_understood_is_refused_by_name(key: str, value: Any) -> None
         ({**YARN, "beta_fast": -1}, "beta_fast = -1 must be a number above 0"),
         ({**YARN, "attention_factor": 0.0}, "attention_factor = 0.0 must be a number above 0"),
         ({**YARN, "factor": 1.0, "attention_factor": 2.0}, "attention_factor = 2.0: Megatron-Core"),
-        ({**YARN, "finetuned": True}, "finetuned = True is not understood beside rope_type = yarn"),
+        ({**YARN, "finetuned": True}, "finetuned = True is not supported with rope_type = yarn"),
     ],
 )
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -54,7 +54,7 @@ def save_by_megatron(directory: Path, shape: ModelShape, dtype: torch.dtype) -> 
 def write(directory: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     """This process's share of the same tensors."""
     with stream.processes():
-        mine = stream.share(shape)
+        mine = stream.tensors_of_rank(shape)
         weights = [(name, t) for name, t in weights_of(shape, dtype).items() if name in mine]
         stream.write_weights(directory, shape, weights)
 
@@ -168,7 +168,7 @@ def write_with_one_bad(
     made: list[str] = []
     try:
         with stream.processes():
-            mine = stream.share(GQA)
+            mine = stream.tensors_of_rank(GQA)
             weights: Weights = ((name, note(made, name)) for name in mine)
             if torch.distributed.get_rank() == rank:
                 weights = spoil(weights)
