@@ -88,37 +88,9 @@ class Trainer:
         if passed_over:
             self.log.warn(passed_over)
 
-        self.domain_weights = DomainWeights.from_config(data)
-        self.dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
-        valid = build_valid_datasets(data, self.shape.vocab_size)
-        self.content = on_first_process(partial(content_hashes, data.domains))
-        if resumed is not None and "content" in resumed.progress:
-            refuse_changed_content(data.domains, resumed.progress["content"], self.content)
-        self.evaluator = Evaluator(
-            valid,
-            config.evaluation.sequences_per_domain,
-            trainer.micro_batch_size,
-            platform,
-            config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
-        )
         self.losses: dict[str, float] = {}
-        chunks = build_model(
-            self.shape,
-            platform,
-            config.parallel,
-            data.seq_length,
-            masked_attention=data.reset_attention_mask,
-        )
-        if resumed is None and self.source is not None:
-            platform.heartbeat.mark("loading of weights")
-            self.source.fill(chunks, platform)
-            self.log.say(f"weights from {config.init_from}")
-        self.optimizer = WeightOptimizer(chunks, config.optimizer, config.parallel, trainer.steps)
-        self.objective: Objective = (
-            PruningObjective(config, self.optimizer, self.shape, platform)
-            if config.stage == "prune"
-            else LanguageModeling()
-        )
+        self._open_data(resumed)
+        self._build_model(new=resumed is None)
         self._introduce()
         if resumed is not None:
             self._resume(resumed)
@@ -137,6 +109,46 @@ class Trainer:
         self.signals = StopSignals(platform)
         self.records = RunRecords(config, platform, self.shape, self.domain_weights)
         self._saving = (0, 0.0)  # step of the newest checkpoint, and seconds that training waited
+
+    def _open_data(self, resumed: CheckpointInfo | None) -> None:
+        """Open the token files, and check that they are those of a resumed run."""
+        config, data = self.config, self.config.data
+        self.domain_weights = DomainWeights.from_config(data)
+        self.dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
+        valid = build_valid_datasets(data, self.shape.vocab_size)
+        self.content = on_first_process(partial(content_hashes, data.domains))
+        if resumed is not None and "content" in resumed.progress:
+            refuse_changed_content(data.domains, resumed.progress["content"], self.content)
+        self.evaluator = Evaluator(
+            valid,
+            config.evaluation.sequences_per_domain,
+            config.trainer.micro_batch_size,
+            self.platform,
+            config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
+        )
+
+    def _build_model(self, *, new: bool) -> None:
+        """Build model, optimizer and objective; a new run gets the weights of `init_from`."""
+        config, platform = self.config, self.platform
+        chunks = build_model(
+            self.shape,
+            platform,
+            config.parallel,
+            config.data.seq_length,
+            masked_attention=config.data.reset_attention_mask,
+        )
+        if new and self.source is not None:
+            platform.heartbeat.mark("loading of weights")
+            self.source.fill(chunks, platform)
+            self.log.say(f"weights from {config.init_from}")
+        self.optimizer = WeightOptimizer(
+            chunks, config.optimizer, config.parallel, config.trainer.steps
+        )
+        self.objective: Objective = (
+            PruningObjective(config, self.optimizer, self.shape, platform)
+            if config.stage == "prune"
+            else LanguageModeling()
+        )
 
     def _introduce(self) -> None:
         """Print what is about to run, and on which devices."""
