@@ -5,11 +5,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST = 2**26
 """Bytes; the index of a model with half a million tensors has fewer."""
+
+
+def hub_hint(path: str | Path) -> str:
+    """Return how to fetch what is no path here but may be a model's name on a hub, else nothing."""
+    hub = re.fullmatch(r"([\w.-]+)/([\w.-]+)", str(path))
+    if hub is None or Path(hub[1]).exists():
+        return ""
+    command = f"hf download {path} --local-dir models/{hub[2]}"
+    return f"If it is the name of a model on the Hugging Face hub, download it: {command}"
 
 
 def flush(path: Path) -> None:

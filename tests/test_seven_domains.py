@@ -7,11 +7,9 @@ that a user calls, on two processes. Third-party text: skipped where it is absen
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,15 +58,10 @@ def passages(domain: str) -> list[str]:
     return [text[at : at + PASSAGE] for at in range(0, len(text), PASSAGE)]
 
 
-def call(folder: Path, script: str, *arguments: str) -> None:
-    """A script's main function in a folder, as the shell would call it."""
+def call(folder: Path, *words: str) -> None:
+    """A command in a folder, as the shell would call it."""
     os.chdir(folder)
-    spec = importlib.util.spec_from_file_location("script", REPOSITORY / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [script, *arguments]
-    assert not module.main()
+    assert not cli.execute(words)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +79,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
     sizes = {"vocab_size": 32000, "hidden_size": 48, "intermediate_size": 96}
     save_llama(folder / "models" / "llama2-7b", **sizes)
-    train = ("examples/pretrain_shear.py", "--config")
+    train = ("train", "--config")
     prune, onwards = (str(REPOSITORY / RECIPE / f"{stage}.yaml") for stage in ("prune", "continue"))
     run_distributed(call, 2, folder, *train, prune, *SMALL, *TARGET)
-    extract = ("tools/checkpoint/extract.py", "--run", "runs/llama2-7b-to-1.3b/prune")
+    extract = ("extract", "--run", "runs/llama2-7b-to-1.3b/prune")
     run_distributed(call, 1, folder, *extract)
     run_distributed(call, 2, folder, *train, onwards, *SMALL)
     return folder

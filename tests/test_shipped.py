@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import megashear.training.trainer  # noqa: F401 - so that forks have what scripts import
+from megashear.config.chain import load_chain
 from megashear.config.loader import load_config, to_yaml
 from tests.support.forks import Forked
 
@@ -32,7 +33,8 @@ MODULES = sorted(
     for file in PACKAGE.rglob("*.py")
     if file.name != "__main__.py"
 )
-CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+CHAINS = sorted((ROOT / "examples").rglob("chain.yaml"))
+CONFIGS = sorted({*(ROOT / "examples").rglob("*.yaml")} - {*CHAINS})
 SCRIPTS = sorted(
     file
     for folder in ("examples", "tools", "benchmarks")
@@ -114,6 +116,12 @@ def test_every_configuration_is_right(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(copy, check_files=False) == config
+
+
+@pytest.mark.parametrize("file", CHAINS, ids=name)
+def test_every_chain_is_right(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    load_chain(Path(file.name), check_files=False)
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name)

@@ -2,59 +2,68 @@
 
     make demo
 
-Everything is made below one folder (default: demo-run). A second run reuses what is there; a stage
-whose command or configuration changed is made again, and all that follow it. Ctrl-C is safe.
+Everything is made below one folder (default: demo-run): text, a tokenizer and a source model; then
+`megashear shear chain.yaml`; then a model of the same shape from scratch, to compare with. A second
+run reuses what is there; a task whose command or configuration changed is done again, and so are
+all tasks after it. Ctrl-C is safe.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megashear.commands.shear import chain_tasks, export, train
+from megashear.config.chain import load_chain
+from megashear.config.loader import load_config
 from megashear.console import FAILED, run
-from megashear.stages import ROOT, Runner, Stage
+from megashear.tasks import Task, TaskRunner, megashear, script
 
 DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO.parent))
-
-from commands import export, extract, import_model, report, script, tokenize, train  # noqa: E402
-
-PROCESSES = 2
+sys.path.insert(0, str(DEMO))
 
 
-def stages() -> list[Stage]:
-    """The demo: text, tokens, source, import, prune, extract, continue, export, compare."""
+def tasks() -> list[Task]:
+    """Return the demo's tasks: text, tokens, source, the chain, the model from scratch, report."""
+    chain, prune, continue_run = load_chain(Path("chain.yaml"), check_files=False)
+    tokenize, *shear = chain_tasks(chain, prune, continue_run)
+    source = load_config(Path("source.yaml"), check_files=False)
+    scratch = load_config(Path("scratch.yaml"), check_files=False)
+    runs = [each.run_dir for each in (source, prune, continue_run, scratch)]
     return [
-        script("text", "text", "examples/demo/collect_text.py", "--out", "text"),
-        script("tokenizer", "tokenizer", "examples/demo/train_tokenizer.py", "--input",
-               "text/*.jsonl", "--out", "tokenizer"),
-        tokenize("tokenizer"),
-        train(DEMO / "source.yaml", PROCESSES),
-        export("export-source", "source", "source-hf"),
-        import_model("source-hf", "source-imported"),
-        train(DEMO / "prune.yaml", PROCESSES),
-        extract("prune"),
+        script("text", "text", DEMO / "collect_text.py", "--out", "text"),
+        script("tokenizer", "tokenizer", DEMO / "train_tokenizer.py", "--input", "text/*.jsonl",
+               "--out", "tokenizer"),
+        tokenize,
+        train("source.yaml", source, chain.processes, "source"),
+        export("export-source", "source", chain.source),
+        *shear,
         export("export-extracted", "prune/extracted", "extracted-hf"),
-        train(DEMO / "continue.yaml", PROCESSES),
-        export("export", "continue", "sheared-hf"),
-        train(DEMO / "scratch.yaml", PROCESSES),
-        report("source", "prune", "continue", "scratch"),
+        train("scratch.yaml", scratch, chain.processes, "scratch"),
+        Task("compare", "report.html", megashear("report", *runs, "--out", "report.html")),
     ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all stages, then summarise."""
+    """Run all tasks, then summarise."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "demo-run", help="the demo's folder")
+    parser.add_argument("--out", type=Path, default=DEMO.parents[1] / "demo-run", metavar="DIR",
+                        help="the demo's folder (default: demo-run)")  # fmt: skip
     folder = parser.parse_args(arguments).out.resolve()
-    demo = Runner(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in DEMO.glob("*.yaml"):
+        shutil.copy(file, folder)
+    os.chdir(folder)
+    demo = TaskRunner(folder)
     began = time.perf_counter()
-    demo.run_all(stages())
+    demo.run_all(tasks())
 
     from summary import summarise
 

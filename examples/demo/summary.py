@@ -18,7 +18,7 @@ def summarise(folder: Path, seconds: Mapping[str, float]) -> bool:
 
     Args:
         folder: of the demo.
-        seconds: wall time of each stage.
+        seconds: wall time of each task.
     """
     losses, sheared_wins = _losses(folder)
     masks, on_target = _masks(folder)
@@ -27,7 +27,7 @@ def summarise(folder: Path, seconds: Mapping[str, float]) -> bool:
         ("Parameters", _parameters(folder)),
         ("Validation loss (nats per token)", losses),
         ("Masks at the end of pruning", masks),
-        ("Logits, largest difference as a share of their scale", logits),
+        ("Logits, largest difference as a fraction of their scale", logits),
         ("The sheared model writes", _words(folder)),
         ("Wall time (s)", _times(seconds)),
         ("Where everything lies", _places(folder)),
@@ -156,7 +156,7 @@ def _words(folder: Path) -> str:
 
 def _times(seconds: Mapping[str, float]) -> str:
     rows = [(name, f"{value:.0f}") for name, value in seconds.items()]
-    return table([*rows, ("all stages", f"{sum(seconds.values()):.0f}")])
+    return table([*rows, ("all tasks", f"{sum(seconds.values()):.0f}")])
 
 
 def _places(folder: Path) -> str:

@@ -2,77 +2,83 @@
 
     python examples/smollm2/run.py
 
-Everything is made below one folder (default: smollm2-run). A second run reuses what is there; a
-stage whose command or configuration changed is made again, and all that follow it. Ctrl-C is safe.
+Everything is made below one folder (default: smollm2-run), by the tasks of `megashear shear` with
+checks between them. A second run reuses what is there; a task whose command or configuration
+changed is done again, and so are all tasks after it. Ctrl-C is safe.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megashear.commands.shear import chain_tasks, export
+from megashear.config.chain import load_chain
 from megashear.console import run
-from megashear.stages import ROOT, Runner, Stage
+from megashear.tasks import Task, TaskRunner, megashear, script
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from commands import export, extract, import_model, script, tokenize, train  # noqa: E402
-
+README = HERE.parents[1] / "README.md"
 MODELS = ("source", "pruned-hf", "sheared-hf")
 
 
-def stages() -> list[Stage]:
-    """The example: source, text, import, prune, extract, continue, export; each is checked."""
+def tasks() -> list[Task]:
+    """Return the example's tasks: source, text, and those of the chain, each of them checked."""
+    chain = chain_tasks(*load_chain(Path("chain.yaml"), check_files=False))
+    shear = {task.name: task for task in chain}
     return [
-        script("source", "source", "examples/smollm2/to_huggingface.py", "--out", "source",
-               "--overwrite"),
-        script("text", "text", "examples/demo/collect_text.py", "--out", "text"),
-        tokenize("source"),
-        import_model("source", "imported"),
+        script("source", "source", HERE / "to_huggingface.py", "--out", "source", "--overwrite"),
+        script("text", "text", HERE.parent / "demo" / "collect_text.py", "--out", "text"),
+        shear["tokenize"],
+        shear["convert"],
         verify("source", "imported"),
         measure("references.yaml", "reference-loss", "source", "imported", "--out"),
-        train(HERE / "prune.yaml", 1),
-        extract("prune"),
+        shear["prune"],
+        shear["extract"],
         export("export-pruned", "prune/extracted", "pruned-hf"),
         verify("prune", "pruned-hf"),
-        train(HERE / "continue.yaml", 1),
-        export("export", "continue", "sheared-hf"),
+        shear["continue"],
+        shear["export"],
         verify("continue", "sheared-hf"),
-        script("other-engine", "sheared-ct2", "examples/smollm2/other_engine.py",
-               "--hf", "sheared-hf", "--out", "sheared-ct2"),
+        script("other-engine", "sheared-ct2", HERE / "other_engine.py", "--hf", "sheared-hf",
+               "--out", "sheared-ct2"),
         measure("losses.json", "evaluate", *MODELS, "--json"),
-        script("summary", "summary.txt", "examples/smollm2/summary.py", *MODELS),
+        script("summary", "summary.txt", HERE / "summary.py", *MODELS),
     ]  # fmt: skip
 
 
-def verify(a: str, b: str) -> Stage:
-    """The stage that compares two models' logits on text; it makes nothing but its log."""
+def verify(a: str, b: str) -> Task:
+    """Return the task that compares two models' logits on text; it makes nothing but its log."""
     name = f"verify-{b}"
-    command = ("tools/checkpoint/verify.py", a, b, "--text", str(ROOT / "README.md"))
-    return script(name, f"logs/{name}.log", *command, "--tokenizer", "source", "--tokens", "256")
+    text = ("--text", os.path.relpath(README), "--tokenizer", "source", "--tokens", "256")
+    return Task(name, f"logs/{name}.log", megashear("verify", a, b, *text))
 
 
-def measure(out: str, *command: str) -> Stage:
-    """The stage of a sub-command that measures losses on the pruning run's validation text."""
-    config = HERE / "prune.yaml"
-    words = (*command, out, "--domains", str(config), "--overwrite")
-    return Stage(Path(out).stem, out, (sys.executable, "-m", "megashear", *words), (config,))
+def measure(out: str, *command: str) -> Task:
+    """Return the task of a command that measures losses on the pruning run's validation text."""
+    words = (*command, out, "--domains", "prune.yaml", "--overwrite")
+    return Task(Path(out).stem, out, megashear(*words), (Path("prune.yaml"),))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all stages, of which the last says what came out."""
+    """Run all tasks; the last one reports what came out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "smollm2-run", help="the example's folder")
-    add("--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)")
+    add("--out", type=Path, default=HERE.parents[1] / "smollm2-run", metavar="DIR",
+        help="the example's folder (default: smollm2-run)")  # fmt: skip
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     args = parser.parse_args(arguments)
-    Runner(args.out.resolve(), threads=args.threads).run_all(stages())
+    folder = args.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in HERE.glob("*.yaml"):
+        shutil.copy(file, folder)
+    os.chdir(folder)
+    TaskRunner(folder, threads=args.threads).run_all(tasks())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ def add(commands: Any) -> None:
         description="Look at this machine as a run will: software, GPUs, directory, limits, and\n"
         "whether two processes can talk.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="check it as well")
     parser.add_argument("--dir", type=Path, help="for runs (default: run_dir, or this one)")

@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megashear import console
+from megashear.commands.options import missing, positive, require_model
 from megashear.config.chain import Chain
 from megashear.config.loader import load_config, load_options, load_shape
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.config.validate import problems
 from megashear.errors import CheckpointError, ConfigError
-from megashear.hardware import GPUS
+from megashear.hardware import GPUS, Gpu
 
 if TYPE_CHECKING:
     from megashear.planning.run import PlannedRun
-    from megashear.planning.targets import Goal
-    from megashear.planning.throughput import Cluster
 
 EPILOG = """\
 examples:
 
   megashear plan prune.yaml continue.yaml --gpus 8,16 --gpu a100-80gb
-  megashear plan chain.yaml --gpus 8      # of `megashear shear`
+  megashear plan chain.yaml --gpus 8      # the file of `megashear shear`
   megashear plan prune.yaml parallel.tensor=4 --gpus 32
   megashear plan --source models/llama2-7b --size 1.3B --tensor 8
   megashear plan --source models/llama2-7b --memory 2GiB --precision int4
@@ -36,7 +35,7 @@ examples:
 The exit status is 1 if a run fits in no layout.
 """
 _FREE = {"platform.layers": "auto", "platform.kernels": "auto", "platform.loader": "torch"}
-"""What need not be installed where a plan is made."""
+"""Options whose packages need not be installed where a plan is made."""
 
 
 def add(commands: Any) -> None:
@@ -47,56 +46,48 @@ def add(commands: Any) -> None:
         description="Parameters, memory of a GPU, layouts that fit by expected speed, hours and\n"
         "disk of one run or of a chain of runs. Or, with --source, target shapes of a size.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.trailing = "runs"
     add_option = parser.add_argument
     add_option(
         "runs",
         nargs="*",
         metavar="CONFIG",
-        help="YAML files of runs, or of a chain; then overrides key.sub=value for all of them",
+        help="YAML files of runs, or one of a chain; then key.sub=value for all of them",
     )
     names = ", ".join(gpu.name for gpu in GPUS)
     add_option("--gpus", default="8", help="number of GPUs, or one for each run: 8,16 (default: 8)")
     add_option("--gpu", default="h100-80gb", help=f"{names} (default: h100-80gb)")
-    add_option("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    add_option("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     add_option("--network", type=float, default=200, metavar="GBIT", help="Gbit/s from a GPU to "
                "other nodes (default: 200)")  # fmt: skip
-    add_option("--mfu", type=float, default=0.3, help="fraction of a GPU's peak that "
-               "arithmetic reaches (default: 0.3, as published); a run logs its own")  # fmt: skip
+    add_option("--mfu", type=float, default=0.3, help="fraction of a GPU's peak that a run "
+               "reaches (default: 0.3, as published); a run logs its own")  # fmt: skip
     add_option("--reserve", type=float, default=0.1, help="fraction of a GPU's memory to leave "
-               "free for what is not modelled (default: 0.1)")  # fmt: skip
+               "free, for what is not modelled (default: 0.1)")  # fmt: skip
     add_option("--source-shape", type=Path, metavar="FILE", help="sizes (YAML) or config.json of "
                "the source, if init_from does not exist yet")  # fmt: skip
     sizes = parser.add_argument_group("target shapes")
-    sizes.add_argument(
-        "--source", metavar="DIR", help="directory or config.json of the model to prune"
-    )
-    sizes.add_argument("--size", metavar="N", help="wanted parameters: 1.3B, 370M")
-    sizes.add_argument(
-        "--memory", metavar="BYTES", help="wanted memory of the weights: 4GiB, 700MB"
-    )
-    sizes.add_argument(
-        "--precision", choices=("bf16", "int4"), default="bf16", help="precision for --memory"
-    )
-    sizes.add_argument(
-        "--kv-cache", metavar="BYTES", help="wanted keys and values per token, in bf16: 64KiB"
-    )
-    sizes.add_argument("--tensor", type=int, metavar="N", help="tensor-parallel ranks that "
-                       "must divide the target (default: those by 8 first)")  # fmt: skip
+    sizes.add_argument("--source", metavar="DIR", help="the model to prune, or its config.json")
+    sizes.add_argument("--size", metavar="N", help="parameters: 1.3B, 370M")
+    sizes.add_argument("--memory", metavar="BYTES", help="size of the weights: 4GiB, 700MB")
+    sizes.add_argument("--precision", choices=("bf16", "int4"), default="bf16", help="for --memory")
+    sizes.add_argument("--kv-cache", metavar="BYTES", help="for each token, in bf16: 64KiB")
+    sizes.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel ranks that "
+                       "the target must divide by (default: 8 is preferred)")  # fmt: skip
     add_option("--json", action="store_true", help="print JSON")
-    # A number with a unit is no option either: argparse takes -1 for a value, and not -1KiB.
+    # argparse takes -1 for a value, and -1KiB for an option: let our error name its option.
     parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan runs, or propose targets; the exit status."""
+    """Plan runs, or propose target shapes; return the exit status."""
     wishes = {"--source": args.source, "--size": args.size, "--memory": args.memory}
     wishes |= {"--kv-cache": args.kv_cache, "--tensor": args.tensor}
     wishes = {name: wish for name, wish in wishes.items() if wish is not None}
     if args.runs and wishes:
-        _wrong(", ".join(wishes), "asks for target shapes; plan runs (CONFIG) by themselves")
+        _wrong(", ".join(wishes), "asks for target shapes: leave CONFIG out")
     if wishes:
         propose(args)
         return 0
@@ -104,12 +95,18 @@ def run(args: argparse.Namespace) -> int:
     overrides = [word for word in args.runs if "=" in word]
     if not files:
         _wrong("CONFIG", "is missing: name a run's YAML file, or --source and a size")
+    gpu, gpus = _gpu(args), _gpus(args.gpus, len(files))
+    configs = [_load(file, overrides) for file in files]
+    source = args.source_shape or source
+    if configs[0].model is None:  # else it is missed only once torch is imported
+        read_source(source or Path(configs[0].init_from or "."))
+
     from megashear.planning import text
     from megashear.planning.run import plan
+    from megashear.planning.throughput import Cluster
 
-    cluster = _cluster(args)
-    source = args.source_shape or source
-    runs = _planned_runs(files, overrides, _gpus(args.gpus, len(files)), source)
+    cluster = Cluster(gpu, args.gpus_per_node, args.network * 1e9 / 8, args.mfu)
+    runs = _planned_runs(files, configs, gpus, source)
     plans = [plan(each, cluster, args.reserve) for each in runs]
     if args.json:
         print(json.dumps([each.facts() for each in plans], indent=1))
@@ -123,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _files(files: list[Path]) -> tuple[list[Path], Path | None]:
-    """The files of runs; of a chain, those of its two runs, and its source."""
+    """Return the files of runs; for a chain, the files of its two runs, and its source."""
     text = files[0].read_text(errors="replace") if files and files[0].is_file() else ""
     if len(files) != 1 or not re.search(r"^prune_config:", text, re.MULTILINE):
         return files, None
@@ -135,17 +132,16 @@ def _wrong(path: str, text: str) -> NoReturn:
     raise ConfigError("command line", [(path, text)])
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
-    from megashear.planning.throughput import Cluster
-
+def _gpu(args: argparse.Namespace) -> Gpu:
+    """Return the GPU that is named, once the other options of the cluster are checked too."""
     found = [gpu for gpu in GPUS if gpu.name == args.gpu]
     if not found:
         _wrong("--gpu", f"= {args.gpu} is none of {', '.join(gpu.name for gpu in GPUS)}")
     if not 0 < args.mfu <= 1 or not 0 <= args.reserve < 1:
         _wrong("--mfu, --reserve", "are fractions: between 0 and 1")
-    if args.gpus_per_node < 1 or not 0 < args.network < math.inf:
-        _wrong("--gpus-per-node, --network", "must be numbers above 0")
-    return Cluster(found[0], args.gpus_per_node, args.network * 1e9 / 8, args.mfu)
+    if not 0 < args.network < math.inf:
+        _wrong("--network", "must be a number above 0")
+    return found[0]
 
 
 def _gpus(text: str, count: int) -> list[int]:
@@ -159,16 +155,14 @@ def _gpus(text: str, count: int) -> list[int]:
 
 
 def _planned_runs(
-    files: Sequence[Path], overrides: Sequence[str], gpus: Sequence[int], source: Path | None
+    files: Sequence[Path], configs: Sequence[RunConfig], gpus: Sequence[int], source: Path | None
 ) -> list[PlannedRun]:
     from megashear.planning.run import PlannedRun, count_domains, shape_after
 
     runs: list[PlannedRun] = []
-    for file, number in zip(files, gpus, strict=True):
-        config = _load(file, overrides)
+    for file, config, number in zip(files, configs, gpus, strict=True):
         shape = config.model or shape_after(runs, config.init_from or "")
-        if shape is None:
-            shape = read_source(source or Path(config.init_from or "."))
+        shape = shape or read_source(source or Path(config.init_from or "."))
         found = problems(config, shape, check_files=False)
         if found := [problem for problem in found if problem[0] not in _FREE]:
             raise ConfigError(str(file), found)
@@ -177,7 +171,7 @@ def _planned_runs(
 
 
 def _load(file: Path, overrides: Sequence[str]) -> RunConfig:
-    """A run's configuration; its text and its source may be elsewhere, and its packages."""
+    """Load a run's configuration; its data, source and packages may be on another machine."""
     try:
         return load_config(file, overrides, check_files=False)
     except ConfigError as error:
@@ -189,7 +183,7 @@ def _load(file: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def read_source(path: Path) -> ModelShape:
-    """The shape in a YAML file of sizes, a config.json, or at a checkpoint; weights may be absent.
+    """Read the shape in a YAML file of sizes, a config.json, or a checkpoint, without its weights.
 
     Raises:
         CheckpointError: nothing is there.
@@ -203,7 +197,8 @@ def read_source(path: Path) -> ModelShape:
 
         return shape_from_hf_config(read_json(file), str(file))
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not here. Give its sizes or config.json: --source-shape")
+        raise CheckpointError(f"{missing(path)}. Or give its sizes or config.json: --source-shape")
+    require_model(path)
     from megashear.checkpoint import models
 
     return models.open(path).without_masks().shape
@@ -211,10 +206,12 @@ def read_source(path: Path) -> ModelShape:
 
 def propose(args: argparse.Namespace) -> None:
     """Print target shapes of a wanted size."""
+    asked, tensor = _goal(args), args.tensor or 1
+    source = read_source(Path(args.source))
+
     from megashear.planning import targets, text
 
-    goal, tensor = _goal(args), args.tensor or 1
-    source = read_source(Path(args.source))
+    goal = targets.Goal(**asked)
     found = targets.propose(source, goal, tensor)
     if not found:
         option, why = targets.why_none(source, goal, tensor)
@@ -227,19 +224,17 @@ def propose(args: argparse.Namespace) -> None:
     print(text.proposals_text(source, found))
 
 
-def _goal(args: argparse.Namespace) -> Goal:
-    from megashear.planning.targets import Goal
-
+def _goal(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of the `Goal` that the options ask for."""
     asked = {"size": args.size, "memory": args.memory, "kv-cache": args.kv_cache}
     figures = {
         kind: _number(f"--{kind}", given) for kind, given in asked.items() if given is not None
     }
     limit = {"kv_bytes": figures["kv-cache"]} if "kv-cache" in figures else {}
     sizes = [kind for kind in figures if kind != "kv-cache"] or list(figures)
-    if args.source is None or len(sizes) != 1 or (args.tensor or 1) < 1:
-        _wrong("target shapes", "need --source, one of --size and --memory, or --kv-cache; and of "
-               "--tensor at least 1")  # fmt: skip
-    return Goal(sizes[0], figures[sizes[0]], args.precision, **limit)
+    if args.source is None or len(sizes) != 1:
+        _wrong("target shapes", "need --source and one of --size, --memory and --kv-cache")
+    return {"kind": sizes[0], "wanted": figures[sizes[0]], "precision": args.precision, **limit}
 
 
 def _number(path: str, text: str) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from megashear import console
-from megashear.commands import evaluate
+from megashear.commands import measuring
+from megashear.commands.options import positive, require_outputs
 from megashear.config.loader import load_domains, load_target
 from megashear.config.schema import Domain, ModelShape
 from megashear.errors import DataError, ShearError
@@ -36,13 +37,11 @@ so are those that `megashear evaluate --json` writes of several models at once.
 
 def add(commands: Any) -> None:
     """Add the command to the parser of all."""
-    form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     both = commands.add_parser(
         "reference-loss",
         help="the losses that domains are to reach",
         description="Reference losses for dynamic batch loading, by domain.",
         epilog=EPILOG,
-        **form,
     )
     ways = both.add_subparsers(title="ways", metavar="WAY", required=True)
     source = ways.add_parser(
@@ -52,10 +51,9 @@ def add(commands: Any) -> None:
         "run's evaluations take.",
         epilog="example:\n\n  megashear reference-loss source checkpoints/llama2-7b \\\n"
         "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
-        **form,
     )
     source.add_argument("model", metavar="MODEL", help="as of `megashear evaluate`")
-    evaluate.add_options(source, "the run that MODEL is, or is a checkpoint of")
+    measuring.add_options(source, "the run that MODEL is, or is a checkpoint of")
     source.set_defaults(run=run_source)
     scaling = ways.add_parser(
         "scaling",
@@ -64,7 +62,6 @@ def add(commands: Any) -> None:
         "N parameters (embeddings too), and take it at the size of the target.",
         epilog="example:\n\n  megashear reference-loss scaling 7b.yaml 13b.yaml 70b.yaml \\\n"
         "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
-        **form,
     )
     scaling.add_argument("models", nargs="+", type=Path, metavar="FILE", help="with `models`")
     scaling.add_argument(
@@ -81,9 +78,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a run's YAML file with a target, or the sizes of a model (default: --domains)",
     )
-    target.add_argument(
-        "--parameters", type=evaluate.positive, metavar="N", help="in place of a target"
-    )
+    target.add_argument("--parameters", type=positive, metavar="N", help="in place of a target")
     scaling.set_defaults(run=run_scaling)
     for parser in (source, scaling):
         parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
@@ -96,12 +91,12 @@ def run_source(args: argparse.Namespace) -> None:
 
     with launched.report_once():
         _check_output(args)
-    config, (measured,) = evaluate.measure_all([args.model], args)
+    config, (measured,) = measuring.measure_all([args.model], args)
     if launched.launched_rank() > 0:
         return
     print("these are the sequences of an evaluation in a run with the same `data`, `evaluation`\n")
-    print(evaluate.measured_table(measured, config))
-    model, domains = evaluate.record(measured, config), config.data.domains
+    print(measuring.measured_table(measured, config))
+    model, domains = measuring.record(measured, config), config.data.domains
     losses = model["losses"]
     earlier = {d.name: d.reference_loss for d in domains if d.reference_loss is not None}
     content = {"domains": _referring(domains, losses), "models": [model]}
@@ -186,7 +181,7 @@ def _plot(args: argparse.Namespace) -> Path:
 def _check_output(args: argparse.Namespace) -> None:
     named = args.out.suffix in (".yaml", ".yml")
     problems = [] if named else [f"{args.out}: is read by a run as a .yaml file. Name it so"]
-    evaluate.check_outputs([args.out, _plot(args)], args.overwrite, problems)
+    require_outputs([args.out, _plot(args)], args.overwrite, problems)
 
 
 def _write(

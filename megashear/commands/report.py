@@ -21,7 +21,6 @@ def add(commands: Any) -> None:
         epilog="example:\n\n"
         "  megashear report runs/prune\n"
         "  megashear report runs/prune runs/continue --out report.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "runs",
@@ -43,12 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Read the runs and write their page.
 
     Raises:
-        DataError: a run is no directory, or none of a run, or the page cannot be written.
+        DataError: a path is not the directory of a run, or the page cannot be written.
     """
-    from megashear import __version__
-    from megashear.files import write_whole
-    from megashear.records import utc
-    from megashear.report.page import render
     from megashear.report.runs import (
         RecordedRun,
         reject_unrelated_directories,
@@ -60,6 +55,12 @@ def run(args: argparse.Namespace) -> None:
     if lacking := [str(path) for path in directories if not path.is_dir()]:
         raise DataError("\n".join(f"{path} is no directory of a run" for path in lacking))
     reject_unrelated_directories(directories)
+
+    from megashear import __version__
+    from megashear.files import write_whole
+    from megashear.records import utc
+    from megashear.report.page import render
+
     out = args.out or Path(args.runs[0] if len(given) == 1 else ".", "report.html")
     runs = [RecordedRun.read(directory) for directory in directories]
     page = render(runs, __version__, utc())

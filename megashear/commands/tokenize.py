@@ -31,7 +31,6 @@ def add(commands: Any) -> None:
         "every file of a folder as a domain\n\n"
         "  megashear tokenize --input 'text/*.jsonl' --output 'data/{name}' \\\n"
         "      --tokenizer llama/tokenizer.model --valid-fraction 0.05",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
     option("--input", nargs="+", required=True, metavar="FILE", help="files or quoted patterns")

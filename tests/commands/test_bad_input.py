@@ -184,9 +184,9 @@ def test_tokens_that_the_model_does_not_have_name_the_file(ended: Any) -> None:
 
 def test_command_lines_that_are_wrong_show_the_usage(ended: Any) -> None:
     assert "unrecognized arguments: --steps" in ended["flag"].error
-    assert "the following arguments are required: --config" in ended["none"].error
+    assert "a run's YAML file is required" in ended["none"].error
     for name in ("flag", "none"):
-        assert ended[name].error.startswith("usage: pretrain_shear.py")
+        assert ended[name].error.startswith("usage: megashear train")
 
 
 def test_files_that_cannot_be_read_are_named(ended: Any) -> None:

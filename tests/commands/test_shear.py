@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megashear import cli
-from megashear.commands.shear import STAGES
+from megashear.commands.shear import TASKS
 from megashear.errors import ConfigError, ShearError
 from tests.support.chains import write_chain
 from tests.support.make_tokenizer import REPOSITORY
@@ -41,7 +41,7 @@ def change(file: Path, before: str, after: str) -> None:
 def test_it_prints_the_commands_in_order(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.execute(["shear", "chain.yaml", "--print"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == len(STAGES)
+    assert len(lines) == len(TASKS)
     assert lines[2][1:6] == ["-m", "megashear", "launch", "--nproc-per-node", "1"]
     cli.execute(["shear", "chain.yaml", "--print", "--stage", "extract"])
     (extract,) = capsys.readouterr().out.splitlines()
@@ -55,7 +55,7 @@ def test_a_source_that_is_read_as_it_is_needs_no_conversion(
     change(chain / "prune.yaml", "checkpoints/source", "models/source")
     change(chain / "chain.yaml", "text: text/*.jsonl\n", "")
     cli.execute(["shear", "chain.yaml", "--print"])
-    assert len(capsys.readouterr().out.splitlines()) == len(STAGES) - 2
+    assert len(capsys.readouterr().out.splitlines()) == len(TASKS) - 2
 
 
 def test_all_that_is_wrong_is_said_before_anything_runs(chain: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_target_is_held_against_the_source_before_hours_of_work(chain: Path)
         cli.execute(["shear", "chain.yaml"])
 
 
-@pytest.mark.long  # 60 to 190 s: eight stages, most of it importing torch
+@pytest.mark.long  # 60 to 190 s: eight tasks, most of it importing torch
 def test_the_whole_way_interrupted_and_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,8 +143,8 @@ def test_the_whole_way_interrupted_and_started_again(
     with pytest.raises(ShearError) as refused:
         cli.execute(["shear", "chain.yaml"])
     told = str(refused.value)
-    assert "runs/prune/checkpoints (stage prune): optimizer.lr was 0.001, is 0.002" in told
-    assert "models/sheared (stage export): what it was made of has changed" in told
+    assert "runs/prune/checkpoints (task prune): optimizer.lr was 0.001, is 0.002" in told
+    assert "models/sheared (task export): what it was made of has changed" in told
     change(tmp_path / "prune.yaml", "lr: 2.0e-3", "lr: 1.0e-3")
     change(tmp_path / "prune.yaml", "log_interval: 2", "log_interval: 1")  # which is free
     assert done_before(capsys) == 7  # tokenize sees for itself

@@ -1,13 +1,13 @@
 """The demo's own commands and YAML files, each for a few steps, from text to a model that writes.
 
-Training runs on two forked processes through examples/pretrain_shear.py, the tools by their main
-functions; about 20 seconds, once for the whole module.
+Training runs on two forked processes; about 20 seconds, once for the whole module.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,11 +20,15 @@ from megashear.checkpoint.info import read_info
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
+from megashear.tasks import megashear
 from tests.support.distributed import run_distributed
 from tests.support.make_tokenizer import example, make_tokenizer, real_texts, write_jsonl
 from tests.support.runs import records
 
 demo, summary = example("demo/run"), example("demo/summary")
+with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(demo.DEMO)
+    TASKS = demo.tasks()
 RUNS = ("source", "prune", "continue", "scratch")
 CONFIGS = {name: load_config(demo.DEMO / f"{name}.yaml", check_files=False) for name in RUNS}
 DOMAINS = [domain.name for domain in CONFIGS["source"].data.domains]
@@ -35,24 +39,14 @@ SHORT = (
 )
 
 
-def call(folder: Path, script: str, *arguments: str) -> None:
-    """Run a script's main function in a folder, as the shell would."""
+def call(folder: Path, *words: str) -> None:
+    """A command or a script in a folder, as the shell would call it."""
     os.chdir(folder)
-    spec = importlib.util.spec_from_file_location("script", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [script, *arguments]
-    assert not module.main()
-
-
-def run_command(folder: Path, words: list[str]) -> None:
-    """Run `python WORDS` in a folder, in this process."""
-    if words[:2] != ["-m", "megashear"]:
-        return call(folder, *words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert not cli.execute(words[2:])
+    if words[:3] == megashear():
+        assert not cli.execute(words[3:])
+    else:
+        sys.argv = list(words[1:])
+        runpy.run_path(words[1], run_name="__main__")
 
 
 def make_data(folder: Path, tokenize: tuple[str, ...]) -> None:
@@ -71,24 +65,25 @@ def make_data(folder: Path, tokenize: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's folder after all of its stages."""
+    """The demo's folder after all of its tasks."""
     transformers.utils.logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("demo")
-    todo = {stage.name: stage for stage in demo.stages()}
-    assert list(todo)[:3] == ["text", "tokenizer", "tokens"]
-    make_data(folder, todo["tokens"].command)
-    for stage in list(todo.values())[3:]:
-        if stage.name in RUNS:
-            _, *launch, processes = stage.command[:6]
-            assert launch == ["-m", "megashear", "launch", "--nproc-per-node"]
-            script = stage.command[6:]
-            changes = [*SHORT, f"trainer.steps={STEPS[stage.name]}"]
-            if stage.name == "prune":
+    for file in demo.DEMO.glob("*.yaml"):
+        shutil.copy(file, folder)
+    assert [task.name for task in TASKS[:3]] == ["text", "tokenizer", "tokenize"]
+    make_data(folder, TASKS[2].command)
+    for task in TASKS[3:]:
+        if task.name in RUNS:
+            *launch, processes, train, config = task.command[3:]
+            assert (*launch, train) == ("launch", "--nproc-per-node", "train")
+            changes = [*SHORT, f"trainer.steps={STEPS[task.name]}"]
+            if task.name == "prune":
                 changes.append("pruning.sparsity_warmup_steps=2")
-            run_distributed(call, int(processes), folder, *script, *changes)
+            words = megashear(train, config, *changes)
+            run_distributed(call, int(processes), folder, *words)
         else:
-            run_distributed(run_command, 1, folder, [*stage.command[1:]])
-        assert (folder / stage.output).exists(), stage.name
+            run_distributed(call, 1, folder, *task.command)
+        assert (folder / task.output).exists(), task.name
     return folder
 
 
@@ -141,7 +136,7 @@ def test_the_result_writes_in_transformers(folder: Path) -> None:
 
 
 def summarise(folder: Path) -> bool:
-    seconds = {stage.name: 10.0 + number for number, stage in enumerate(demo.stages())}
+    seconds = {task.name: 10.0 + number for number, task in enumerate(TASKS)}
     return bool(summary.summarise(folder, seconds))
 
 
@@ -170,10 +165,10 @@ def test_the_summary_says_what_came_out(folder: Path) -> None:
 
     assert "MASKS OFF THEIR TARGETS" in text  # four steps do not get there: the demo must fail
     assert not good
-    logits = parts["Logits, largest difference as a share of their scale"][1:]
+    logits = parts["Logits, largest difference as a fraction of their scale"][1:]
     assert len(logits) == 4
     assert all(float(line.split()[-2]) < 1e-4 for line in logits)
-    assert rows["Wall time (s)"]["all stages"][-1] == str(sum(range(10, 10 + len(demo.stages()))))
+    assert rows["Wall time (s)"]["all tasks"][-1] == str(sum(range(10, 10 + len(TASKS))))
     assert len(parts["The sheared model writes"]) == 3
 
 
@@ -189,16 +184,16 @@ def test_sheared_model_and_the_one_from_scratch_are_compared_fairly() -> None:
     assert resolve_target(CONFIGS["source"].model, prune.target) == scratch.model
 
 
-def test_every_stage_finds_what_an_earlier_one_made() -> None:
+def test_every_task_finds_what_an_earlier_one_made() -> None:
     assert set(example("demo/collect_text").DOMAINS) == set(DOMAINS)
     made: set[str] = set()
-    for stage in demo.stages():
-        config = CONFIGS.get(stage.name)
+    for task in TASKS:
+        config = CONFIGS.get(task.name)
         needs = [config.init_from, config.data.domains_from] if config else []
-        words = [*stage.command, *filter(None, needs)]
-        all_outputs = {other.output for other in demo.stages()} - {stage.output}
-        needed = {out for out in all_outputs for word in words if word in (out, f"{out}/*.jsonl")}
-        assert {*needed, *filter(None, needs)} <= made, stage.name
-        assert all(file.is_file() for file in stage.reads), stage.name
-        assert stage.name not in CONFIGS or config.run_dir == stage.output
-        made.add(stage.output)
+        words = [*task.command, *filter(None, needs)]
+        outputs = {each.removes or each.output for each in TASKS if each is not task}
+        needed = {out for out in outputs for word in words if word in (out, f"{out}/*.jsonl")}
+        assert {*needed, *filter(None, needs)} <= made, task.name
+        assert all(file.is_file() or str(file) in made for file in task.reads), task.name
+        assert task.name not in CONFIGS or config.run_dir == task.removes
+        made.add(task.removes or task.output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from megashear.checkpoint import models
 from megashear.config.loader import load_config
 from megashear.pruning.counting import parameter_count
 from megashear.pruning.masks import resolve_target
-from tests.examples.test_demo import run_command
+from megashear.tasks import megashear
+from tests.examples.test_demo import call
 from tests.support.distributed import run_distributed
 from tests.support.make_tokenizer import example, real_texts, write_jsonl
 from tests.support.runs import records
@@ -45,23 +47,28 @@ FEW = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's folder after all of its stages, each of which checks what it can."""
+    """The example's folder after all of its tasks, each of which checks what it can."""
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "logs").mkdir()
     for number, name in enumerate(DOMAINS):
         write_jsonl(folder / "text" / f"{name}.jsonl", real_texts()[number :: len(DOMAINS)])
-    for stage in smollm2.stages():
-        words = list(stage.command[1:])
-        if stage.name in SHORT:
-            words = [*words[words.index("1") + 1 :], *SHORT[stage.name], *FEW]
+    for file in smollm2.HERE.glob("*.yaml"):
+        shutil.copy(file, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tasks = smollm2.tasks()
+    for task in tasks:
+        words = list(task.command)
+        if task.name in SHORT:
+            words = [*megashear("train", words[-1]), *SHORT[task.name], *FEW]
         elif "--domains" in words:
             words += ["--sequences", "2", "--seq-length", "64"]
         elif "--valid-fraction" in words:
             words[words.index("--valid-fraction") + 1] = "0.4"  # of so little text
         elif "--tokens" in words:
             words[words.index("--tokens") + 1] = "64"
-        if stage.name != "text":
-            run_distributed(run_command, 1, folder, words)
+        if task.name != "text":
+            run_distributed(call, 1, folder, *words)
     return folder
 
 

@@ -31,11 +31,11 @@ def lines(output: str) -> dict[str, str]:
 def test_there_and_back(tmp_path: Path, tool: Tool) -> None:
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     model = save_llama(source, num_key_value_heads=2, tie_word_embeddings=True)
-    status, output, _ = tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    status, output, _ = tool("import", "--hf", source, "--out", checkpoint)
     assert status == 0
     assert lines(output)["parameters"] == f"{model.num_parameters():,}"
     assert lines(output)["key/value heads"] == "2"
-    status, _, _ = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+    status, _, _ = tool("export", "--checkpoint", checkpoint, "--out", out)
     assert status == 0
     before, after = (load_file(path / "model.safetensors") for path in (source, out))
     assert before.keys() == after.keys()
@@ -62,7 +62,7 @@ def test_verify_tells_another_model(tmp_path: Path, tool: Tool) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--tokens", 0), ("--seed", -1), ("--seed", 2**64), ("--tolerance", "nan")],
+    [("--seed", -1), ("--seed", 2**64), ("--tolerance", "nan")],
 )
 def test_verify_refuses_numbers_that_judge_nothing(tool: Tool, option: str, value: object) -> None:
     status, _, errors = tool("verify", "a", "b", option, value)
@@ -91,9 +91,9 @@ def test_text_and_tokenizer_go_all_the_way(tmp_path: Path, tool: Tool) -> None:
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     save_llama(source, vocab_size=500)
     (source / "tokenizer.model").write_bytes(model.read_bytes())  # as LLaMA was published
-    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    tool("import", "--hf", source, "--out", checkpoint)
     assert read_info(checkpoint).tokenizer == str(source)
-    status, _, error = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+    status, _, error = tool("export", "--checkpoint", checkpoint, "--out", out)
     assert status == 0, error
     text = "  def main():\n    return 'two  spaces'\n"
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -108,9 +108,9 @@ def test_text_and_tokenizer_go_all_the_way(tmp_path: Path, tool: Tool) -> None:
 
 def test_half_precision_export(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "source")
-    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
     arguments = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out")
-    assert tool("megatron_to_hf", *arguments, "--dtype", "bfloat16")[0] == 0
+    assert tool("export", *arguments, "--dtype", "bfloat16")[0] == 0
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     status, output, _ = tool("verify", tmp_path / "checkpoint", tmp_path / "out")
@@ -122,8 +122,8 @@ def test_existing_output_is_refused_without_overwrite(tmp_path: Path, tool: Tool
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     save_llama(source)
     for name, arguments in (
-        ("hf_to_megatron", ("--hf", source, "--out", checkpoint)),
-        ("megatron_to_hf", ("--checkpoint", checkpoint, "--out", out)),
+        ("import", ("--hf", source, "--out", checkpoint)),
+        ("export", ("--checkpoint", checkpoint, "--out", out)),
     ):
         assert tool(name, *arguments)[0] == 0
         status, _, error = tool(name, *arguments)
@@ -132,7 +132,7 @@ def test_existing_output_is_refused_without_overwrite(tmp_path: Path, tool: Tool
         assert tool(name, *arguments, "--overwrite")[0] == 0
     save_llama(source, num_hidden_layers=2)
     (source / "model.safetensors").write_bytes(b"damaged")
-    assert tool("hf_to_megatron", "--hf", source, "--out", checkpoint, "--overwrite")[0] == 2
+    assert tool("import", "--hf", source, "--out", checkpoint, "--overwrite")[0] == 2
     assert read_info(checkpoint).shape.num_layers == SIZES["num_hidden_layers"]
     assert tool("verify", checkpoint, out)[0] == 0  # a failed run left the former result
 
@@ -142,9 +142,9 @@ def test_what_cannot_be_read_is_one_message(tmp_path: Path, tool: Tool) -> None:
     (tmp_path / "not").mkdir()
     out = tmp_path / "out"
     for name, arguments, message in (
-        ("hf_to_megatron", ("--hf", tmp_path / "odd", "--out", out), "hidden_act = 'relu'"),
-        ("hf_to_megatron", ("--hf", tmp_path / "not", "--out", out), "config.json"),
-        ("megatron_to_hf", ("--checkpoint", tmp_path / "not", "--out", out), "neither"),
+        ("import", ("--hf", tmp_path / "odd", "--out", out), "hidden_act = 'relu'"),
+        ("import", ("--hf", tmp_path / "not", "--out", out), "config.json"),
+        ("export", ("--checkpoint", tmp_path / "not", "--out", out), "neither"),
         ("verify", (tmp_path / "not", tmp_path / "nowhere"), "neither"),
     ):
         status, _, error = tool(name, *arguments)
@@ -158,28 +158,28 @@ def test_tokenizer_that_is_gone_can_be_named(tmp_path: Path, tool: Tool) -> None
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     save_llama(source)
     make_tokenizer(source)
-    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    tool("import", "--hf", source, "--out", checkpoint)
     source.rename(tmp_path / "moved")
     arguments = ("--checkpoint", checkpoint, "--out", out)
-    status, _, error = tool("megatron_to_hf", *arguments)
+    status, _, error = tool("export", *arguments)
     assert status == 2
     assert "Name one with --tokenizer" in error
-    assert tool("megatron_to_hf", *arguments, "--tokenizer", "none")[0] == 0
+    assert tool("export", *arguments, "--tokenizer", "none")[0] == 0
     named = ("--overwrite", "--tokenizer", tmp_path / "moved")
-    assert tool("megatron_to_hf", *arguments, *named)[0] == 0
+    assert tool("export", *arguments, *named)[0] == 0
     assert (out / "tokenizer.json").is_file()
 
 
 def test_pruning_run_is_to_be_extracted_first(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "source")
-    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
     file = tmp_path / "checkpoint" / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "stage": "prune"}))
     status, _, error = tool(
-        "megatron_to_hf", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out"
+        "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out"
     )
     assert status == 2
-    assert "tools/checkpoint/extract.py" in error
+    assert "extract" in error
 
 
 # In the midst of the third tensor, while torch has its archive open and must close it.
@@ -250,7 +250,7 @@ def test_torchrun_imports_and_speaks_once(tmp_path: Path, tool: Tool) -> None:
     """Two real processes; takes about 10 seconds."""
     source, by_one, by_two = (tmp_path / name for name in ("source", "by-one", "by-two"))
     save_llama(source)
-    _, output, _ = tool("hf_to_megatron", "--hf", source, "--out", by_one)
+    _, output, _ = tool("import", "--hf", source, "--out", by_one)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
     arguments = [TOOLS / "hf_to_megatron.py", "--hf", source, "--out", by_two]
     found = subprocess.run(
@@ -270,23 +270,23 @@ def test_the_other_processes_of_torchrun_leave_it_to_the_first(
 ) -> None:
     source, checkpoint, out = (tmp_path / name for name in ("source", "checkpoint", "out"))
     save_llama(source)
-    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    tool("import", "--hf", source, "--out", checkpoint)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        export = tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)
+        export = tool("export", "--checkpoint", checkpoint, "--out", out)
         told = tool("inspect", checkpoint)
         assert out.exists() == bool(export[1]) == bool(told[1]) == (rank == "0")
         assert (export[0], told[0]) == (0, 0)
         status, output, error = tool("verify", source, checkpoint)
         assert (status, output) == (2, "")
-        assert ("error: verify.py runs in one process" in error) == (rank == "0")
+        assert ("error: verify runs in one process" in error) == (rank == "0")
 
 
 def test_no_file_of_the_user_is_published_as_a_tokenizer(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "source")
-    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
     file, secret = tmp_path / "checkpoint" / "checkpoint.json", tmp_path / "credentials.json"
     secret.write_text('{"key": "secret"}')
     fields = json.loads(file.read_text())
@@ -294,7 +294,7 @@ def test_no_file_of_the_user_is_published_as_a_tokenizer(tmp_path: Path, tool: T
         file.write_text(json.dumps({**fields, "tokenizer": path}))
         rewrite_checksums(tmp_path / "checkpoint")
         arguments = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out")
-        status, _, error = tool("megatron_to_hf", *arguments)
+        status, _, error = tool("export", *arguments)
         assert status == 2
         assert "not a tokenizer's file" in error or "is not there" in error
         assert not (tmp_path / "out").exists()
@@ -312,10 +312,10 @@ def test_settings_of_generation_go_all_the_way(tmp_path: Path, tool: Tool) -> No
     make_tokenizer(source)
     settings = {"eos_token_id": [81, 88, 89], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (source / "generation_config.json").write_text(json.dumps(settings))
-    tool("hf_to_megatron", "--hf", source, "--out", checkpoint)
+    tool("import", "--hf", source, "--out", checkpoint)
     for tokenizer in ((), ("--tokenizer", "none"), ("--tokenizer", source)):
         arguments = ("--checkpoint", checkpoint, "--out", out, "--overwrite", *tokenizer)
-        status, output, _ = tool("megatron_to_hf", *arguments)
+        status, output, _ = tool("export", *arguments)
         assert status == 0
         assert lines(output)["tokenizer"] == ("none" if "none" in tokenizer else str(source))
         assert json.loads((out / "generation_config.json").read_text()) == settings
@@ -331,8 +331,8 @@ def test_settings_of_generation_go_all_the_way(tmp_path: Path, tool: Tool) -> No
 
 def test_the_wrong_way_round_is_said(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "source")
-    tool("hf_to_megatron", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
-    status, _, error = tool("hf_to_megatron", "--hf", tmp_path / "checkpoint", "--out", "out")
+    tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    status, _, error = tool("import", "--hf", tmp_path / "checkpoint", "--out", "out")
     assert status == 2 and "checkpoint: a Megatron checkpoint, not a Hugging Face model" in error
     status, _, error = tool("verify", tmp_path / "source", tmp_path / "source", "--shape", "x.yaml")
     assert status == 2 and "Leave --shape out" in error

@@ -14,6 +14,7 @@ import pytest
 
 from megashear.checkpoint.dense import write_model
 from megashear.checkpoint.info import CheckpointInfo, Record, read_info
+from megashear.commands.inspect import EPILOG
 from megashear.config.schema import RotaryScaling
 from tests.support.hf_models import save_llama
 from tests.support.reference_llama import random_weights
@@ -25,8 +26,8 @@ from tests.tools.test_extract import decided, write_run
 
 def test_keys_of_json_are_those_that_help_names(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "hf")
-    tool("hf_to_megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron")
-    described = (TOOLS / "inspect.py").read_text().split("Keys of --json:")[1].split("Example")[0]
+    tool("import", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron")
+    described = EPILOG.split("Keys of --json:")[1].split("example")[0]
     columns = re.findall(r"^  (\w[\w, ]*?)(?:  |$)", described, re.MULTILINE)
     promised = {name for column in columns for name in column.split(", ")}
     promised.add("tokens_of_all_stages")
@@ -60,7 +61,7 @@ def test_features_of_a_model_are_shown_and_told(tmp_path: Path, tool: Tool) -> N
         "stage": "continue",
         "tokens": "4,000",
         "tokens of all stages": "5,000",
-        "types of weights": "float32",
+        "dtypes of weights": "float32",
         "family": "qwen3",
         "embeddings": "tied",
         "bias": "query/key/value",
@@ -150,23 +151,3 @@ def test_scripts_work_beside_one_that_is_named_as_a_standard_module(tmp_path: Pa
     assert lines(output["inspect.py"][0])["stage"] == "huggingface"
     assert (tmp_path / "out" / "config.json").is_file()
     assert "within the tolerance" in output["verify.py"][0]
-
-
-CLASHES = """
-import sys
-sys.path.insert(0, sys.argv[1])
-for name in list(sys.modules):
-    if name == "inspect":
-        del sys.modules[name]
-import inspect
-print(inspect.__file__, inspect.signature(lambda a: a))
-"""
-
-
-def test_python_gets_its_own_module_by_that_name() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CLASHES, TOOLS], capture_output=True, text=True, check=True
-    )
-    file, signature = done.stdout.split()
-    assert signature == "(a)"
-    assert Path(file).parent != TOOLS

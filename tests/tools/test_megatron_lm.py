@@ -123,7 +123,7 @@ def test_it_is_exported_as_what_it_is(layout: str, tmp_path: Path, tool: Tool) -
     for number, path in enumerate((saved, iteration)):
         out = tmp_path / f"out-{number}"
         arguments = ("--checkpoint", path, "--out", out, "--shape", yaml_file)
-        status, _, error = tool("megatron_to_hf", *arguments)
+        status, _, error = tool("export", *arguments)
         assert status == 0, error
         before, after = (load_file(each / "model.safetensors") for each in (source, out))
         assert before.keys() == after.keys()
@@ -151,7 +151,7 @@ def test_a_shape_that_is_missing_wrong_or_too_much_is_told(tmp_path: Path, tool:
     source, out = tmp_path / "source", tmp_path / "out"
     save_llama(source)
     run_distributed(save, 1, source, tmp_path / "iter_0000100", ParallelConfig())
-    tool("hf_to_megatron", "--hf", source, "--out", tmp_path / "own")
+    tool("import", "--hf", source, "--out", tmp_path / "own")
     shape = models.open_huggingface(source).shape
     right = write_shape(tmp_path / "right.yaml", shape)
     other = write_shape(tmp_path / "other.yaml", shape, ffn_hidden_size=40)
@@ -165,7 +165,7 @@ def test_a_shape_that_is_missing_wrong_or_too_much_is_told(tmp_path: Path, tool:
         (".", ("--shape", right), "no torch_dist checkpoint of Megatron-LM"),
     ):
         arguments = ("--checkpoint", tmp_path / path, "--out", out, *options)
-        status, _, error = tool("megatron_to_hf", *arguments)
+        status, _, error = tool("export", *arguments)
         assert status == 2
         assert error.startswith("error: ")
         assert message in error

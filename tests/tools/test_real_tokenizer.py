@@ -50,7 +50,7 @@ def test_ids_are_sentencepieces_all_the_way(name: str, tmp_path: Path, tool: Too
     processor = SentencePieceProcessor(model_file=str(FOLDER / name))
     expected = [processor.encode(text) for text in TEXTS]
 
-    assert tool("hf_to_megatron", "--hf", source, "--out", checkpoint)[0] == 0
+    assert tool("import", "--hf", source, "--out", checkpoint)[0] == 0
     text, tokens = write_jsonl(tmp_path / "text.jsonl", TEXTS), tmp_path / "tokens"
     arguments = ("--input", text, "--output", tokens, "--tokenizer", source, "--workers", "1")
     assert not cli.execute(["tokenize", *map(str, arguments)])
@@ -58,7 +58,7 @@ def test_ids_are_sentencepieces_all_the_way(name: str, tmp_path: Path, tool: Too
         [processor.bos_id(), *ids, processor.eos_id()] for ids in expected
     ]
 
-    assert tool("megatron_to_hf", "--checkpoint", checkpoint, "--out", out)[0] == 0
+    assert tool("export", "--checkpoint", checkpoint, "--out", out)[0] == 0
     exported = AutoTokenizer.from_pretrained(out)
     for text, ids in zip(TEXTS, expected, strict=True):
         assert exported(text)["input_ids"] == [processor.bos_id(), *ids]

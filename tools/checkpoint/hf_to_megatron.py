@@ -1,42 +1,13 @@
-"""Import a Hugging Face model: a Megatron checkpoint that loads in any parallel layout.
+"""The former name of `megashear import`, with the same options."""
 
-Every tensor that is missing, unexpected or of another shape, and every setting in config.json that
-would change the mathematics and is not supported, is an error that names it.
+import os
+import sys
 
-Example:
-  python tools/checkpoint/hf_to_megatron.py --hf models/llama2-7b --out checkpoints/llama2-7b
-"""
+HERE = os.path.dirname(os.path.realpath(__file__))
+# Python puts this folder first, where inspect.py would hide Python's own module of that name.
+sys.path[:] = [path for path in sys.path if os.path.realpath(path) != HERE]
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from megashear.console import run, table
-
-
-def main() -> None:
-    """Check, convert, say what it is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory to read")
-    add("--out", type=Path, required=True, metavar="DIR", help="checkpoint to write")
-    add("--overwrite", action="store_true", help="replace an existing checkpoint")
-    arguments = parser.parse_args()
-
-    from megashear.checkpoint.dense import import_huggingface
-    from megashear.checkpoint.description import shape_rows
-    from megashear.platform import launched
-
-    with launched.report_once():
-        info = import_huggingface(arguments.hf, arguments.out, overwrite=arguments.overwrite)
-    if launched.launched_rank() > 0:
-        return
-    print(table([*shape_rows(info.shape), ("tokenizer", info.tokenizer or "none found")]))
-    print(f"written to {arguments.out}")
-
+from megashear.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    run(main)
+    main("import")
