@@ -6,7 +6,6 @@ Imports `errors`, `files` and `console` only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 from megashear.console import signals_interrupt
 from megashear.errors import ShearError
-from megashear.files import write_whole
+from megashear.files import locked, write_whole
 
 SMALL = 2**20
 """Bytes up to which a file is compared by its content, instead of its size and time."""
@@ -131,11 +130,8 @@ class TaskRunner:
             ShearError: a task failed, or outputs of other commands are in the way, or another
                 process runs tasks in this folder.
         """
-        with (self.folder / "lock").open("a") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
-            except OSError as error:
-                raise ShearError(f"{self.folder}: in use by another process: {error}") from error
+        in_use = ShearError(f"{self.folder}: in use by another process")
+        with locked(self.folder / "lock", in_use):
             todo, before = [], ""
             outputs = {task.output for task in tasks}
             for task in tasks:

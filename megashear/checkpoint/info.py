@@ -138,7 +138,7 @@ def find(path: str | Path) -> Path:
     if is_megatron_lm(path):
         raise CheckpointError(
             f"{path}: a checkpoint of Megatron-LM, which does not state its shape. "
-            "tools/checkpoint/ read it with --shape FILE.yaml"
+            "Give its sizes with --shape FILE.yaml"
         )
     what = "is neither a checkpoint nor a run with one" if path.exists() else "does not exist"
     raise CheckpointError(

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 def extract(args: argparse.Namespace, speaks: bool) -> int:
     """Read the masks, report how near they are to their targets, cut, and print the sizes."""
     from megashear.checkpoint import models
-    from megashear.checkpoint.description import compared_rows, layout_rows
     from megashear.checkpoint.dense import extract_checkpoint
+    from megashear.checkpoint.description import compared_rows, layout_rows
     from megashear.config.chain import EXTRACTED
 
     model = models.open(args.path)

@@ -48,7 +48,7 @@ def layout_of_newer_release(directory: Path, stored: Container[str]) -> str:
         return ""
     return (
         f"written by a newer Megatron-Core than {package_info.__version__}, which is installed "
-        "here. Load it with 0.19 or newer, or carry its weights over: tools/checkpoint/ reads them"
+        "here. Load it with 0.19 or newer, or carry its weights over: megashear export reads them"
     )
 
 

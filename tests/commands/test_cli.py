@@ -105,7 +105,7 @@ def test_help_shows_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_wrong_use_is_status_2() -> None:
-    for arguments in ([], ["tokenise"], ["tokenize", "--input", "x"]):
+    for arguments in (["tokenise"], ["tokenize", "--input", "x"]):
         done = run(*arguments)
         assert done.returncode == 2
         assert "usage: megashear" in done.stderr and "Traceback" not in done.stderr

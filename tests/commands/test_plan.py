@@ -112,16 +112,16 @@ def test_the_table_has_each_layout_once_and_the_fastest_first(
     ("arguments", "error", "words"),
     [
         ([], ConfigError, "name a run's YAML file"),
-        ([CHAIN[0]], CheckpointError, "Give its sizes or config.json: --source-shape"),
+        ([CHAIN[0]], CheckpointError, "give its sizes or config.json: --source-shape"),
         ([CHAIN[0], "--gpu", "h1000"], ConfigError, "h100-80gb, h100-pcie-80gb"),
         ([CHAIN[0], "--gpus", "8,16"], ConfigError, "one for each of 1 runs"),
         ([CHAIN[0], "trainer.stepz=3"], ConfigError, "Did you mean 'steps'?"),
         ([CHAIN[0], "--mfu", "40"], ConfigError, "between 0 and 1"),
-        ([CHAIN[0], "--network", "nan"], ConfigError, "must be numbers above 0"),
+        ([CHAIN[0], "--network", "nan"], ConfigError, "must be a number above 0"),
         ([CHAIN[0], "--size", "1B"], ConfigError, "--size  asks for target shapes"),
-        (["--size", "1B"], ConfigError, "need --source, one of"),
+        (["--size", "1B"], ConfigError, "need --source and one of"),
         (["--source", "x", "--kv-cache", "-1KiB"], ConfigError, "= -1KiB: expected a number"),
-        (["--source", "nowhere", "--size", "1B"], CheckpointError, "nowhere is not here"),
+        (["--source", "nowhere", "--size", "1B"], CheckpointError, "nowhere: does not exist"),
     ],
 )
 def test_wrong_use_says_what_to_do(

@@ -157,7 +157,7 @@ def test_a_shape_that_is_missing_wrong_or_too_much_is_told(tmp_path: Path, tool:
     other = write_shape(tmp_path / "other.yaml", shape, ffn_hidden_size=40)
     wrong = write_shape(tmp_path / "wrong.yaml", shape, num_layers=0, num_attention_heads=3)
     for path, options, message in (
-        ("iter_0000100", (), "does not state its shape. tools/checkpoint/ read it with"),
+        ("iter_0000100", (), "does not state its shape. Give its sizes with --shape"),
         ("iter_0000100", ("--shape", other), "mlp.linear_fc1.weight: (96, 32), expected (80, 32)"),
         ("iter_0000100", ("--shape", wrong), "num_layers"),
         ("iter_0000100", ("--shape", tmp_path / "no.yaml"), "does not exist"),
