@@ -40,10 +40,7 @@ class _Group:
         device, tensor = platform.device, (platform.tensor_rank, platform.tensor_size)
         layers = [b.rule.layer for b in bound if b.rule.layer is not None]
         self._layers = torch.tensor(layers, dtype=torch.int64, device=device)
-        self._units = [
-            axis.unit_of_position(*tensor).to(device) if axis.scaled and axis.parallel else None
-            for axis in self.rule.axes  # None is all units, in order
-        ]
+        self._units = [axis.share(*tensor) if axis.parallel else None for axis in self.rule.axes]
         weights = [_matrix(b.parameter.detach()) for b in bound]
         values = [
             torch.empty(len(bound), length, device=device) if axis.scaled else None
@@ -62,15 +59,17 @@ class _Group:
     def compute(self, z: Mapping[str, Tensor], fraction: float) -> None:
         """Compute the scales from masks z; `fraction` is n_kept / hidden_size."""
         self.scales = [None, None]
-        for number, (axis, positions) in enumerate(zip(self.rule.axes, self._units, strict=True)):
+        for number, (axis, units) in enumerate(zip(self.rule.axes, self._units, strict=True)):
             if not axis.scaled:
                 continue
             assert axis.mask is not None
             scale = z[axis.mask].view(-1, axis.units)
             if axis.mask in (HEAD, INTERMEDIATE):
                 scale = scale.index_select(0, self._layers)
-            if positions is not None:
-                scale = scale.index_select(1, positions)
+            if units is not None:  # not an index_select: its gradient on a GPU adds in any order
+                assert (axis.block, axis.fixed, axis.tile) == (1, 0, 1)
+                scale = scale[:, units.start : units.stop, None].expand(-1, -1, axis.repeat)
+                scale = scale.flatten(1)
             if number == 0 and self.rule.scaled_by_layer:
                 scale = scale * z[LAYER][0].index_select(0, self._layers)[:, None]
             if self.rule.norm:

@@ -118,6 +118,31 @@ def test_weights_are_as_before_bit_for_bit(computed: dict[str, dict[str, Tensor]
     assert not any(computed["restored"].values())
 
 
+def repeated_indices(shape: ModelShape) -> list[int]:
+    """Return how many indices each index_select of a fold repeats."""
+    counts = []
+    select = Tensor.index_select
+
+    def counting(self: Tensor, dim: int, index: Tensor) -> Tensor:
+        counts.append(len(index) - len(index.unique()))
+        return select(self, dim, index)
+
+    masks, z = sampled_masks(shape)
+    with single_process() as platform:
+        chunks = build_model(shape, platform, ParallelConfig(), seq_length=12)
+        masked_weights = MaskedWeights(chunks, platform, head_unit=masks.head_unit)
+        Tensor.index_select = counting  # type: ignore[method-assign, assignment]
+        with masked_weights.masked(z):
+            pass
+    return counts
+
+
+def test_no_gradient_of_masks_is_added_in_any_order() -> None:
+    """As a GPU would, where an index is repeated; replicas of a model would drift apart."""
+    (counts,) = run_distributed(repeated_indices, 1, GQA)
+    assert counts and not any(counts)
+
+
 def fold_and_fail(shape: ModelShape) -> list[bool]:
     weights = random_weights(shape, seed=0)
     _, z = sampled_masks(shape)
