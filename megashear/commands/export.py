@@ -52,11 +52,13 @@ def run(args: argparse.Namespace) -> None:
     require_model(args.checkpoint, args.shape)
 
     from megashear.checkpoint import models
+
+    model = models.open(args.checkpoint, args.shape).without_masks()  # before Megatron is imported
+
     from megashear.checkpoint.dense import export_huggingface
     from megashear.checkpoint.description import shape_rows
     from megashear.checkpoint.foreign import printable
 
-    model = models.open(args.checkpoint, args.shape)
     named = model.tokenizer if args.tokenizer is None else args.tokenizer
     with signals_interrupt(), tempfile.TemporaryDirectory() as scratch:
         export_huggingface(
