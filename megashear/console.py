@@ -19,9 +19,13 @@ from typing import Any, TextIO, TypeVar
 from megashear.errors import RankError, ShearError
 
 FAILED, USAGE, LOST, BROKEN_PIPE = 1, 2, 75, 141
-"""Exit statuses: a negative answer; wrong use or input, or the output cannot be written; a rank is
-lost, so start again; its reader left. Of a signal it is 128 + its number, as in a shell."""
-SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+"""Exit statuses: a negative answer; wrong use or input; a rank is lost, so start again; the
+reader of stdout left. For a signal it is 128 + its number, as in a shell."""
+SIGNAL_WORDS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "hung up",
+}
 
 T = TypeVar("T")
 
@@ -40,23 +44,12 @@ def run(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a login node (torch with CUDA, a compiler, no GPU) Megatron's imports make it warn.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    is_closed = sys.stdout is None  # as by the shell's >&-
-    # Where it is closed, what is printed must fail; what is said to nobody need not.
-    sys.stdout = sys.stdout or open("/dev/full", "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         status = _status(main)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
         status = BROKEN_PIPE
-    except OSError as error:
-        if error.filename is not None or _takes(sys.stdout):  # of something else
-            raise
-        _discard(sys.stdout)
-        why = "it is closed" if is_closed else error.strerror
-        say(f"error: stdout: {why}: what was to be printed is lost")
-        status = USAGE
     sys.exit(status)
 
 
@@ -68,7 +61,7 @@ def _status(main: Callable[[], int | None]) -> int:
         return LOST if isinstance(error, RankError) else USAGE
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
-        say(SIGNALS[number])
+        say(SIGNAL_WORDS[number])
         return 128 + int(number)
 
 
@@ -76,16 +69,8 @@ def say(text: str) -> None:
     """Print a message on stderr; on a terminal over a bar, which another rank may have left."""
     try:
         print("\r\x1b[K" * sys.stderr.isatty() + text, file=sys.stderr, flush=True)
-    except OSError:
+    except OSError:  # a terminal that is lost
         _discard(sys.stderr)
-
-
-def _takes(stream: TextIO) -> bool:
-    try:
-        print(file=stream, flush=True)  # unbuffered, it holds nothing that would fail once more
-    except OSError:
-        return False
-    return True
 
 
 def _discard(stream: TextIO) -> None:

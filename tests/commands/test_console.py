@@ -102,35 +102,6 @@ def test_reader_that_leaves_is_no_traceback() -> None:
     assert error == ""
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(
-    ("redirection", "reason"), [(">&-", "it is closed"), (">/dev/full", "No space left on device")]
-)
-def test_output_that_cannot_be_written_is_one_line(
-    redirection: str, reason: str, unbuffered: str
-) -> None:
-    def ended(body: str) -> tuple[int, str]:
-        command = ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, source(body)]
-        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
-        return done.returncode, done.stderr
-
-    text = f"error: stdout: {reason}: what was to be printed is lost\n"
-    assert ended("print('no answer'); return 1") == (2, text)
-    assert ended("return 1") == (1, "")  # printed nothing
-    status, error = ended("open('/nowhere')")
-    assert status == 1
-    assert "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'" in error
-
-
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_messages_that_cannot_be_written_leave_the_status(redirection: str) -> None:
-    body = "print('x'); raise CheckpointError('no')"
-    command = ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, source(body)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stdout) == (2, "x\n")
-
-
 STOPPED = """
     import time
     with signals_interrupt():
