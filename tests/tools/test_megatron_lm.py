@@ -85,7 +85,7 @@ def save(source: Path, out: Path, layout: ParallelConfig) -> None:
 def fill(model: GPTModel, reader: models.Model) -> None:
     """Each shard by what Megatron-Core says of its place; padding is no zeros."""
     parts: dict[str, list[Tensor]] = {}
-    for name, tensor in reader.items():
+    for name, tensor in reader.weights.items():
         if len(tensor) == reader.shape.vocab_size:
             tensor = functional.pad(tensor, (0, 0, 0, PADDED - len(tensor)), value=7.0)
         key, layer = place_on_disk(name)
