@@ -77,26 +77,18 @@ def processes(run: RecordedRun) -> int:
 
 
 def overview(run: RecordedRun) -> dict[str, str]:
-    """Where the run is, how far it got, where it runs, and its speed."""
+    """The run's directory, machines and settings, and its speed."""
     start = run.start
-    spent = time_spent(run)
     layout = mapping(start, "layout")
     facts = {
         "directory": str(run.directory),
-        "stage": show(start.get("stage", run.config.get("stage"))),
-        "state": state(run),
-        "tokens": show(last(run, "step", "tokens"), ",.0f"),
         "tokens per step": show(tokens_per_step(run), ",.0f"),
-        "parameters": show(start.get("parameters")),
-        "target parameters": show(start.get("target_parameters")),
-        "devices": f"{processes(run)} x {show(start.get('device'))}" if layout else NONE,
         "hosts": _hosts(start),
         "layout": show(layout) if layout else NONE,
         "precision": show(start.get("precision")),
         "layers, kernels": f"{show(start['layers'])}, {show(start.get('kernels'))}"
         if "layers" in start
         else NONE,
-        "recorded time": duration(sum(spent.values())) if spent else NONE,
     }
     for name, field, form in (
         ("tokens/s, median of steps", "tokens_per_second", ",.0f"),
@@ -105,10 +97,6 @@ def overview(run: RecordedRun) -> dict[str, str]:
         values = series(run, "step", field)[1]
         facts[name] = format(float(np.median(values)), form) if len(values) else NONE
     facts["peak memory of a process (GiB)"] = show(last(run, "step", "memory_gib"), ".2f")
-    for name, field in (("last validation loss", "losses"), ("last gap", "gaps")):
-        of_domains = mapping(run.last("evaluation"), field).values()
-        finite = [value for value in map(number, of_domains) if not math.isnan(value)]
-        facts[f"{name}, mean of domains"] = f"{np.mean(finite):.4f}" if finite else NONE
     return {fact: value for fact, value in facts.items() if value != NONE}
 
 
