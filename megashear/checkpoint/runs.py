@@ -243,7 +243,9 @@ class CheckpointManager:
         try:
             with safe_open(file, "pt") as states:
                 plain = states.metadata()
-                if plain["place"] == self.platform.layout_rank:
+                device = "cuda" if "cuda" in states.keys() else "cpu"  # noqa: SIM118
+                same_device = device == self.platform.device.type
+                if same_device and plain["place"] == self.platform.layout_rank:
                     tensors = {name: states.get_tensor(name) for name in states.keys()}  # noqa: SIM118
                     restore_random_states(tensors, plain, self.platform.device)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

@@ -295,3 +295,21 @@ def test_random_states_go_on_in_the_same_layout_and_are_seeded_in_another(
     reseeded = run_distributed(draws, 2, other, 0)
     assert reseeded == run_distributed(draws, 2, other, 0)
     assert all(ours != theirs for ours, theirs in zip(reseeded, saved, strict=True))
+
+
+def draws_saved_on_a_gpu(config: RunConfig, until: int) -> list[Any]:
+    """Return what `draws` does, where a GPU's generator has a state too."""
+    original = runs.random_states
+
+    def with_gpu(device: torch.device) -> Any:
+        tensors, plain = original(device)
+        return {**tensors, "cuda": tensors["torch"][:16].clone()}, plain
+
+    runs.random_states = with_gpu
+    return draws(config, until)
+
+
+def test_random_states_of_a_gpu_are_not_restored_on_a_cpu(config: RunConfig) -> None:
+    (saved,) = run_distributed(draws_saved_on_a_gpu, 1, config, 2)
+    (resumed,) = run_distributed(draws, 1, config, 0)
+    assert all(ours != theirs for ours, theirs in zip(resumed, saved, strict=True))
