@@ -1,4 +1,4 @@
-"""Errors that megashear raises on purpose, one class for each party who can mend them.
+"""Errors that megashear raises on purpose, one class per person who can fix them.
 
 Everything may import this module; it imports nothing of megashear.
 """
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 
 class ShearError(Exception):
-    """Base of every error that a user can cause and mend: printed without a traceback."""
+    """Base of every error that a user can cause and fix; printed without a traceback."""
 
 
 class ConfigError(ShearError):
-    """The run's configuration is wrong: mended in the YAML file or on the command line.
+    """The configuration is wrong: fix the YAML file or the command line.
 
     Args:
         source: what was read (a file name, or "command line").
-        problems: every problem found, each as (path of the field, what is wrong and the way out).
+        problems: every problem, each as (path of the field, what is wrong and how to fix it).
     """
 
     def __init__(self, source: str, problems: Sequence[tuple[str, str]]) -> None:
@@ -31,7 +31,7 @@ class ConfigError(ShearError):
 
 
 class DataError(ShearError):
-    """Text, token or tokenizer files missing or malformed: mended where the data is prepared."""
+    """Text, token or tokenizer files are missing or malformed: fix the preparation of the data."""
 
 
 class CheckpointError(ShearError):
@@ -39,12 +39,12 @@ class CheckpointError(ShearError):
 
 
 class PlatformError(ShearError):
-    """The machine lacks what the run asks for: mended by installing it or by asking for less."""
+    """The machine lacks what the run asks for: install it, or ask for less."""
 
 
 class RankError(ShearError):
-    """Another process of the run hangs or died: mended on its machine, then by starting again."""
+    """Another process of the run hangs or died: fix its machine, then start again."""
 
 
 class TrainingError(ShearError):
-    """The optimisation went wrong (a non-finite loss): mended by other settings or other data."""
+    """The optimisation failed (a non-finite loss): change settings or data."""

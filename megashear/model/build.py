@@ -1,4 +1,4 @@
-"""Builds this rank's part of a masked model from its shape."""
+"""Build this rank's shard of a masked model from its shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megashear.platform.parallel import Platform
 def transformer_config(
     shape: ModelShape, platform: Platform, parallel: ParallelConfig, seq_length: int
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a LLaMA-architecture model, for sequences of this length.
+    """Return Megatron-Core's configuration of a LLaMA-type model for sequences of this length.
 
     The loss is summed over tokens and divided once by the number of tokens of the whole step
     (`calculate_per_token_loss`), so that it does not depend on how samples are spread.
@@ -76,9 +76,9 @@ def transformer_config(
 
 
 def _yarn(scaling: RotaryScaling) -> dict[str, Any]:
-    """What Megatron-Core reads off its configuration (under `yarn_`), which has no fields for it.
+    """Return the `yarn_` attributes that Megatron-Core reads, which are no fields.
 
-    It knows no attention factor, but `0.1 mscale ln(factor) + 1` over the same of mscale_all_dim.
+    It has no attention factor, but the ratio of `0.1 m ln(factor) + 1` for m and m_all_dim.
     """
     mscale = 1.0
     if scaling.attention_factor is not None and scaling.factor > 1:
@@ -95,7 +95,7 @@ def _yarn(scaling: RotaryScaling) -> dict[str, Any]:
 
 
 def _rotary(shape: ModelShape) -> dict[str, Any]:
-    """Arguments of Megatron-Core's model for the position embedding."""
+    """Return Megatron-Core's arguments for the position embedding."""
     arguments = {"position_embedding_type": "rope", "rotary_base": shape.rotary_base}
     scaling = shape.rotary_scaling
     if scaling is None:
@@ -111,7 +111,7 @@ def _rotary(shape: ModelShape) -> dict[str, Any]:
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, Any]:
-    """What Megatron-Core's configuration says of the parallel layout and of recomputing."""
+    """Return the fields of Megatron-Core's configuration for parallel layout and recomputation."""
     interleaved = parallel.virtual_pipeline > 1
     layout: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor,
@@ -142,7 +142,7 @@ def build_model(
     *,
     masked_attention: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's part of the model, with random weights, on the platform's device.
+    """Build this rank's shard of the model, with random weights, on the platform's device.
 
     One chunk of layers, or one for each virtual pipeline stage. Under bf16 each is wrapped in
     Megatron-Core's Float16Module; `unwrap` gives the MaskedGPTModel. Where it will be given
@@ -185,13 +185,13 @@ def _build_chunk(
 
 
 def unwrap(model: Any) -> MaskedGPTModel:
-    """The MaskedGPTModel inside Megatron-Core's wrappers (data parallelism, bf16)."""
+    """Return the MaskedGPTModel inside Megatron-Core's wrappers (data parallelism, bf16)."""
     while not isinstance(model, MaskedGPTModel):
         model = model.module
     return model
 
 
 def bound_rules(chunks: Iterable[Any], head_unit: str = QUERY_GROUP) -> Iterator[BoundRule]:
-    """Every rule whose parameter this rank holds, over all chunks of its model."""
+    """Yield every rule whose parameter this rank holds, over all chunks of its model."""
     for chunk in chunks:
         yield from unwrap(chunk).bound_rules(head_unit)

@@ -28,7 +28,7 @@ class MaskedSelfAttention(SelfAttention):
         super().__init__(config=config, **arguments)
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Names that the table may have, within a layer, and the modules that hold them."""
+        """Return the modules by the names that their parameters may have in the table."""
         modules = {
             "self_attention.linear_qkv.weight": self.linear_qkv,
             "self_attention.linear_qkv.bias": self.linear_qkv,

@@ -1,4 +1,4 @@
-"""A GPT model that says which of its parameters the masks act on, and how.
+"""A GPT model that states which of its parameters the masks act on, and how.
 
 Forward passes are inherited, never copied: masks act on the weights (`masked_weights`), and outside
 of that these are plain Megatron-Core models.
@@ -44,14 +44,14 @@ class MaskedTransformerLayer(TransformerLayer):
     mlp: MaskedMLP
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Names in the table, within a layer, and the modules that hold them."""
+        """Return the modules by the names of their parameters in the table, within a layer."""
         modules = {**self.self_attention.masked_modules(), **self.mlp.masked_modules()}
         modules.setdefault("self_attention.linear_qkv.layer_norm_weight", self.input_layernorm)
         modules.setdefault("mlp.linear_fc1.layer_norm_weight", self.pre_mlp_layernorm)
         return modules
 
     def bound_rules(self, shape: ModelShape, head_unit: str) -> Iterator[BoundRule]:
-        """The layer's rules, each with its parameter."""
+        """Yield the layer's rules, each with its parameter."""
         number = self.layer_number - 1  # Megatron counts layers from 1
         modules = self.masked_modules()
         prefix = f"decoder.layers.{number}."
@@ -66,7 +66,7 @@ class MaskedGPTModel(GPTModel):
 
     @property
     def tokens(self) -> int:
-        """Rows of the vocabulary on this rank; those after them are padding, and stay 0."""
+        """Tokens whose embeddings this rank holds; what follows them is padding and stays 0."""
         vocabulary = outer_rules(self.shape)[0].axes[0]
         return len(vocabulary.share(self.tp_group.rank(), self.tp_group.size()))
 
@@ -87,7 +87,7 @@ class MaskedGPTModel(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
     def bound_rules(self, head_unit: str = QUERY_GROUP) -> Iterator[BoundRule]:
-        """Every rule whose parameter this rank holds, each once."""
+        """Yield every rule whose parameter this rank holds, each once."""
         outer = {rule.name: rule for rule in outer_rules(self.shape)}
         if self.pre_process:
             name = "embedding.word_embeddings.weight"

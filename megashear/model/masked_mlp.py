@@ -13,7 +13,7 @@ class MaskedMLP(MLP):
     """
 
     def masked_modules(self) -> dict[str, nn.Module]:
-        """Names in the table, within a layer, and the modules that hold them."""
+        """Return the modules by the names of their parameters in the table, within a layer."""
         modules = {
             "mlp.linear_fc1.weight": self.linear_fc1,
             "mlp.linear_fc1.bias": self.linear_fc1,

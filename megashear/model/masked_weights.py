@@ -80,15 +80,15 @@ class _Group:
             self.scales[number] = scale.expand_as(values)
 
     def bind(self, scratch: Tensor) -> None:
-        """Find the gradients of Megatron's data parallelism, which stay where they are."""
+        """Bind the gradient buffers of Megatron's data parallelism."""
         gradients = [_matrix(b.parameter.main_grad) for b in self.bound]  # type: ignore[attr-defined]
         for blocks in self.owned_blocks:
             blocks.bind(gradients, scratch)
 
     def chain_rule(self) -> list[tuple[Tensor, Tensor]]:
-        """The scales with this rank's part of their gradients; `main_grad` becomes the weight's.
+        """Return the scales with this rank's part of their gradients; update `main_grad` in place.
 
-        Of a distributed gradient only the owned positions are reduced: no other counts.
+        With a distributed optimizer only the owned positions are reduced, so only they count.
         """
         totals = [
             torch.zeros_like(scale) if scale is not None and scale.requires_grad else None
@@ -101,7 +101,7 @@ class _Group:
 
 
 class MaskedWeights:
-    """Folds masks into a model's weights, takes them out again, and carries gradients back.
+    """Folds masks into a model's weights, restores them, and propagates gradients to the masks.
 
     Args:
         chunks: this rank's part of the model, whichever wrappers are around it.
@@ -147,10 +147,9 @@ class MaskedWeights:
 
     @contextmanager
     def masked(self, z: Mapping[str, Tensor], kept: int | None = None) -> Iterator[None]:
-        """Within the context the model's weights carry the masks.
+        """Fold the masks into the model's weights while the block runs.
 
-        Afterwards those that this rank owns are as before; where others own some, the caller
-        gathers them.
+        Afterwards the weights that this rank owns are restored; the caller gathers the others.
 
         Args:
             z: masks by kind, [rows, units] each; `backward` continues through their graph.
@@ -218,5 +217,5 @@ class MaskedWeights:
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A vector as a column."""
+    """View a vector as a column."""
     return tensor.view(len(tensor), -1)

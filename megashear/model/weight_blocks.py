@@ -1,4 +1,4 @@
-"""What ranks own of masked weights, in blocks of rows, and multi-tensor arithmetic on them.
+"""The masked weights that a rank owns, in blocks of rows, and multi-tensor arithmetic on them.
 
 All views are made once. A step calls a few `torch._foreach_*` and batched products for each block
 list, not for each parameter: their number depends on the elements, not on the layers.
@@ -17,7 +17,7 @@ from megashear.hardware import BLOCK_ELEMENTS
 
 @dataclass(frozen=True)
 class Matrices:
-    """Parameters of one shape [n, k], a vector being a column, and the scales on their axes.
+    """Parameters of one shape [n, k] (a vector is a column) and the scales of their axes.
 
     Attributes:
         weights: [n, k] each, views of the parameters.
@@ -76,7 +76,7 @@ class Blocks:
 
     @staticmethod
     def of(matrices: Matrices, positions: Sequence[range]) -> list[Blocks]:
-        """Blocks that hold these positions, flattened, of each matrix."""
+        """Return blocks that hold these flattened positions of each matrix."""
         most = BLOCK_ELEMENTS[matrices.weights[0].device.type]
         found: list[Blocks] = []
         pieces: list[_Piece] = []
@@ -109,12 +109,12 @@ class Blocks:
         (self._copied,) = {masters[piece.number] is None for piece in self._pieces}
 
     def put_aside(self) -> None:
-        """Copy what no master holds."""
+        """Copy the weights that no float32 master holds."""
         if self._copied:
             torch._foreach_copy_(self._kept, self._parts)
 
     def restore(self) -> None:
-        """Write back what was before scales were multiplied, at the positions alone."""
+        """Restore the weights from before the multiplication, at the owned positions only."""
         torch._foreach_copy_(self._parts, self._kept)
 
     def multiply(self) -> None:

@@ -1,4 +1,4 @@
-"""Megatron-Core's checkpoints: nothing in them is run, and its releases are told apart."""
+"""Safe loading and saving by Megatron-Core, and the differences between its releases."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _RELEASE = (package_info.MAJOR, package_info.MINOR)
 
 BUILT_IN_WRITER = {"async_strategy": "mcore"} if _RELEASE >= (0, 19) else {}
-"""Option of `save`: 0.19 would else write by another package; 0.16 has its own writer only."""
+"""Option of `save`: 0.19 would otherwise use another package; 0.16 has only its own writer."""
 
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Within the context torch.load takes tensors and plain data only, whatever its caller asks.
+    """Make torch.load accept tensors and plain data only, whatever its caller asks for.
 
-    For megatron-core 0.19, which keeps what is no tensor of a checkpoint (`common_state`) among
-    the tensors, where torch's planner reads it with weights_only=False; 0.16 has a file for it,
-    which it reads safely. torch knows no other way than this variable of the environment.
+    Megatron-Core 0.19 stores non-tensors (`common_state`) among the tensors, and torch's planner
+    reads them with weights_only=False; 0.16 reads a file of its own safely. torch has no other
+    switch than this environment variable.
     """
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
@@ -38,9 +38,9 @@ def weights_only() -> Iterator[None]:
 
 
 def layout_of_newer_release(directory: Path, stored: Container[str]) -> str:
-    """Why this Megatron-Core cannot load a checkpoint that 0.19 wrote; empty where it can.
+    """Return why this Megatron-Core cannot load a checkpoint of 0.19; empty if it can.
 
-    0.19 loads those of 0.16, but writes no common.pt, which 0.16 needs.
+    0.19 loads checkpoints of 0.16, but writes no common.pt, which 0.16 needs.
     """
     if _RELEASE >= (0, 19) or "common_state/shard_0_1" not in stored:
         return ""
@@ -54,31 +54,31 @@ def layout_of_newer_release(directory: Path, stored: Container[str]) -> str:
 
 @contextmanager
 def errors_put_off() -> Iterator[list[Exception]]:
-    """Within the context what rank 0 alone writes for Megatron-Core fails without an exception.
+    """Collect the errors of what only rank 0 writes for Megatron-Core.
 
-    The table of contents, metadata.json and, of 0.16, common.pt: where that raised (a full disk),
-    the other ranks would wait in the next collective until it times out.
+    These are the table of contents, metadata.json and, with 0.16, common.pt: if one raised (a full
+    disk), the other ranks would wait in the next collective until it times out.
 
     Yields:
         The errors, for the caller to raise on all ranks.
     """
     core = "megatron.core.dist_checkpointing"
-    places = [
+    functions = [
         (import_module(f"{core}.strategies.filesystem_async").FileSystemWriterAsync, "finish"),
         (import_module(f"{core}.serialization"), "save_config"),
     ]
     if _RELEASE < (0, 19):
         common = import_module(f"{core}.strategies.common")
-        places.append((common.TorchCommonSaveStrategy, "save_common"))
+        functions.append((common.TorchCommonSaveStrategy, "save_common"))
     errors: list[Exception] = []
-    originals = [(place, name, getattr(place, name)) for place, name in places]
-    for place, name, original in originals:
-        setattr(place, name, _without_errors(original, errors))
+    originals = [(owner, name, getattr(owner, name)) for owner, name in functions]
+    for owner, name, original in originals:
+        setattr(owner, name, _without_errors(original, errors))
     try:
         yield errors
     finally:
-        for place, name, original in originals:
-            setattr(place, name, original)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def _without_errors(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., None]:

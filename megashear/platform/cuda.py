@@ -1,4 +1,4 @@
-"""CUDA: the only module that calls `torch.cuda` (besides the patches of `cpu`)."""
+"""The only module that calls `torch.cuda` (except the patches of `cpu`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_available() -> bool:
 
 
 def device_count() -> int:
-    """GPUs that this process sees."""
+    """Return the number of GPUs that this process sees."""
     return torch.cuda.device_count() if is_available() else 0
 
 
@@ -38,24 +38,24 @@ def device_of_rank(local_rank: int) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU's driver calls it; of a CPU `cpu`."""
+    """Return the driver's name of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """What a GPU's work is queued in; None for a CPU."""
+    """Return the current stream of a GPU; None for a CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; the host does not wait for a GPU, as it would for unpinned memory."""
+    """Copy a tensor to the device, from pinned memory so that the host does not wait for a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class Moment:
-    """A moment of the device's work: of what was asked of it so far, done."""
+    """The time when the device has finished the work queued so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -65,7 +65,7 @@ class Moment:
             self._event.record()
 
     def since(self, earlier: Moment) -> float:
-        """Seconds between two moments, both of which have passed."""
+        """Return the seconds between two moments that have both passed."""
         if self._event is None or earlier._event is None:
             return self._host - earlier._host
         return earlier._event.elapsed_time(self._event) / 1000
@@ -100,7 +100,7 @@ class ToHost:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory allocated on a GPU so far; on a CPU the process's peak resident set (GiB)."""
+    """Return the peak of allocated GPU memory, or the process's peak resident set (GiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

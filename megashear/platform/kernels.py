@@ -1,4 +1,4 @@
-"""What fused kernels there are: Apex's, which Megatron-Core itself picks up, and compiled ones.
+"""Fused kernels: Apex's, which Megatron-Core finds by itself, and compiled ones.
 
 Apex is NVIDIA's, built from its sources; the package of that name on the Python package index is
 something else and is never installed by this project.
@@ -16,9 +16,9 @@ from megashear.errors import PlatformError
 
 
 def choose_kernels(asked: str) -> str:
-    """The optimizer kernels in use: `apex` where NVIDIA's Apex is installed, else `torch`.
+    """Return the optimizer kernels in use: `apex` if NVIDIA's Apex is installed, else `torch`.
 
-    Megatron-Core imports Apex by itself where it finds it, so `torch` cannot be forced there.
+    Megatron-Core uses Apex whenever it is installed, so `torch` cannot be forced then.
 
     Raises:
         PlatformError: Apex is asked for by name and its fused kernels are not installed.
@@ -39,10 +39,10 @@ def choose_kernels(asked: str) -> str:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether Megatron-Core's functions under torch.compile (SwiGLU, cross entropy) run fused here.
+    """Whether Megatron-Core's torch.compile functions (SwiGLU, cross entropy) run fused here.
 
-    On a GPU, with Triton and the C compiler that it calls. On a CPU compiling takes longer than
-    what it saves in a short run.
+    They need a GPU, Triton and the C compiler that it calls. On a CPU, compiling takes longer than
+    it saves in a short run.
     """
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     has_compiler = any(shutil.which(name) for name in compilers)

@@ -1,4 +1,4 @@
-"""Random generators of a process: seeded from the run's seed, their states as plain data."""
+"""Seed the random generators of a process, and get and set their states as plain data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 def seed_all(seed: int, rank: int) -> None:
     """Seed every generator by (seed, rank), after Megatron-Core's groups are built.
 
-    Python's and numpy's differ between ranks. Torch's do where Megatron-Core wants it: tensor
-    parallel ranks draw the same initial weights and cut their shards out of them.
+    Python's and numpy's differ between ranks; torch's differ where Megatron-Core needs it. On a CPU
+    tensor-parallel ranks draw the same initial weights and cut their shards out of them.
     """
     from megatron.core import tensor_parallel
 
@@ -27,7 +27,7 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """States of torch's generators as tensors, and of Python's and numpy's as JSON."""
+    """Return the states of torch's generators as tensors, and Python's and numpy's as JSON."""
     tensors = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
@@ -40,7 +40,7 @@ def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, st
 def restore_random_states(
     tensors: Mapping[str, Tensor], plain: Mapping[str, str], device: torch.device
 ) -> None:
-    """Put the generators back into states that `random_states` gave."""
+    """Set the generators to states that `random_states` returned."""
     torch.set_rng_state(tensors["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)

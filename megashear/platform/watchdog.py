@@ -1,8 +1,8 @@
-"""Ends a run of which a process hangs or has died, and says which one, at which step.
+"""Ends a run if one of its processes hangs or dies, and reports which one, at which step.
 
-Every process marks what it is about to do. Threads of its own publish the mark in the store of
-torch.distributed, read the others' and count the time since it: they go on where the main thread
-waits for ever in a collective. The clocks of different machines are never compared.
+Every process marks what it is about to do. Two threads publish the mark in torch.distributed's
+store, read the other ranks' marks and measure the time since then, even while the main thread waits
+in a collective for ever. The clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megashear.console import LOST, say
 from megashear.errors import RankError
 
 GRACE_MINUTES = 1.0
-"""How much later than the watchdog torch ends a collective: it does not say who is behind."""
+"""torch ends a collective this much later than the watchdog, which names the rank behind."""
 _JUDGE, _SILENT = 5.0, 3.5
-"""Periods from noticing to judging, and those without a sign of life until a rank has stopped."""
+"""Periods from noticing to judging; periods of silence after which a rank counts as stopped."""
 
 
 class Heartbeat:
-    """What this process does. A mark costs microseconds."""
+    """What this process is doing. A mark costs microseconds."""
 
     def __init__(self) -> None:
         # Number of changes so far, optimizer step, what is done, time of the last mark.
@@ -40,7 +40,7 @@ class Heartbeat:
         self.changed = threading.Event()  # set at a change
 
     def mark(self, doing: str | None = None, step: int | None = None) -> None:
-        """Say what begins, or that it goes on; the time-out counts from the last mark."""
+        """Mark what begins, or that it continues; the time-out counts from the last mark."""
         count, last_step, last, _ = self.now
         step = last_step if step is None else step
         doing = doing or last
@@ -51,18 +51,18 @@ class Heartbeat:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether an error is what torch says of another rank that is not there (any more)."""
+    """Whether torch raised this error because another rank is gone or never came."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 @contextmanager
 def watching(heartbeat: Heartbeat, timeout_minutes: float, *, speaks: bool) -> Iterator[None]:
-    """Name the rank that is behind and end the process, if the block makes no progress for so long.
+    """End the process and name the rank behind if the block makes no progress for the time-out.
 
     Args:
-        heartbeat: marked by the thread that is in the block.
-        timeout_minutes: more than anything between two marks takes.
-        speaks: whether this process tells of all ranks; the others say one line.
+        heartbeat: marked by the thread that runs the block.
+        timeout_minutes: longer than anything between two marks takes.
+        speaks: whether this process reports all ranks; the others print one line.
 
     Raises:
         RankError: the connection to another rank is lost.
@@ -84,9 +84,9 @@ def watching(heartbeat: Heartbeat, timeout_minutes: float, *, speaks: bool) -> I
 
 @functools.cache
 def _kill_children_with_parent() -> None:
-    """What this process forks (readers of data, writers of checkpoints) ends with it.
+    """Let forks of this process (readers of data, writers of checkpoints) die with it.
 
-    They have its connections open too: as long as one lives, the other ranks do not see it end.
+    They inherit its connections: as long as one lives, the other ranks do not see it end.
     """
     if sys.platform == "linux":
         prctl, pdeathsig = ctypes.CDLL(None).prctl, 1
@@ -94,7 +94,7 @@ def _kill_children_with_parent() -> None:
 
 
 class _Watchdog:
-    """The two threads of a process and what it knows of the others."""
+    """The two threads of a process, and what it knows about the other ranks."""
 
     def __init__(self, heartbeat: Heartbeat, timeout: float, speaks: bool) -> None:
         # How this process leaves: None while it runs, else the error of its own or "".
@@ -120,7 +120,7 @@ class _Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:
-        """Tell the others that this rank has left, as far as the store still answers."""
+        """Publish that this rank has left, if the store still answers."""
         self.left = self.left or ""
         self._closed.set()
         self._heartbeat.changed.set()
@@ -129,7 +129,7 @@ class _Watchdog:
             time.sleep(2 * self._period)  # they have to read it: the store may end with this rank
 
     def judge(self, what: str) -> str:
-        """The message: what was noticed, who is behind; and where the others are."""
+        """Return the message: what was noticed, which ranks are behind, where the others are."""
         time.sleep(_JUDGE * self._period)  # who has stopped falls silent, who has not is heard
         behind = self._behind()
         where = "; ".join(self._places(behind)) or "it is not known which rank is behind"
@@ -200,7 +200,7 @@ class _Watchdog:
                 self._said[rank], self._heard[rank] = said, self._read_at
 
     def _behind(self) -> list[int]:
-        """The ranks that keep the others waiting, by the strongest sign there is."""
+        """Return the ranks that the others wait for, by the strongest sign."""
         running = [rank for rank, said in self._said.items() if said["left"] is None]
         lowest = min((self._said[rank]["count"] for rank in running), default=0)
         last = [rank for rank in running if self._said[rank]["count"] == lowest]
@@ -216,11 +216,11 @@ class _Watchdog:
             return False
         silent = _SILENT * self._period
         if rank == 0 and time.monotonic() - self._read_at > silent:
-            return True  # the store is beside it and does not answer
+            return True  # the store runs on rank 0 and does not answer
         return self._read_at - self._heard[rank] > silent
 
     def _places(self, ranks: Iterable[int]) -> list[str]:
-        """Where ranks are, one text for those at the same place."""
+        """Describe where ranks are, with one text for ranks at the same point."""
         together: dict[tuple[Any, ...], list[int]] = {}
         for rank in ranks:
             said = self._said[rank]
