@@ -96,7 +96,7 @@ python-latest:
 check: $(STAMP) ## lint, format, types, spelling, sizes of committed files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megashear
+	$(BIN)/mypy
 	$(BIN)/codespell
 	@big=$$(git ls-files -z | xargs -0 sh -c 'find "$$@" -maxdepth 0 -size +$(MAX_KB)k' sh); \
 	  test -z "$$big" || { echo "error: larger than $(MAX_KB) kB: $$big" >&2; exit 1; }

@@ -69,7 +69,7 @@ class Experiment:
         references = self.losses(source, "source-all", ALL)
         pairs = [(rule, seed) for seed in self.arguments.seeds for rule in self.arguments.rules]
         with ThreadPoolExecutor(self.arguments.jobs) as pool:
-            done = pool.map(lambda pair: self.prune_and_continue(*pair, steering), pairs)
+            done = pool.map(lambda pair: self.prune_and_continue(pair[0], pair[1], steering), pairs)
             results = dict(zip(pairs, done, strict=True))
         print(report(references, results))
 

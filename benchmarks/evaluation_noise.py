@@ -64,11 +64,12 @@ def sequence_losses(model: Path, sequences: np.ndarray) -> np.ndarray:
     import torch
     from torch.nn import functional
 
+    from megashear.checkpoint import models
     from megashear.checkpoint.compare import logits
 
-    losses = []
+    opened, losses = models.open(model), []
     for block in torch.from_numpy(sequences).long().split(BLOCK):
-        found = logits(model, block[:, :-1]).transpose(1, 2)
+        found = logits(opened, block[:, :-1]).transpose(1, 2)
         losses.append(functional.cross_entropy(found, block[:, 1:], reduction="none").mean(1))
     return torch.cat(losses).double().numpy()
 

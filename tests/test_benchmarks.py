@@ -30,7 +30,11 @@ def test_cases_take_turns_in_an_order_that_turns_round() -> None:
     called = []
 
     def case(name: str) -> Callable[[], float]:
-        return lambda: called.append(name) or float(len(called))
+        def call() -> float:
+            called.append(name)
+            return float(len(called))
+
+        return call
 
     found = interleaved({name: case(name) for name in "abc"}, rounds=3, warm_up=1)
     assert "".join(called) == "abccbaabccba"

@@ -23,6 +23,7 @@ import yaml
 from transformers import LlamaConfig
 
 from megashear import cli
+from megashear.checkpoint import models
 from megashear.config.loader import load_config
 from megashear.config.schema import ParallelConfig
 from tests.support.distributed import run_distributed
@@ -59,7 +60,7 @@ SMALLER = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--source models/llama2-7b --size": "--source 7b --size",  # the shape that it has
 }
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "target": {
         "num_layers": 2,
         "hidden_size": 24,
@@ -130,8 +131,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (world / name).write_text(yaml.safe_dump(small))
     for name, size in (("7b", 7e9), ("13b", 13e9), ("70b", 70e9)):
         losses = dict.fromkeys(("cc", "wiki"), 1.5 + (1000000000.0 / size) ** 0.3)
-        models = [{"name": name, "parameters": size, "losses": losses}]
-        (world / f"{name}.yaml").write_text(yaml.safe_dump({"models": models}))
+        measured = {"name": name, "parameters": size, "losses": losses}
+        (world / f"{name}.yaml").write_text(yaml.safe_dump({"models": [measured]}))
     save_llama(world / "other", num_key_value_heads=2)
     iteration, layout = world / "megatron-lm" / "iter_0000100", ParallelConfig(tensor=2)
     run_distributed(megatron_lm.save, 2, world / "other", iteration, layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,9 +46,12 @@ def test_a_sequence_is_read_when_its_turn_comes(
 ) -> None:
     read: list[int] = []
     text = DomainDataset.__getitem__
-    monkeypatch.setattr(
-        DomainDataset, "__getitem__", lambda domain, k: (read.append(k), text(domain, k))[1]
-    )
+
+    def note(domain: DomainDataset, k: int) -> Any:
+        read.append(k)
+        return text(domain, k)
+
+    monkeypatch.setattr(DomainDataset, "__getitem__", note)
     batches = ValidBatches(domain, 500, 4, 1, 2)  # sequences 4 to 7, 12 to 15, 20 to 22
     assert (len(batches), read) == (3, [])
     later = iter(batches)

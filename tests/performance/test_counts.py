@@ -121,7 +121,7 @@ def count_steps(trainer: Trainer) -> dict[str, Any]:
 
 def more(counts: Counts, what: str) -> dict[str, int]:
     """What the pruning step has more of than the dense one, by kind; less is negative."""
-    difference = Counter(counts["prune"][what])
+    difference = Counter[str](counts["prune"][what])
     difference.subtract(counts["dense"][what])
     return {name: number for name, number in difference.items() if number}
 

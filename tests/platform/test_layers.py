@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,13 @@ def test_attention_is_a_causal_softmax_over_groups(
     attention = SDPAttention(windowed(window), 1, AttnMaskType.causal, "self", softmax_scale=scale)
     mask = None if document is None else documents_mask(SEQUENCE, document)
     results = []
-    for compute in (
-        lambda *qkv: attention(*qkv, mask),
-        lambda *qkv: attend(*qkv, CHANNELS**-0.5 if scale is None else scale, window, document),
-    ):
+    by_equation = partial(
+        attend,
+        scale=CHANNELS**-0.5 if scale is None else scale,
+        window=window,
+        document=document,
+    )
+    for compute in (partial(attention, attention_mask=mask), by_equation):
         query = random(SEQUENCE, BATCH, 4, CHANNELS, seed=1)
         key, value = (random(SEQUENCE, BATCH, groups, CHANNELS, seed=s) for s in (2, 3))
         out = compute(query, key, value)
@@ -157,7 +161,7 @@ def attend_in_context(
         mask = mine_of(mask.transpose(0, 2), rank, ranks).transpose(0, 2)
     out = attention(*mine, mask)
     (out * mine_of(upstream, rank, ranks)).sum().backward()
-    expected = attend(*whole, 0.7, window, document)
+    expected = attend(whole[0], whole[1], whole[2], 0.7, window, document)
     (expected * upstream).sum().backward()
     parallel.stop()
     pairs = [(out, expected), *((t.grad, w.grad) for t, w in zip(mine, whole, strict=True))]

@@ -250,7 +250,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def configuration(directory: Path, stage: str, shape: ModelShape) -> RunConfig:
     """A prune or continue run from random weights, the same for every layout."""
     run_distributed(write_source, 1, directory, shape)  # not here: this process forks
-    options = prune_options(shape) if stage == "prune" else {"stage": stage}
+    options: dict[str, Any] = prune_options(shape) if stage == "prune" else {"stage": stage}
     pruning = options.get("pruning", PruningConfig())
     options["pruning"] = replace(pruning, mask_lr=0.1, multiplier_lr=0.1)
     return run_config(

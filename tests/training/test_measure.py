@@ -39,8 +39,8 @@ def prune(config: RunConfig) -> None:
     """A short pruning run, extracted and exported."""
     train(config)
     run = Path(config.run_dir)
-    dense = extract_checkpoint(models.open(run), run / "extracted")
-    export_huggingface(dense, run / "hf", dtype="float32", tokenizer=None)
+    extract_checkpoint(models.open(run), run / "extracted")
+    export_huggingface(models.open(run / "extracted"), run / "hf", dtype="float32", tokenizer=None)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_a_run_in_bf16_is_measured_in_bf16(run: Path) -> None:
 
 def test_target_extracted_and_exported_are_one_and_what_transformers_finds(run: Path) -> None:
     domains = tuple(Domain(**d) for d in yaml.safe_load((run / "domains.yaml").read_text()))
-    models = run, run / "extracted", run / "hf"
+    paths = run, run / "extracted", run / "hf"
     options = "--domains", run, "--masks", "target", "--sequences", 9
-    masked, extracted, exported = evaluate(1, *models, *options)
+    masked, extracted, exported = evaluate(1, *paths, *options)
     shape = models.open(run).masks.masks.target
     assert shape is not None
     for found in (masked, extracted, exported):
