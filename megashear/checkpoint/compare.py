@@ -89,22 +89,30 @@ def hf_logits(model: Model, tokens: Tensor) -> Tensor:
     """Return `logits` by transformers.
 
     Raises:
-        CheckpointError: transformers ignores a weight or initialises one that is missing.
+        CheckpointError: transformers cannot load it, ignores a weight or initialises one that is
+            missing.
     """
     import transformers
 
     model.verify()
     directory = model.info.directory
-    hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    try:
+        hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            # Else transformers 5 rounds the weights to the dtype that config.json names.
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # its checks of config.json raise many kinds
+        raise CheckpointError(
+            f"{directory}: transformers cannot load it: {error!r:.500}"
+        ) from error
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in info.items() if names]
     if wrong:
         raise CheckpointError(f"{directory}: transformers reports {'; '.join(wrong)}")
-    hf_model.float().eval()
+    hf_model.eval()
     return torch.cat([hf_model(row[None]).logits for row in _shown(tokens, "transformers")])
 
 

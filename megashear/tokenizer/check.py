@@ -32,7 +32,10 @@ def difference_from_transformers(directory: Path) -> str:
     transformers.logging.set_verbosity_error()
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
+            str(directory),
+            local_files_only=True,
+            trust_remote_code=False,
+            mistral_format=False,  # by its files: mistral-common may be installed, and incomplete
         )
         found = [theirs(text)["input_ids"] for text in PROBE]
     except Exception as error:  # whatever its classes raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,23 @@ def test_masked_run_equals_its_extraction_and_export(
     wrong["decoder.final_layernorm.weight"] *= wrong["decoder.final_layernorm.weight"]
     write_huggingface(twice, dense.shape, wrong.items())
     assert not logits_difference(masked, logits(models.open(twice), tokens)).within(1e-2)
+
+
+def test_weights_are_compared_as_the_files_have_them(tmp_path: Path) -> None:
+    """Transformers 5 rounds weights to the dtype of config.json: a right import would differ."""
+    model = save_llama(tmp_path / "hf", num_key_value_heads=2)  # fp32 weights
+    file = tmp_path / "hf" / "config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "dtype"}
+    file.write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    import_model(tmp_path / "hf", tmp_path / "megatron")
+    sides = (logits(models.open(tmp_path / name), tokens_of(model)) for name in ("hf", "megatron"))
+    assert logits_difference(*sides).within(1e-4)
+
+
+def test_what_transformers_cannot_load_is_an_error(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "hf", num_key_value_heads=2)
+    file = tmp_path / "hf" / "config.json"
+    config = {**json.loads(file.read_text()), "rms_norm_eps": 1}
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        logits(models.open(tmp_path / "hf"), tokens_of(model))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.foreign import read_json, refuse
+from megashear.console import say
 from megashear.errors import CheckpointError
 from megashear.files import read_small
 
@@ -97,6 +98,12 @@ def copy_tokenizer(tokenizer: Path, directory: Path, vocab_size: int) -> Generat
         files |= {f"{TEMPLATES}/{file.name}": file for file in templates}
     if not tokenizer.exists() or not VOCABULARIES.keys() & files.keys():
         raise CheckpointError(f"{tokenizer}: no tokenizer (none of {', '.join(VOCABULARIES)})")
+    if "tokenizer.json" in files and (model := files.get("tokenizer.model")):
+        try:
+            _read(model, _sentencepiece)
+        except CheckpointError:
+            say(f"{model}: no sentencepiece model (Llama 3's is a tiktoken file): left out")
+            del files["tokenizer.model"]
     _check_links(source, [file for file in files.values() if file != tokenizer])
     read = {name: _read(file, READERS.get(name, read_small)) for name, file in files.items()}
     for name, file in files.items():

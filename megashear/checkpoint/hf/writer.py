@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from megashear.checkpoint.hf.tokenizer import (
     settings_of,
 )
 from megashear.config.schema import ModelShape
-from megashear.errors import CheckpointError
+from megashear.errors import CheckpointError, DataError
 from megashear.pruning.table import param_rules
+from megashear.tokenizer.check import difference_from_transformers
+from megashear.tokenizer.files import HUGGING_FACE, SENTENCEPIECE
 
 CONTENT = (
     *(CONFIG, GENERATION, "README.md", "*.safetensors", SAFETENSORS_INDEX),
@@ -70,9 +73,11 @@ def write_huggingface(
 
     Raises:
         CheckpointError: the weights do not fit the shape or are not finite, transformers cannot
-            express the shape, or the directory exists or cannot be written.
+            express the shape or reads the tokenizer otherwise than it was trained with, or the
+            directory exists or cannot be written.
     """
-    config = hf_config(shape)
+    # Without the version transformers 5 takes a Mistral's tokenizer for one with a known fault.
+    config = {**hf_config(shape), "transformers_version": version("transformers")}
     kept = generation or {}
     check_generation(kept, shape.vocab_size, "special tokens and generation of the checkpoint")
     with whole_directory(directory, overwrite=overwrite, content=CONTENT) as partial:
@@ -80,6 +85,8 @@ def write_huggingface(
         if tokenizer is not None:
             told = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
         ids, settings = settings_of(kept, told, other_tokenizer)
+        write_json(partial / CONFIG, {**config, **ids})  # transformers reads it for the tokenizer
+        _check_tokenizer(partial)
         tensors = _hf_tensors_of(shape, weights, None if dtype is None else getattr(torch, dtype))
         names = hf_tensors(shape)
         config["torch_dtype"] = shards.write_shards(partial, tensors, names, max_shard_bytes)
@@ -88,6 +95,25 @@ def write_huggingface(
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return Path(directory)
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Refuse a tokenizer that transformers replaces by another one, before the weights are written.
+
+    Raises:
+        CheckpointError: with the ids of both.
+    """
+    if not any((directory / name).is_file() for name in (SENTENCEPIECE, HUGGING_FACE)):
+        return  # of a kind that we do not tokenize with
+    try:
+        different = difference_from_transformers(directory)
+    except DataError:
+        return  # it names no eos, say, so no token files of ours were made with it
+    if different:
+        raise CheckpointError(
+            f"the tokenizer would not be the model's in transformers: {different}. Export with "
+            "--tokenizer none, and load tokenizer.json by PreTrainedTokenizerFast in its place"
+        )
 
 
 def _hf_tensors_of(

@@ -6,6 +6,7 @@ import json
 import resource
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support.hf_models import (
     load_llama,
     save_llama,
 )
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.reference_llama import random_weights
 
 SHAPE = ModelShape(
@@ -335,3 +337,24 @@ def test_settings_of_generation_that_are_none(
     with pytest.raises(CheckpointError, match=message):
         write_huggingface(tmp_path / "out", SHAPE, weights(), generation=generation)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_transformers_replaces_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    shape = replace(SHAPE, family="qwen2", qkv_bias=True, vocab_size=500)
+    weights = random_weights(shape, seed=0)
+    with pytest.raises(CheckpointError, match=r"Qwen2Tokenizer\) reads .*--tokenizer none"):
+        write_huggingface(tmp_path / "out", shape, weights.items(), tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+    write_huggingface(tmp_path / "out", shape, weights.items())
+
+
+def test_a_tiktoken_file_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    (tokenizer / "tokenizer.model").write_text("IQ== 0\n")  # as Llama 3's directories have it
+    shape = replace(SHAPE, vocab_size=500)
+    out = tmp_path / "out"
+    write_huggingface(out, shape, random_weights(shape, seed=0).items(), tokenizer=tokenizer)
+    assert (out / "tokenizer.json").is_file()
+    assert not (out / "tokenizer.model").exists()
+    assert "tiktoken file): left out" in capsys.readouterr().err
