@@ -30,7 +30,7 @@ from megashear.config.schema import ModelShape
 from megashear.errors import CheckpointError, DataError
 from megashear.pruning.table import param_rules
 from megashear.tokenizer.check import difference_from_transformers
-from megashear.tokenizer.files import HUGGING_FACE, SENTENCEPIECE
+from megashear.tokenizer.files import HUGGING_FACE
 
 CONTENT = (
     *(CONFIG, GENERATION, "README.md", "*.safetensors", SAFETENSORS_INDEX),
@@ -103,8 +103,8 @@ def _check_tokenizer(directory: Path) -> None:
     Raises:
         CheckpointError: with the ids of both.
     """
-    if not any((directory / name).is_file() for name in (SENTENCEPIECE, HUGGING_FACE)):
-        return  # of a kind that we do not tokenize with
+    if not (directory / HUGGING_FACE).is_file():
+        return  # of a kind that transformers converts with packages of its own choice
     try:
         different = difference_from_transformers(directory)
     except DataError:

@@ -280,11 +280,14 @@ def test_a_file_that_is_no_tokenizer_is_not_published(name: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+EOS = {"__type": "AddedToken", "content": "</s>"}  # as transformers 4 saved it
+
+
 def test_special_tokens_out_of_the_tokenizers_own_files(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     (folder / "additional_chat_templates").mkdir(parents=True)
     text = tokenizer_json(folder / "tokenizer.json")
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "no word"}
+    config = {"bos_token": "<s>", "eos_token": EOS, "pad_token": "no word"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.json").write_text("{}")
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
