@@ -10,7 +10,7 @@ PROBE = (
     "Hello world, 12345",
     "  def f(x):\n\treturn x ** 2  # two\n\n",
     "It's 3.14, isn't it? {\"a\": [1, 20, 300]}",
-    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e",
+    "Zürich, Malmö, 日本語",
 )
 """Texts whose ids differ between the tokenizers of transformers' families."""
 
