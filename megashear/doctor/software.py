@@ -46,8 +46,9 @@ except ShearError as error:
 MEGATRON = (
     "import megatron.core as m; from megatron.core.models.gpt import GPTModel; print(m.__version__)"
 )
+# torch first: it loads NVIDIA's libraries (NCCL) that Transformer Engine does not find by itself.
 TRANSFORMER_ENGINE = (
-    "import transformer_engine as t; import transformer_engine.pytorch; print(t.__version__)"
+    "import torch, transformer_engine as t, transformer_engine.pytorch; print(t.__version__)"
 )
 DALI = "import nvidia.dali as d; import nvidia.dali.fn; print(d.__version__)"
 APEX = "import amp_C; from apex.optimizers import FusedAdam; print('fused kernels work')"

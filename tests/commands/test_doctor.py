@@ -36,7 +36,7 @@ def program(directory: Path, name: str, text: str) -> None:
     (directory / name).chmod(0o755)
 
 
-def broken_package(directory: Path, name: str, text: str) -> None:
+def package(directory: Path, name: str, text: str) -> None:
     (directory / name).mkdir(parents=True)
     (directory / name / "__init__.py").write_text(text)
 
@@ -50,8 +50,8 @@ def test_a_broken_machine_is_told_with_remedies(tmp_path: Path) -> None:
     program(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 550.54'")
     packages = tmp_path / "packages"
     why = "libtransformer_engine.so: undefined symbol: _ZN3c10"
-    broken_package(packages, "transformer_engine", f"raise ImportError({why!r})")
-    broken_package(packages, "amp_C", "import os; os.abort()")
+    package(packages, "transformer_engine", f"raise ImportError({why!r})")
+    package(packages, "amp_C", "import os; os.abort()")
     (tmp_path / "run.yaml").write_text(f"stage: prune\nrun_dir: {tmp_path}\ntrainer: {{step: 3}}\n")
     done = doctor(
         *("--config", tmp_path / "run.yaml"),
@@ -120,6 +120,20 @@ def test_a_driver_that_says_nothing_is_told(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (_, gpus), _ = software.torch_and_gpus()
     assert gpus.item == "GPUs" and gpus.mark == mark and words in gpus.text
+
+
+def test_transformer_engine_is_imported_after_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imported first, a good installation in a pip environment does not find NCCL."""
+    package(tmp_path, "torch", "")
+    needs_torch = "import sys\nif 'torch' not in sys.modules: raise ImportError('libnccl.so.2')\n"
+    package(tmp_path, "transformer_engine", f"{needs_torch}__version__ = '2.20.2'")
+    (tmp_path / "transformer_engine" / "pytorch.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    found = next(software.optional(has_gpu=True))
+    assert found == Finding(OK, "Transformer Engine", "2.20.2")
 
 
 @pytest.mark.parametrize(
