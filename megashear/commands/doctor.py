@@ -1,4 +1,4 @@
-"""`megashear doctor`: what is here, what a run would use, what is wrong, and what to do."""
+"""`megashear doctor`: check this machine for a run, and print what to do about each problem."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
 
-  megashear doctor
-  megashear doctor --config prune.yaml      # its directory, platform and files as well
+  megashear doctor --config prune.yaml      # also the run's directory, platform and files
   srun --nodes 2 --ntasks-per-node 1 megashear doctor   # a table for each node
 
-Ends with status 1 where something is wrong.
+The exit status is 1 if there is a problem.
 """
 
 
@@ -32,24 +31,30 @@ def add(commands: Any) -> None:
     """Add the command to the parser of all."""
     parser = commands.add_parser(
         "doctor",
-        help="what this machine has for a run, and what is wrong with it",
-        description="Look at this machine as a run will: software, GPUs, directory, limits, and\n"
-        "whether two processes can talk.",
+        help="check this machine for a run",
+        description="Check what a run needs of this machine: software, GPUs, the run's directory,\n"
+        "limits, and communication between two processes.",
         epilog=EPILOG,
     )
-    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="check it as well")
-    parser.add_argument("--dir", type=Path, help="for runs (default: run_dir, or this one)")
+    parser.add_argument(
+        "--config", type=Path, metavar="RUN.yaml", help="also check this run's configuration"
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        help="directory for runs (default: run_dir of RUN.yaml, or the current one)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, print, and say whether something is wrong."""
+    """Run all checks, print their results, and return the exit status."""
     return show(_findings(args), as_json=args.json)
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> int:
-    """Print what was found, each remedy below it, and a count; the exit status."""
+    """Print the findings, each with its remedy, and their number; return the exit status."""
     from megashear.doctor.machine import PROBLEM, WARNING, host
 
     count = {mark: sum(each.mark == mark for each in findings) for mark in (PROBLEM, WARNING)}
@@ -61,13 +66,13 @@ def show(findings: Sequence[Finding], *, as_json: bool) -> int:
             print(f"  {each.mark:<8} {each.item:<18} {each.text}")
             if each.remedy:
                 print(f"{'':<30}-> {each.remedy}")
-        said = (f"{n} {mark.lower()}{'s' if n != 1 else ''}" for mark, n in count.items())
-        print(", ".join(said), flush=True)
+        counted = (f"{n} {mark.lower()}{'s' if n != 1 else ''}" for mark, n in count.items())
+        print(", ".join(counted), flush=True)
     return console.FAILED if count[PROBLEM] else 0
 
 
 def _findings(args: argparse.Namespace) -> list[Finding]:
-    """All checks; those that import something run beside each other."""
+    """Return the findings of all checks; slow checks run concurrently."""
     from megashear.doctor import machine, pair, software
 
     config, of_config = _config(args.config)
@@ -86,7 +91,7 @@ def _findings(args: argparse.Namespace) -> list[Finding]:
 
 
 def _config(file: Path | None) -> tuple[RunConfig | None, list[Finding]]:
-    """A run's configuration, where it can be read, and what is wrong with it."""
+    """Return a run's configuration, or None if it cannot be read, and the findings about it."""
     from megashear.config.loader import load_config
     from megashear.doctor.machine import OK, PROBLEM, Finding
 

@@ -61,20 +61,22 @@ def add(commands: Any) -> None:
     add_option("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     add_option("--network", type=float, default=200, metavar="GBIT", help="Gbit/s from a GPU to "
                "other nodes (default: 200)")  # fmt: skip
-    add_option("--mfu", type=float, default=0.3, help="fraction of a GPU's peak that a run "
-               "reaches (default: 0.3, as published); a run logs its own")  # fmt: skip
+    add_option("--mfu", type=float, default=0.3, help="fraction of a GPU's peak that "
+               "arithmetic reaches (default: 0.3, as published); a run logs its own")  # fmt: skip
     add_option("--reserve", type=float, default=0.1, help="fraction of a GPU's memory to leave "
-               "free, for what is not modelled (default: 0.1)")  # fmt: skip
+               "free for what is not modelled (default: 0.1)")  # fmt: skip
     add_option("--source-shape", type=Path, metavar="FILE", help="sizes (YAML) or config.json of "
                "the source, if init_from does not exist yet")  # fmt: skip
     sizes = parser.add_argument_group("target shapes")
-    sizes.add_argument("--source", metavar="DIR", help="the model to prune, or its config.json")
-    sizes.add_argument("--size", metavar="N", help="parameters: 1.3B, 370M")
-    sizes.add_argument("--memory", metavar="BYTES", help="size of the weights: 4GiB, 700MB")
-    sizes.add_argument("--precision", choices=("bf16", "int4"), default="bf16", help="for --memory")
-    sizes.add_argument("--kv-cache", metavar="BYTES", help="for each token, in bf16: 64KiB")
-    sizes.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel ranks that "
-                       "the target must divide by (default: 8 is preferred)")  # fmt: skip
+    add_size = sizes.add_argument
+    add_size("--source", metavar="DIR", help="directory or config.json of the model to prune")
+    add_size("--size", metavar="N", help="wanted parameters: 1.3B, 370M")
+    add_size("--memory", metavar="BYTES", help="wanted memory of the weights: 4GiB, 700MB")
+    add_size("--precision", choices=("bf16", "int4"), default="bf16",
+             help="precision for --memory")  # fmt: skip
+    add_size("--kv-cache", metavar="BYTES", help="wanted keys and values per token, in bf16: 64KiB")
+    add_size("--tensor", type=positive, metavar="N", help="tensor-parallel ranks that must divide "
+             "the target (default: those by 8 first)")  # fmt: skip
     add_option("--json", action="store_true", help="print JSON")
     # argparse takes -1 for a value, and -1KiB for an option: let our error name its option.
     parser._negative_number_matcher = re.compile(r"-\.?\d")

@@ -1,4 +1,4 @@
-"""`megashear reference-loss`: the losses that domains are to reach, measured or extrapolated."""
+"""`megashear reference-loss`: measure or extrapolate the loss that each domain should reach."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ from megashear.errors import DataError, ShearError
 from megashear.files import write_durably
 
 EPILOG = """\
-Both write a YAML file that a run takes as `data.domains_from` (or copy its `domains` into the
-run's data.domains), and beside it a plot. Weights are those that the run of --domains began with.
-Its `models` are what `scaling` reads; losses that were measured elsewhere, or published, are
-written the same way:
+Both ways write a YAML file for a run's `data.domains_from`, and a plot next to it. The domains keep
+the weights that the run of --domains began with. `scaling` reads `models` of such a file, of
+`megashear evaluate --json`, or of one with losses that were published or measured elsewhere:
 
   models:
     - {name: 7B, parameters: 6738415616, losses: {cc: 1.7520, wiki: 1.4844}}
     - {name: 13B, parameters: 13015864320, losses: {cc: 1.6680, wiki: 1.3945}}
     - {name: 70B, parameters: 68976648192, losses: {cc: 1.4621, wiki: 1.2118}}
-
-so are those that `megashear evaluate --json` writes of several models at once.
 """
 
 
@@ -39,7 +36,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser of all."""
     both = commands.add_parser(
         "reference-loss",
-        help="the losses that domains are to reach",
+        help="the losses that domains should reach",
         description="Reference losses for dynamic batch loading, by domain.",
         epilog=EPILOG,
     )
@@ -47,23 +44,26 @@ def add(commands: Any) -> None:
     source = ways.add_parser(
         "source",
         help="measure a model",
-        description="The losses of a model, most often the source, on the very sequences that a\n"
-        "run's evaluations take.",
+        description="Measure a model, usually the source, on the sequences of a run's evaluations.",
         epilog="example:\n\n  megashear reference-loss source checkpoints/llama2-7b \\\n"
         "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
     )
-    source.add_argument("model", metavar="MODEL", help="as of `megashear evaluate`")
+    source.add_argument(
+        "model", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face directory"
+    )
     measuring.add_options(source, "the run that MODEL is, or is a checkpoint of")
     source.set_defaults(run=run_source)
     scaling = ways.add_parser(
         "scaling",
-        help="carry the losses of a family of models to another size",
+        help="extrapolate the losses of a family of models to another size",
         description="Fit L(N) = E + A / N^b per domain to the losses of three or more models with\n"
-        "N parameters (embeddings too), and take it at the size of the target.",
+        "N parameters (embeddings included), and evaluate it at the size of the target.",
         epilog="example:\n\n  megashear reference-loss scaling 7b.yaml 13b.yaml 70b.yaml \\\n"
         "      --domains prune.yaml --out references.yaml\n\n" + EPILOG,
     )
-    scaling.add_argument("models", nargs="+", type=Path, metavar="FILE", help="with `models`")
+    scaling.add_argument(
+        "models", nargs="+", type=Path, metavar="FILE", help="YAML file with `models`"
+    )
     scaling.add_argument(
         "--domains",
         type=Path,
@@ -78,10 +78,12 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a run's YAML file with a target, or the sizes of a model (default: --domains)",
     )
-    target.add_argument("--parameters", type=positive, metavar="N", help="in place of a target")
+    target.add_argument("--parameters", type=positive, metavar="N", help="size of the target")
     scaling.set_defaults(run=run_scaling)
     for parser in (source, scaling):
-        parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
+        parser.add_argument(
+            "--out", type=Path, required=True, metavar="FILE", help="YAML file to write"
+        )
         parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
 
 
@@ -104,7 +106,7 @@ def run_source(args: argparse.Namespace) -> None:
 
 
 def run_scaling(args: argparse.Namespace) -> None:
-    """Fit a law to each domain, and write its losses at the target's size as references."""
+    """Fit a law to each domain, and write its loss at the target's size as the reference."""
     from megashear.reference.models import read_models
     from megashear.reference.scaling_law import PARAMETERS, fit_domains
 
@@ -124,7 +126,7 @@ def run_scaling(args: argparse.Namespace) -> None:
         rows.append((name, *fitted, f"{losses[name]:.4f}", law.flag))
     print(console.table(rows, ("domain", "E", "A", "b", "residuals", "reference", "")))
     if len(set(sizes)) == PARAMETERS and any(law.misfit < 1e-6 for law in laws.values()):
-        print("as many sizes as parameters of a law: residuals of 0 say nothing of the fit")
+        print("as many sizes as a law has parameters: residuals of 0 do not show that it fits")
     warnings = [f"warning: {name}: {law.flag}" for name, law in laws.items() if law.flag]
     if len({(model.seq_length, model.sequences_per_domain) for model in models}) > 1:
         warnings.append("warning: the models were measured on different sequences")
@@ -139,7 +141,7 @@ def run_scaling(args: argparse.Namespace) -> None:
 
 
 def _parameters(file: Path) -> int:
-    """Parameters of the target that a run's YAML file, or one of sizes, names.
+    """Return the parameters of the target that a run's YAML file, or one of sizes, names.
 
     Raises:
         DataError: it names none, or the source of the run cannot be read.
@@ -170,7 +172,7 @@ def _extrapolation(target: int, sizes: Sequence[int]) -> str:
 
 
 def _referring(domains: Sequence[Domain], losses: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Records of domains with these losses as their references."""
+    """Return the domains as mappings, with these losses as their references."""
     return [asdict(replace(d, reference_loss=round(losses[d.name], 6))) for d in domains]
 
 
@@ -190,7 +192,7 @@ def _write(
     draw: Callable[[Any], str],
     warnings: Sequence[str] = (),
 ) -> None:
-    """The YAML file, and its plot as a page."""
+    """Write the YAML file, and its plot as an HTML page."""
     from megashear.report import plots
 
     text = yaml.safe_dump(content, sort_keys=False, width=100)

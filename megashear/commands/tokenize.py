@@ -17,18 +17,12 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "tokenize",
         help="JSONL text to the token files that training reads",
-        description="Turn JSONL text (plain, gzip or zstd) into Megatron token files, one domain\n"
-        "at a time: PREFIX.bin, PREFIX.idx, and PREFIX.json that says what they were made by.\n"
-        "Interrupted, it goes on where it stopped when the same command is given again; until\n"
-        "then its files are in the hidden folder .NAME.tokenize beside PREFIX.\n\n"
-        "A document begins with the token that the tokenizer itself puts before a text (bos of\n"
-        "LLaMA, Llama 3, Mistral, Gemma; nothing for GPT-2 and Qwen) and ends with its eos: of\n"
-        "a .model the piece eos_id, else eos_token of the tokenizer_config.json beside it.",
-        epilog="example: a domain with 5% of its documents held out for validation, as\n"
-        "data/prose_train and data/prose_valid\n\n"
-        "  megashear tokenize --input 'text/prose/*.jsonl.zst' --output data/prose \\\n"
-        "      --tokenizer llama/tokenizer.model --valid-fraction 0.05\n\n"
-        "every file of a folder as a domain\n\n"
+        description="Write JSONL text (plain, gzip or zstd) as Megatron token files, one domain\n"
+        "at a time: PREFIX.bin, PREFIX.idx, and PREFIX.json, which names their tokenizer.\n"
+        "After an interruption the same command continues where it stopped; until then its files\n"
+        "are in the hidden folder .NAME.tokenize next to PREFIX. docs/data.md describes the files.",
+        epilog="example: each file of a folder is a domain, with 5% of its documents held out as\n"
+        "data/NAME_valid\n\n"
         "  megashear tokenize --input 'text/*.jsonl' --output 'data/{name}' \\\n"
         "      --tokenizer llama/tokenizer.model --valid-fraction 0.05",
     )
@@ -44,32 +38,32 @@ def add(commands: Any) -> None:
         "--output",
         required=True,
         metavar="PREFIX",
-        help="files to write, without suffix; with {name} in it, every input file is a domain of "
-        "its own, which takes the place of {name} without its suffixes",
+        help="path of the token files without suffix; with {name} in it, each input file becomes a "
+        "domain, and {name} stands for the file's name without suffixes",
     )
     option(
         "--valid-fraction",
         type=float,
         metavar="F",
-        help="write PREFIX_train and PREFIX_valid, the latter with this share of the documents; "
-        "a hash of its text puts a document on its side, the same in every file and domain",
+        help="write PREFIX_train and PREFIX_valid, which gets this fraction of the documents; a "
+        "hash of the text decides, so copies of a document are on the same side",
     )
     option("--field", default="text", help="field of a record that holds its text (default: text)")
     option("--workers", type=int, metavar="N", help="processes (default: as many as CPUs)")
     option(
         "--overwrite",
         action="store_true",
-        help="replace existing files of other input, tokenizer or options; what the same command "
-        "has made is left as it is",
+        help="replace existing files of other input, tokenizer or options; files that the same "
+        "command has made are kept",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tokenize every domain that the arguments name, and print what came of them."""
+    """Tokenize every domain that the arguments name, and print the number of its tokens."""
     from megashear.data.tokenize.preprocess import tokenize_files
 
-    # A batch system's SIGTERM then keeps what is done, as Ctrl-C does.
+    # So that SIGTERM of a batch system keeps finished work, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows, problems, empty = [], [], 0
     for output, inputs in _domains(args.input, args.output).items():
@@ -84,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
                 overwrite=args.overwrite,
                 progress=True,
             )
-        except DataError as error:  # the other domains are as good without this one
+        except DataError as error:  # the other domains do not depend on this one
             problems.append(str(error))
             continue
         empty += report.empty
@@ -101,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _domains(inputs: Sequence[str], output: str) -> dict[str, list[str]]:
-    """Inputs by the prefix that they go to.
+    """Return the input files by the prefix that they are written to.
 
     Raises:
         DataError: two files would make one domain, or the output has another placeholder.

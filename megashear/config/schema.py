@@ -99,12 +99,12 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class Domain:
-    """A source of text: token files without their .bin/.idx suffix, and its share of the blend."""
+    """A source of text: token files without their .bin/.idx suffix, and a weight in the blend."""
 
     name: str
     train: str  # token files
     valid: str  # token files that losses are measured on
-    weight: float  # share of the samples, to begin with; those of all domains sum to 1
+    weight: float  # initial fraction of the samples; those of all domains sum to 1
     reference_loss: float | None = None  # nats per token; needed by every rule but `constant`
     min_weight: float = 0.0  # bounds that an update of the weights keeps to
     max_weight: float = 1.0
@@ -120,7 +120,7 @@ class DataConfig:
     seq_length: int = 4096  # tokens
     rule: str = "paper"  # paper | reference_code | constant
     eta: float = 1.0  # strength of an update of the weights
-    smoothing: float = 1e-4  # share of the whole that an update spreads evenly over the domains
+    smoothing: float = 1e-4  # fraction of all weight that an update spreads evenly over the domains
     seed: int = 1234  # order of samples
     num_workers: int = 0  # loader processes per rank
     index_cache: str | None = None  # directory of epoch indices; default: beside the token files
@@ -227,7 +227,7 @@ class RunConfig:
     init_from: str | None = None  # a checkpoint, a run directory or a Hugging Face directory
     model: ModelShape | None = None  # stage pretrain only: the shape to initialise at random
     target: TargetShape | None = None  # stage prune: the shape to reach, or
-    target_sparsity: float | None = None  # share of the source's parameters to remove, any shape
+    target_sparsity: float | None = None  # fraction of the source's parameters to remove, any shape
     pruning: PruningConfig = field(default_factory=PruningConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -5,7 +5,7 @@ all micro-batches run through the unchanged Megatron model. From the gradients G
 
     d r = (G * W * c).sum(columns)    d c = (G * W * r).sum(rows)    d W = r * G * c
 
-(docs/design.md, section "Masks live in weight space").
+(docs/masks.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Megatron-Core's mathematics runs on any device, but it names CUDA in literal places. `redirect_cuda`
 points those at the CPU; nothing else of Megatron is changed. Which places, and why, is in the table
-of docs/design.md. Checked with megatron-core 0.16.1 and 0.19.2.
+of docs/platform.md. Checked with megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_the_whole_model_is_one_constraint_without_a_target_shape() -> None:
 
 
 def _optimise(masks: Masks, lagrangian: Lagrangian, steps: int) -> None:
-    """The mask optimizer of DESIGN section 3, with no loss but a pull to keep every unit."""
+    """The mask optimizer of docs/masks.md, with no loss but a pull to keep every unit."""
     groups: list[dict[str, Any]] = [
         {"params": list(masks.parameters())},
         {"params": list(lagrangian.parameters()), "maximize": True},
