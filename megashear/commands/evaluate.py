@@ -22,10 +22,7 @@ def add(commands: Any) -> None:
         "itself would log. MODEL is a run directory (its latest checkpoint), a checkpoint of any\n"
         "stage and parallel layout, or a Hugging Face directory.",
         epilog="example: a run, and the model exported from it\n\n"
-        "  megashear evaluate runs/continue models/sheared-1.3b --domains runs/continue\n\n"
-        "a large one on 8 GPUs\n\n"
-        "  megashear launch --nproc-per-node 8 evaluate checkpoints/llama2-70b \\\n"
-        "      --domains prune.yaml --tensor 8 --json losses.json",
+        "  megashear evaluate runs/continue models/sheared-1.3b --domains runs/continue",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="what to measure")
     add_options(parser, "the run that the first MODEL is, or is a checkpoint of")

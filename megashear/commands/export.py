@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,10 @@ def add(commands: Any) -> None:
     option("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint or run")
     option("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
     option("--shape", type=Path, metavar="YAML", help="the model's shape, for Megatron-LM's own")
-    option(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: the checkpoint's)",
-    )
-    option(
-        "--tokenizer",
-        metavar="PATH",
-        help="directory or file of the tokenizer, or `none` (default: what the checkpoint names)",
-    )
+    option("--dtype", choices=("float32", "bfloat16", "float16"),
+           help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
+    option("--tokenizer", metavar="PATH", help="directory or file of the tokenizer, or `none` "
+           "(default: what the checkpoint names)")  # fmt: skip
     option("--overwrite", action="store_true", help="replace an existing model")
     parser.set_defaults(run=run)
 
@@ -70,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
         )
     print(table([*shape_rows(model.shape), ("tokenizer", printable(named or "none"))]))
-    print(f"written to {printable(str(args.out))}")
+    print(f"written to {args.out}")
 
 
 def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
@@ -81,19 +76,12 @@ def find_tokenizer(named: str | None, scratch: Path) -> Path | None:
     if named in (None, "none"):
         return None
     path = Path(named)
-    try:
-        there = path.exists()
-    except OSError:  # a name that is too long
-        there = False
-    if not there:
+    if not os.path.exists(named):  # also of a name that is too long
         text = "the tokenizer is not there. Name one with --tokenizer"
         raise CheckpointError(f"{printable(named)}: {text}")
     model = path / "tokenizer.model" if path.is_dir() else path
-    if (
-        model.suffix != ".model"
-        or not model.is_file()
-        or model.with_name("tokenizer.json").is_file()
-    ):
+    is_bare = model.suffix == ".model" and not model.with_name("tokenizer.json").is_file()
+    if not (is_bare and model.is_file()):
         return path
     save_for_transformers(model, scratch)
     return scratch

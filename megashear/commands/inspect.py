@@ -69,21 +69,14 @@ def run(args: argparse.Namespace) -> None:
 
 def tables(model: Model) -> Iterator[str]:
     """Yield the tables of a model's description."""
-    from megashear.checkpoint.description import (
-        RECORD,
-        compared_rows,
-        layout_rows,
-        record_rows,
-        shape_rows,
-    )
+    from megashear.checkpoint import description as of
     from megashear.checkpoint.foreign import printable
     from megashear.console import table
 
     info = model.info
-    written = ", ".join(f"{name} {version}" for name, version in info.versions.items())
-    written = printable(written)
+    written = printable(", ".join(f"{name} {number}" for name, number in info.versions.items()))
     about = {
-        "path": printable(str(info.directory)),
+        "path": str(info.directory),
         "stage": info.stage,
         "step": f"{info.step:,}",
         "tokens": f"{info.tokens:,}",
@@ -94,14 +87,14 @@ def tables(model: Model) -> Iterator[str]:
     }
     yield table(about.items())
     if info.target:
-        yield table(compared_rows(info.shape, info.target), ("", "source", "target"))
+        yield table(of.compared_rows(info.shape, info.target), ("", "source", "target"))
     else:
-        yield table(shape_rows(info.shape))
+        yield table(of.shape_rows(info.shape))
     if model.is_pruning:
         yield model.masks.report
-    yield "parallel layouts that fit\n" + table(layout_rows(info.shape))
+    yield "parallel layouts that fit\n" + table(of.layout_rows(info.shape))
     if info.history:
-        yield table(record_rows(info.history), RECORD)
+        yield table(of.record_rows(info.history), of.RECORD)
     if losses := info.records[-1].losses:
         rows = [(printable(domain), f"{loss:.4f}") for domain, loss in losses.items()]
         yield table(rows, ("domain", "validation loss (nats per token)"))

@@ -27,9 +27,7 @@ def add(commands: Any) -> None:
         "launch",
         help="run a command on all GPUs of this machine, or of all nodes of a Slurm step",
         description=f"Start COMMAND in one process for each GPU. It is {', '.join(LAUNCHED)},\n"
-        "or a Python script. torchrun starts it, and needs no options: on one machine it takes\n"
-        "any free port; where srun started one task for each node, Slurm gives nodes, address\n"
-        "and port. Where srun started several tasks on a node, each is one process.\n\n"
+        "or a Python script. Slurm's one or several tasks per node work too (docs/cluster.md).\n\n"
         "Ctrl-C, SIGTERM, SIGUSR1 and (except under nohup) SIGHUP reach the processes, which\n"
         "save. The exit status is that of the first process to fail, or 128 + the signal.",
         epilog="examples:\n\n"
@@ -37,12 +35,8 @@ def add(commands: Any) -> None:
         "  megashear launch --nproc-per-node 4 extract --run runs/prune\n"
         "  srun --nodes=2 --ntasks-per-node=1 megashear launch train prune.yaml",
     )
-    parser.add_argument(
-        "--nproc-per-node",
-        type=positive,
-        metavar="N",
-        help="processes on each machine (default: as many as GPUs; 1 without any)",
-    )
+    parser.add_argument("--nproc-per-node", type=positive, metavar="N",
+                        help="processes on each machine (default: its GPUs, or 1)")  # fmt: skip
     parser.add_argument(
         "--shutdown-timeout",
         type=positive,

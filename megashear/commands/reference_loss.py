@@ -27,8 +27,6 @@ the weights that the run of --domains began with. `scaling` reads `models` of su
 
   models:
     - {name: 7B, parameters: 6738415616, losses: {cc: 1.7520, wiki: 1.4844}}
-    - {name: 13B, parameters: 13015864320, losses: {cc: 1.6680, wiki: 1.3945}}
-    - {name: 70B, parameters: 68976648192, losses: {cc: 1.4621, wiki: 1.2118}}
 """
 
 

@@ -18,17 +18,10 @@ def add(commands: Any) -> None:
         "losses and references, domain weights and data, masks, speed, configuration. The page\n"
         "needs no other file and no network. Runs may be unfinished or damaged: the page says\n"
         "what could not be read.",
-        epilog="example:\n\n"
-        "  megashear report runs/prune\n"
-        "  megashear report runs/prune runs/continue --out report.html",
+        epilog="example:\n\n  megashear report runs/prune runs/continue --out report.html",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="directory of a run, or the work_dir of a chain",
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="directory of a run, or the work_dir of a chain")  # fmt: skip
     parser.add_argument(
         "--out",
         type=Path,
@@ -44,11 +37,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DataError: a path is not the directory of a run, or the page cannot be written.
     """
-    from megashear.report.runs import (
-        RecordedRun,
-        reject_unrelated_directories,
-        run_directories,
-    )
+    from megashear.report.runs import RecordedRun, reject_unrelated_directories, run_directories
 
     given = {path.resolve(): path for path in args.runs}
     directories = run_directories(args.runs)

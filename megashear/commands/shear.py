@@ -24,17 +24,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "shear",
         help="everything on one machine: tokenize, prune, extract, continue, export",
-        description=f"Run the tasks {', '.join(TASKS)}.\nCHAIN is a YAML file:\n\n"
-        "  work_dir: runs/llama2-7b-to-1.3b     # logs, and what is done\n"
-        "  text: text/*.jsonl.gz                # one file a domain; leave out if tokens exist\n"
-        "  tokens: data/{name}\n"
-        "  source: models/llama2-7b             # Hugging Face directory\n"
-        "  prune_config: prune.yaml             # the source is imported to its init_from\n"
-        "  continue_config: continue.yaml       # its init_from is RUN_DIR/extracted of prune\n"
-        "  export: models/sheared-1.3b\n"
-        "  processes: 8                         # of a training run; default: one for each GPU\n\n"
+        description=f"Run the tasks {', '.join(TASKS)}.\n"
+        "docs/configuration.md lists the options of CHAIN, docs/walkthrough.md has an example.\n\n"
         "Everything that can be checked is checked first. After an interruption the same command\n"
-        "goes on where it stopped; tasks that are done are not done again.",
+        "continues where it stopped; finished tasks are not repeated.",
     )
     option = parser.add_argument
     option("chain", type=Path, metavar="CHAIN", help="YAML file of the chain")

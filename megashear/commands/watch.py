@@ -37,11 +37,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DataError: a path is not the directory of a run; or, with --once, does not exist.
     """
-    from megashear.report.runs import (
-        RecordedRun,
-        reject_unrelated_directories,
-        run_directories,
-    )
+    from megashear.report.runs import RecordedRun, reject_unrelated_directories, run_directories
 
     directories = run_directories(args.runs)
     follow = sys.stdout.isatty() and not args.once

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 STAGES = ("pretrain", "prune", "continue")
 QUERY_GROUP, QUERY_HEAD = HEAD_UNITS = ("query_group", "query_head")
-
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures by their model_type in Hugging Face's terms."""
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")

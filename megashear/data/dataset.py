@@ -133,9 +133,7 @@ class DynamicBlendedDataset(Dataset[tuple[int, np.ndarray]]):
         self.eos = members[0].eos
         self._first = np.array(first_samples or [0] * len(members), dtype=np.int64)
         self._segments: tuple[Segment, ...] = ()  # the segments of _cursors
-        self._cursors: list[
-            np.ndarray
-        ] = []  # each domain's next sample at the start of each segment
+        self._cursors: list[np.ndarray] = []  # each domain's next sample where a segment starts
         self._blend = Blend(())  # blend of the segment that was used last
         self._epochs: dict[int, int] = {}
 

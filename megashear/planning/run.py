@@ -12,13 +12,7 @@ from megashear.config.chain import EXTRACTED
 from megashear.config.schema import ModelShape, RunConfig
 from megashear.config.shapes import shape_problems
 from megashear.config.values import Problem
-from megashear.planning.layouts import (
-    Layout,
-    allowed,
-    layout_of,
-    ranked,
-    usable_bytes,
-)
+from megashear.planning.layouts import Layout, allowed, layout_of, ranked, usable_bytes
 from megashear.planning.memory import ERROR_TEXT, RESERVE
 from megashear.planning.setup import TORCH, TRANSFORMER_ENGINE
 from megashear.planning.throughput import Cluster

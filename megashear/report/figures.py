@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,6 @@ from megashear.report.drawing import (
     short,
     styles,
 )
-from megashear.report.runs import RecordedRun
 from megashear.report.series import (
     STRETCHES,
     data_used,
@@ -227,9 +226,17 @@ class Figures:
 
     def maps(self) -> list[Panel]:
         """Units that the masks keep, a row for each layer; of wide layers a cell is several."""
-        return [
-            panel for label, run in self.runs.items() for panel in _maps(self._title, label, run)
-        ]
+        panels = []
+        for label, run in self.runs.items():
+            kept_layers = np.array(part(run.masks, "layer", 0) or [], dtype=bool)
+            by_query_head = part(run.config, "pruning", "head_unit") == QUERY_HEAD
+            units = {"layer": "layer"}
+            units["head"] = "query head" if by_query_head else "head (query group)"
+            for name, rows in run.masks.items():
+                if rows and rows[0]:
+                    title, unit = self._title(name, label), units.get(name, f"{name} dimension")
+                    panels.append(_map(title, unit, np.array(rows, dtype=np.uint8), kept_layers))
+        return panels
 
 
 PROGRESS = {
@@ -268,22 +275,6 @@ def _with_zero(drawn: Plot) -> Plot:
     points = np.array([drawn.x.low, drawn.x.high]), np.zeros(2)
     zero = Line("reference", points, DOTTED, dots=False)
     return replace(drawn, lines=[*drawn.lines, zero])
-
-
-def _maps(title: Callable[[str, str], str], label: str, run: RecordedRun) -> list[Panel]:
-    kept_layers = np.array(part(run.masks, "layer", 0) or [], dtype=bool)
-    by_query_head = part(run.config, "pruning", "head_unit") == QUERY_HEAD
-    units = {"layer": "layer", "head": "query head" if by_query_head else "head (query group)"}
-    return [
-        _map(
-            title(name, label),
-            units.get(name, f"{name} dimension"),
-            np.array(rows, dtype=np.uint8),
-            kept_layers,
-        )
-        for name, rows in run.masks.items()
-        if rows and rows[0]
-    ]
 
 
 def _map(title: str, unit: str, units: NDArray[np.uint8], kept_layers: NDArray[np.bool_]) -> Panel:

@@ -128,7 +128,7 @@ def _facts(run: RecordedRun) -> list[Text]:
         lines.append(f"{' -> '.join(model)} parameters · {' · '.join(where)}")
     if newest:
         seconds, data = number(newest.get("seconds")), number(newest.get("data_seconds"))
-        told = [
+        facts = [
             f"loss {show(newest.get('loss'), '.4f')}",
             f"lr {show(newest.get('lr'), '.2e')}",
             f"grad norm {show(newest.get('grad_norm'), '.2f')}",
@@ -136,14 +136,14 @@ def _facts(run: RecordedRun) -> list[Text]:
             *([f"MFU {show(newest['mfu'], '.1%')}"] if newest.get("mfu") else []),
             f"data wait {show(data / seconds if seconds else math.nan, '.1%')}",
         ]
-        lines.append(" · ".join(told))
+        lines.append(" · ".join(facts))
         every = number(start.get("tokens_per_step")) * number(run.steps)
-        told = [
+        facts = [
             f"{show(newest.get('tokens'))} of {show(every, ',.0f')} tokens",
             f"{show(newest.get('memory_gib'), '.1f')} GiB",
             _saved(run),
         ]
-        lines.append(" · ".join(told))
+        lines.append(" · ".join(facts))
     return [Text(line) for line in lines]
 
 

@@ -78,7 +78,6 @@ def _render(**values: Any) -> str:
         loader=folder,
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_printable,
         trim_blocks=True,
         keep_trailing_newline=True,
         lstrip_blocks=True,
@@ -88,15 +87,9 @@ def _render(**values: Any) -> str:
     return environment.get_template("page.html").render(values)
 
 
-def _printable(value: object) -> object:
-    """Show characters that cannot be printed by their numbers."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):  # made by the template
-        return value
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
-
-
 def _sections(runs: Runs, figures: Figures) -> Iterator[tuple[str, list[Block]]]:
     """Headings, and the blocks below each; a block that no run has records for is empty."""
+    order = list(figures.domains)
     together = figures.gaps() + figures.weights() + figures.data()
     shapes: dict[str, dict[str, str]] = {}
     for label, run in runs.items():
@@ -114,11 +107,7 @@ def _sections(runs: Runs, figures: Figures) -> Iterator[tuple[str, list[Block]]]
                 least=340,
             ),
             Block(heading="Mixture", keys=figures.domains, panels=together, least=340),
-            Block(
-                tables=[
-                    tables.losses(label, run, list(figures.domains)) for label, run in runs.items()
-                ]
-            ),
+            Block(tables=[tables.losses(name, run, order) for name, run in runs.items()]),
         ],
     )
     yield (

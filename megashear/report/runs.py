@@ -82,7 +82,7 @@ class RecordedRun:
         except FileNotFoundError:
             return False
         except OSError as error:
-            self._problem(f"{METRICS}: {error.strerror}")
+            self.report_problem(f"{METRICS}: {error.strerror}")
             return False
         whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
         for line in whole.splitlines():
@@ -104,7 +104,9 @@ class RecordedRun:
         """Add the record in a line; the first line that is no record ends the reading."""
         record = _record(line)
         if problem := "not a record" if record is None else self._add(record):
-            self._problem(f"{METRICS}, line {self._line}: {problem}. Nothing after it is shown")
+            self.report_problem(
+                f"{METRICS}, line {self._line}: {problem}. Nothing after it is shown"
+            )
             self._is_damaged = True
 
     def _add(self, record: dict[str, Any]) -> str:
@@ -134,7 +136,7 @@ class RecordedRun:
         except FileNotFoundError:
             return
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            self._problem(f"{CONFIG}: {str(error).splitlines()[0]}")
+            self.report_problem(f"{CONFIG}: {str(error).splitlines()[0]}")
 
     def _read_masks(self) -> None:
         try:
@@ -143,9 +145,10 @@ class RecordedRun:
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            self._problem(f"{KEPT_UNITS_FILE}: {type(error).__name__}: {error}")
+            self.report_problem(f"{KEPT_UNITS_FILE}: {type(error).__name__}: {error}")
 
-    def _problem(self, text: str) -> None:
+    def report_problem(self, text: str) -> None:
+        """Add a problem, once."""
         if text not in self.problems:
             self.problems.append(text)
 

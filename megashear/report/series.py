@@ -61,16 +61,9 @@ def series(run: RecordedRun, kind: str, *path: str | int) -> Series:
     if wrong:
         field = ".".join(map(str, path))
         more = f" and of {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
-        report_problem(
-            run, f"{METRICS}: {kind} {wrong[0]}{more}: {field} is no finite number; left out"
-        )
+        text = f"{METRICS}: {kind} {wrong[0]}{more}: {field} is no finite number; left out"
+        run.report_problem(text)
     return np.array(steps, np.int64), np.array(values, np.float64)
-
-
-def report_problem(run: RecordedRun, problem: str) -> None:
-    """Add a problem to those of a run, once."""
-    if problem not in run.problems:
-        run.problems.append(problem)
 
 
 def last(run: RecordedRun, kind: str, *path: str | int) -> float:

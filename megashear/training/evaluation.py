@@ -65,9 +65,7 @@ class Evaluator:
         totals = torch.zeros(2, len(self.batches), dtype=torch.float64, device=self.platform.device)
         for name, batches in self.batches.items():
             self.platform.heartbeat.mark(f"evaluation of {name}")
-            with (
-                torch.no_grad()
-            ):  # else Megatron's schedules keep the activations of a backward pass
+            with torch.no_grad():  # else Megatron's schedules keep activations
                 totals += run_micro_batches(
                     models, batches, self.platform, len(self.batches), forward_only=True
                 )

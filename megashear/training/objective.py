@@ -153,11 +153,7 @@ class PruningObjective(Objective):
             {"params": list(self._groups[MULTIPLIERS].values()), "maximize": True},
         ]
         self._optimizer = torch.optim.AdamW(
-            groups,
-            betas=betas,
-            eps=config.optimizer.adam_eps,
-            weight_decay=0.0,
-            foreach=True,
+            groups, betas=betas, eps=config.optimizer.adam_eps, weight_decay=0.0, foreach=True
         )
         # One tensor for all masks, so that one collective sums it over the ranks.
         log_alphas = self._groups[LOG_ALPHA].values()

@@ -74,7 +74,7 @@ def test_scaling_gives_a_run_the_references_for_its_target(
     scaling("--out", "references.yaml")
     assert references("references.yaml") == REFERENCES["1.3B"]
     out = capsys.readouterr().out
-    assert "residuals of 0 say nothing" in out
+    assert "residuals of 0 do not show" in out
     assert "target: 1,345,423,360 parameters, 5.0 times fewer than the smallest model" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert lines["cc"].endswith("1.9643  unphysical: E = -2.8 is negative")

@@ -50,10 +50,7 @@ class Counts:
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
         """Return the sizes of the unfinished files in bytes, by suffix."""
-        return {
-            ".bin": self.tokens * dtype.itemsize,
-            ".lengths": self.documents * _LENGTH.itemsize,
-        }
+        return {".bin": self.tokens * dtype.itemsize, ".lengths": self.documents * _LENGTH.itemsize}
 
 
 class TokenFile:
