@@ -74,12 +74,12 @@ def say(text: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Python flushes a stream once more while it exits: give it somewhere to go."""
+    """Point a stream at /dev/null: Python flushes it once more while it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave_terminal() -> None:
-    """What is printed to a terminal goes nowhere from now on; a file or a pipe still gets it."""
+    """Discard from now on what is printed to a terminal; a file or a pipe still gets it."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # isatty denies a lost one
@@ -88,7 +88,7 @@ def leave_terminal() -> None:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """A block that SIGTERM and SIGHUP (a scheduler's limit, a lost terminal) end as Ctrl-C does.
+    """Let SIGTERM and SIGHUP (a scheduler's limit, a lost terminal) end the block as Ctrl-C does.
 
     Only what would end the process is caught: no signal that is ignored (nohup) or handled.
     """
@@ -117,14 +117,14 @@ def signals_interrupt() -> Iterator[None]:
 def progress(
     items: Iterable[T], what: str, total: int, unit: str, *, speaks: bool = True
 ) -> Iterable[T]:
-    """The same items, with a progress bar where somebody watches and this process `speaks`."""
+    """Return the items, with a progress bar if stderr is a terminal and this process `speaks`."""
     from tqdm import tqdm
 
     return tqdm(items, what, total, unit=f" {unit}", leave=False, disable=None if speaks else True)
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Plain text in aligned columns, two spaces apart; a column of numbers stands to the right."""
+    """Return plain text in aligned columns, two spaces apart; numbers are aligned right."""
     body = [[str(cell) for cell in row] for row in rows]
     lines = ([list(header)] if header else []) + body
     columns = []

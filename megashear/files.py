@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-LARGEST = 2**26
+MAX_BYTES = 2**26
 """Bytes; the index of a model with half a million tensors has fewer."""
 
 
@@ -32,7 +32,7 @@ def flush(path: Path) -> None:
 
 
 def read_small(file: Path) -> str:
-    """The text of a file that people read too.
+    """Return the text of a small file.
 
     Raises:
         OSError: it is missing, or no ordinary file (of a pipe or a device there would be no end),
@@ -41,16 +41,16 @@ def read_small(file: Path) -> str:
     size = file.stat().st_size
     if not file.is_file():
         raise OSError(None, "not an ordinary file")
-    if size > LARGEST:
-        raise OSError(None, f"has {size:,} bytes; {LARGEST:,} are the most for such a file")
+    if size > MAX_BYTES:
+        raise OSError(None, f"has {size:,} bytes; {MAX_BYTES:,} are the most for such a file")
     return file.read_text(encoding="utf-8")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a small file beside its place and rename it.
+    """Write a small file under a temporary name and rename it.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written; the temporary file is removed.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:

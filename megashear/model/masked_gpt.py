@@ -59,9 +59,9 @@ class MaskedGPTModel(GPTModel):
 
     @property
     def tokens(self) -> int:
-        """Tokens whose embeddings this rank holds; what follows them is padding and stays 0."""
+        """Return how many tokens' embeddings this rank holds; padding after them stays 0."""
         vocabulary = outer_rules(self.shape)[0].axes[0]
-        return len(vocabulary.share(self.tp_group.rank(), self.tp_group.size()))
+        return len(vocabulary.shard_blocks(self.tp_group.rank(), self.tp_group.size()))
 
     @torch.no_grad()
     def clear_padding(self) -> None:
@@ -71,7 +71,7 @@ class MaskedGPTModel(GPTModel):
                 bound.parameter[self.tokens :] = 0
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Megatron-Core's loss [b, s], with a probability of 0, and no gradient, for padding.
+        """Return Megatron-Core's loss [b, s], with probability 0 and no gradient for padding.
 
         Logits [s, b, V/tp] that are asked for without a loss are 0 there.
         """

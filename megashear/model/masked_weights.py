@@ -40,7 +40,9 @@ class _Group:
         device, tensor = platform.device, (platform.tensor_rank, platform.tensor_size)
         layers = [b.rule.layer for b in bound if b.rule.layer is not None]
         self._layers = torch.tensor(layers, dtype=torch.int64, device=device)
-        self._units = [axis.share(*tensor) if axis.parallel else None for axis in self.rule.axes]
+        self._units = [
+            axis.shard_blocks(*tensor) if axis.parallel else None for axis in self.rule.axes
+        ]
         weights = [_matrix(b.parameter.detach()) for b in bound]
         values = [
             torch.empty(len(bound), length, device=device) if axis.scaled else None
@@ -104,14 +106,14 @@ class MaskedWeights:
     """Folds masks into a model's weights, restores them, and propagates gradients to the masks.
 
     Args:
-        chunks: this rank's part of the model, whichever wrappers are around it.
-        platform: says which tensor-parallel shard this rank holds.
-        owned: positions of a parameter, flattened, whose reduced gradient this rank has (those of
-            its shard of a distributed optimizer); None is all of them, on every rank.
+        chunks: this rank's shard of the model, with any wrappers.
+        platform: the device and the tensor-parallel rank.
+        owned: returns the positions of a parameter, flattened, whose reduced gradient this rank has
+            (its shard of a distributed optimizer); None stands for all, on every rank.
         gathered: whether weights are gathered from their owners after masks are folded in
             (`overlap_param_gather`); each rank then folds what it owns.
-        master: the float32 weights, flattened, that an optimizer keeps of the positions owned, or
-            None where it has none besides the parameter, of which a copy is put aside then.
+        master: returns the optimizer's float32 weights of the owned positions, flattened; None if
+            it has none: then a copy of the parameter is put aside.
         head_unit: what a unit of the head mask is.
     """
 
@@ -141,7 +143,7 @@ class MaskedWeights:
             masters = [master(p) if master else None for p in parameters]
             group.owned_blocks = Blocks.of(group.matrices, mine)
             for blocks in group.owned_blocks:
-                blocks.keep(masters, mine)
+                blocks.set_masters(masters, mine)
             is_same = gathered or mine == whole
             group.blocks = group.owned_blocks if is_same else Blocks.of(group.matrices, whole)
 

@@ -17,12 +17,12 @@ from megashear.platform import layers
 def block_spec(
     backend: str, num_layers: int, shape: ModelShape, masked_attention: bool
 ) -> TransformerBlockSubmodules:
-    """The decoder of a masked model on this rank.
+    """Return the spec of a masked model's decoder on this rank.
 
     Args:
         backend: `torch` or `transformer_engine` (see `platform.layers`).
         num_layers: transformer layers that this rank holds.
-        shape: says what modules and biases a layer has.
+        shape: decides which modules and biases a layer has.
         masked_attention: whether the model will be given attention masks.
     """
     if backend == "transformer_engine":

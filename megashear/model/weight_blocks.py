@@ -1,4 +1,4 @@
-"""The masked weights that a rank owns, in blocks of rows, and multi-tensor arithmetic on them.
+"""Multi-tensor arithmetic on the masked weights that a rank owns, in blocks of rows.
 
 All views are made once. A step calls a few `torch._foreach_*` and batched products for each block
 list, not for each parameter: their number depends on the elements, not on the layers.
@@ -21,7 +21,7 @@ class Matrices:
 
     Attributes:
         weights: [n, k] each, views of the parameters.
-        scales: float32 [number, n] and [number, k]; None is all ones. Written anew each step.
+        scales: float32 [number, n] and [number, k]; None is all ones. Rewritten each step.
     """
 
     weights: list[Tensor]
@@ -30,7 +30,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a matrix, and the positions (flattened) among theirs that count."""
+    """A range of rows of a matrix, and which of their flattened positions this rank owns."""
 
     number: int
     rows: range
@@ -42,7 +42,7 @@ class _Piece:
 
 
 def _pieces(number: int, width: int, positions: range, most: int) -> Iterator[_Piece]:
-    """The rows that flattened positions of a matrix touch, in pieces of at most `most` elements."""
+    """Yield the rows that positions of a matrix touch, in pieces of at most `most` elements."""
     rows = range(positions.start // width, -(-positions.stop // width))
     step = max(1, most // width)
     for first in rows[::step] if positions else ():
@@ -53,11 +53,11 @@ def _pieces(number: int, width: int, positions: range, most: int) -> Iterator[_P
 
 
 class Blocks:
-    """Blocks of rows of some matrices, of one width, no two of them of the same matrix.
+    """Blocks of rows of matrices of one width, at most one block of each matrix.
 
     Args:
-        matrices: that they are of.
-        pieces: which rows.
+        matrices: the matrices.
+        pieces: the rows of each block.
     """
 
     def __init__(self, matrices: Matrices, pieces: Sequence[_Piece]) -> None:
@@ -71,7 +71,7 @@ class Blocks:
             self._scales.append([of_columns[p.number] for p in pieces])
         pairs = zip(self._blocks, pieces, strict=True)
         self._parts = [block.view(-1)[piece.inside] for block, piece in pairs]
-        self._kept: list[Tensor] = []
+        self._originals: list[Tensor] = []
         self._gradients: _Gradients | None = None
 
     @staticmethod
@@ -91,31 +91,31 @@ class Blocks:
                 pieces.append(piece)
         return [*found, Blocks(matrices, pieces)] if pieces else found
 
-    def keep(self, masters: Sequence[Tensor | None], owned: Sequence[range]) -> None:
-        """Let `restore` take the positions from these float32 tensors; from a copy where None is.
+    def set_masters(self, masters: Sequence[Tensor | None], owned: Sequence[range]) -> None:
+        """Let `restore` read the float32 master weights, or a copy put aside where there is none.
 
         Args:
-            masters: of each matrix, the positions that this rank owns, flattened.
-            owned: which these are.
+            masters: of each matrix, the float32 weights at the owned positions, flattened.
+            owned: the positions of each matrix that this rank owns.
         """
         for block, piece in zip(self._parts, self._pieces, strict=True):
             master = masters[piece.number]
             if master is None:
-                self._kept.append(torch.empty_like(block))
+                self._originals.append(torch.empty_like(block))
                 continue
             width = self._matrices.weights[0].shape[1]
             begin = piece.rows.start * width + piece.inside.start - owned[piece.number].start
-            self._kept.append(master[begin : begin + piece.positions])
+            self._originals.append(master[begin : begin + piece.positions])
         (self._copied,) = {masters[piece.number] is None for piece in self._pieces}
 
     def put_aside(self) -> None:
         """Copy the weights that no float32 master holds."""
         if self._copied:
-            torch._foreach_copy_(self._kept, self._parts)
+            torch._foreach_copy_(self._originals, self._parts)
 
     def restore(self) -> None:
         """Restore the weights from before the multiplication, at the owned positions only."""
-        torch._foreach_copy_(self._parts, self._kept)
+        torch._foreach_copy_(self._parts, self._originals)
 
     def multiply(self) -> None:
         """Multiply the blocks by their scales, rounding once."""
@@ -123,30 +123,30 @@ class Blocks:
 
     @property
     def size(self) -> int:
-        """Elements of the scratch memory that the chain rule needs."""
+        """Return the elements of scratch memory that the chain rule needs."""
         rows = max(len(piece.rows) for piece in self._pieces)
         return len(self._pieces) * rows * self._matrices.weights[0].shape[1]
 
     def bind(self, gradients: Sequence[Tensor], scratch: Tensor) -> None:
-        """Say where the chain rule finds gradients.
+        """Set where the chain rule reads gradients.
 
         Args:
-            gradients: of each matrix, [n, k]. What stands outside the positions does not count.
+            gradients: of each matrix, [n, k]; values outside the owned positions do not count.
             scratch: float32, flat, of at least `size` elements.
         """
         self._gradients = _Gradients(self._matrices, self._pieces, gradients, scratch)
 
     def chain_rule(self, totals: Sequence[Tensor | None]) -> None:
-        """From gradients G of the multiplied weights, those of the scales and of the weights.
+        """Turn gradients G of the multiplied weights into those of the scales and the weights.
 
         d r = (G * W * c).sum(columns) and d c = (G * W * r).sum(rows) are added to totals; G
         becomes r * G * c.
 
         Args:
-            totals: float32 [number, n] and [number, k]; None where it is not wanted.
+            totals: float32 [number, n] and [number, k]; None if not wanted.
         """
         assert self._gradients is not None
-        self._gradients.add_to(totals, self._kept)
+        self._gradients.add_to(totals, self._originals)
         _multiply(self._gradients.blocks, self._scales)
 
 
@@ -169,7 +169,7 @@ class _Gradients:
         self._has_gaps = sum(p.positions for p in pieces) < flat.numel()
         device = scratch.device
         self._numbers = torch.tensor([p.number for p in pieces], device=device)
-        # Rows that a shorter block has not are 0 in the products, wherever they are added.
+        # Rows that a shorter block lacks are 0 in the products: they may be added anywhere.
         of_rows = torch.arange(rows, device=device) + torch.tensor(
             [[p.rows.start] for p in pieces], device=device
         )

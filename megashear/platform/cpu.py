@@ -1,14 +1,15 @@
-"""Lets Megatron-Core run on CPU processes with gloo: the one home of patches to Megatron and torch.
+"""Let Megatron-Core run on CPU processes with gloo, by patches of Megatron and torch.
 
-Megatron-Core's mathematics runs on any device, but it names CUDA in literal places. `redirect_cuda`
-points those at the CPU; nothing else of Megatron is changed. Which places, and why, is in the table
-of docs/platform.md. Checked with megatron-core 0.16.1 and 0.19.2.
+Megatron-Core can compute on any device, but names CUDA in literal places. `redirect_cuda` points
+those at the CPU; docs/platform.md lists them with the reasons. Checked with megatron-core 0.16.1
+and 0.19.2.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -51,7 +52,7 @@ def _on_cpu(factory: Any) -> Any:
 
 
 class _NullStream(contextlib.nullcontext[None]):
-    """Stands for a CUDA stream where there is nothing to wait for."""
+    """A CUDA stream with nothing to wait for."""
 
     def wait_stream(self, other: object) -> None:
         """Return at once."""
@@ -60,20 +61,18 @@ class _NullStream(contextlib.nullcontext[None]):
 
 
 def _cuda_name_of_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`Tensor.type`; without arguments it names the CUDA type, which Megatron compares with."""
+    """Return `Tensor.type`; without arguments the CUDA type, with which Megatron compares."""
     name = _tensor_type(tensor, *args, **kwargs)
-    if args or kwargs or not name.startswith("torch."):
-        return name
-    return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+    return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
 
 
 class _OneThreadGloo(dist.ProcessGroupGloo):
-    """A process group of gloo that does its collectives one after another, on one thread.
+    """A gloo process group that runs its collectives one after another, on one thread.
 
-    torch's (2.13) has two threads, and both assign to one string, without a lock, the name of what
-    they have just done (`pgStatus_->lastCompletedWorkName` in ProcessGroupGloo::runLoop). A name of
-    more than 15 letters, ALLGATHER_COALESCED of `overlap_param_gather`, is on the heap: two that
-    end together free it twice, which kills a run on a busy machine now and then.
+    torch 2.13 uses two threads, which assign the name of the last collective to one string without
+    a lock (`pgStatus_->lastCompletedWorkName` in ProcessGroupGloo::runLoop). A name of more than 15
+    letters (ALLGATHER_COALESCED, of `overlap_param_gather`) is on the heap and may be freed twice,
+    which kills a run on a busy machine now and then.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
@@ -90,19 +89,16 @@ class _OneThreadGloo(dist.ProcessGroupGloo):
 
 
 def use_one_thread_per_group() -> None:
-    """Let torch make process groups of gloo with one thread, for the rest of this process."""
+    """Give the gloo process groups that this process makes from now on one thread each."""
     vars(dist.distributed_c10d)["ProcessGroupGloo"] = _OneThreadGloo
 
 
 _tensor_type = torch.Tensor.type
-_redirected = False
 
 
+@functools.cache
 def redirect_cuda() -> None:
     """Point Megatron-Core's literal CUDA calls at the CPU, for the rest of this process."""
-    global _redirected
-    if _redirected:
-        return
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
@@ -120,4 +116,3 @@ def redirect_cuda() -> None:
             vars(importlib.import_module(name))["torch"] = proxy
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _redirected = True

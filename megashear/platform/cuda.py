@@ -12,7 +12,7 @@ from megashear.errors import PlatformError
 
 
 def is_available() -> bool:
-    """Whether a GPU can be used."""
+    """Return whether a GPU can be used."""
     return torch.cuda.is_available()
 
 
@@ -55,7 +55,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Moment:
-    """The time when the device has finished the work queued so far."""
+    """The time at which the device finishes the work queued so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None

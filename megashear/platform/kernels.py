@@ -39,7 +39,7 @@ def choose_kernels(asked: str) -> str:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether Megatron-Core's torch.compile functions (SwiGLU, cross entropy) run fused here.
+    """Return whether Megatron-Core's torch.compile functions (SwiGLU, cross entropy) run fused.
 
     They need a GPU, Triton and the C compiler that it calls. On a CPU, compiling takes longer than
     it saves in a short run.

@@ -1,4 +1,4 @@
-"""What torchrun or srun says to a process that it started: its rank, and how many there are.
+"""Read this process's rank, and the number of processes, from torchrun's or srun's variables.
 
 The only reader of torchrun's variables. Imports neither torch nor Megatron-Core, so that a command
 can refuse its arguments, once for all ranks, before it imports them.

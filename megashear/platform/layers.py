@@ -1,7 +1,7 @@
-"""The layers a model is built of: Transformer Engine's where chosen, else plain torch ones.
+"""The layers of a model: Transformer Engine's where chosen, else plain torch ones.
 
-The only home of Transformer Engine. The torch norm and attention stand where Megatron-Core's local
-ones do not serve: its norm refuses sequence parallelism, its attention materialises all scores.
+No other module imports Transformer Engine. The torch norm and attention replace Megatron-Core's
+local ones, whose norm refuses sequence parallelism and whose attention materialises all scores.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class RMSNorm(nn.Module):
 class SDPAttention(MegatronModule):
     """Causal attention by torch's scaled_dot_product_attention (its flash kernel on a GPU).
 
-    A mask, if there is one, is causal itself: [b, 1, s, s], True where a query must not look. Of
-    `config.window_size` (w - 1, 0) a query sees the w keys that end with its own.
+    A mask [b, 1, s, s] must be causal itself; it is True where a query must not look. With
+    `config.window_size` = (w - 1, 0) a query sees the w keys that end with its own.
 
     Under context parallelism a rank has two blocks of each sequence, one from either end
-    (Megatron's order, which balances the work). Their queries see the keys and values of all ranks,
-    gathered. A mask then has the rows of the rank's queries alone.
+    (Megatron's order, which balances the work). It gathers the keys and values of all ranks. A mask
+    then has only the rows of this rank's queries.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SDPAttention(MegatronModule):
         return torch.cat([self._attend(n * length, q, key, value, mask) for n, q, mask in parts])
 
     def _gather_in_order(self, part: Tensor) -> Tensor:
-        """This rank's two blocks -> all blocks of the sequence; gradients are summed back."""
+        """Gather all ranks' blocks in the order of the sequence; backward sums their gradients."""
         blocks = gather_from_sequence_parallel_region(part, group=self.context_group)
         blocks = blocks.chunk(2 * self.context_group.size())
         return torch.cat([*blocks[0::2], *reversed(blocks[1::2])])
@@ -89,7 +89,7 @@ class SDPAttention(MegatronModule):
     def _attend(
         self, first: int, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
     ) -> Tensor:
-        """Queries from position `first` on see the keys of their window, and of the mask."""
+        """Gather the blocks of all ranks in the order of the sequence; backward sums gradients."""
         end = first + query.shape[0]
         window = min(self.window or end, end)
         mask = None if seen is None else seen[..., :end]
@@ -110,17 +110,17 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-@lru_cache(maxsize=2)  # all layers ask for the same: of a sequence, or of a context rank's blocks
+@lru_cache(maxsize=2)  # all layers use the same; a context-parallel rank has two blocks
 def _in_window(first: int, end: int, window: int, device: torch.device) -> Tensor:
-    """Which keys a query from `first` on sees, those of its window: bool [end - first, end]."""
+    """Return which keys are in the window of each query: bool [end - first, end]."""
     ones = torch.ones(end - first, end, dtype=torch.bool, device=device)
     return ones.tril(first).triu(first + 1 - window)
 
 
 def context_part(sequences: Tensor) -> Tensor:
-    """What a context-parallel rank has of sequences [b, s]: a block from either end of each.
+    """Return a context-parallel rank's part of sequences [b, s]: a block from either end.
 
-    Megatron-Core's `get_batch_on_this_cp_rank`, whose arguments differ between its releases.
+    As Megatron-Core's `get_batch_on_this_cp_rank`, whose arguments differ between its releases.
     """
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
@@ -131,9 +131,9 @@ def context_part(sequences: Tensor) -> Tensor:
 
 
 def transformer_engine_spec(qk_norm: bool, masked_attention: bool) -> Any:
-    """Megatron-Core's layer spec with Transformer Engine's fused layers (needs a GPU).
+    """Return Megatron-Core's layer spec with Transformer Engine's fused layers (needs a GPU).
 
-    Its attention heeds a mask only where the spec says that there is one.
+    Its attention applies a mask only if `masked_attention` is set.
     """
     import transformer_engine  # noqa: F401  (fails here, with its own message, rather than later)
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -147,7 +147,7 @@ def transformer_engine_spec(qk_norm: bool, masked_attention: bool) -> Any:
 
 
 def transformer_engine_norm() -> Any:
-    """Transformer Engine's norm, for the end of the decoder."""
+    """Return Transformer Engine's norm, for the end of the decoder."""
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm

@@ -1,4 +1,4 @@
-"""Processes, groups and devices of a run: where it starts, what it stands on, and how ranks agree.
+"""Start and stop the processes of a run: device, process groups, layers, kernels and seeds.
 
 torchrun's variables are read in `launched`, Slurm's in `slurm`, and nowhere else.
 """
@@ -27,7 +27,7 @@ from megashear.platform.watchdog import GRACE_MINUTES, Heartbeat, is_lost_connec
 
 @dataclass(frozen=True)
 class Platform:
-    """What a process of a run stands on, and its place among the others.
+    """The device, dtype, layers and kernels of this process, and its ranks in the layout.
 
     Attributes:
         device: where this process computes.
@@ -44,8 +44,8 @@ class Platform:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def __str__(self) -> str:
-        """What a run says it stands on."""
-        stands_on = (
+        """Return the line that a run logs about its platform."""
+        chosen = (
             f"{self.device.type} {self.precision}, {self.layers} layers, {self.kernels} kernels"
         )
         sizes = {
@@ -54,57 +54,57 @@ class Platform:
             "context": self.context_size,
         }
         layout = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-        return f"{stands_on}, {' x '.join([*layout, f'data {self.data_size}'])} processes"
+        return f"{chosen}, {' x '.join([*layout, f'data {self.data_size}'])} processes"
 
     @property
     def precision(self) -> str:
-        """What `platform.precision` came to."""
+        """Return the precision that was chosen: fp32 or bf16."""
         return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @property
     def layout_rank(self) -> str:
-        """This process's number and the layout of all, to compare with those of another run."""
+        """Return this process's rank and the layout of all, to compare with another run's."""
         sizes = (self.tensor_size, self.pipeline_size, self.context_size, self.data_size)
         return f"{self.rank} of {' x '.join(map(str, sizes))}"
 
     @property
     def rank(self) -> int:
-        """Number of this process among all."""
+        """Return the global rank of this process."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return dist.get_world_size()
 
     @property
     def tensor_rank(self) -> int:
-        """Place among the tensor-parallel ranks."""
+        """Return this process's tensor-parallel rank."""
         return _state().get_tensor_model_parallel_rank()
 
     @property
     def tensor_size(self) -> int:
-        """Number of tensor-parallel ranks."""
+        """Return the number of tensor-parallel ranks."""
         return _state().get_tensor_model_parallel_world_size()
 
     @property
     def pipeline_size(self) -> int:
-        """Number of pipeline stages."""
+        """Return the number of pipeline stages."""
         return _state().get_pipeline_model_parallel_world_size()
 
     @property
     def context_size(self) -> int:
-        """Number of ranks that share a sequence."""
+        """Return the number of ranks that share a sequence."""
         return _state().get_context_parallel_world_size()
 
     @property
     def data_rank(self) -> int:
-        """Place among the data-parallel ranks; ranks that share a sequence have the same."""
+        """Return this process's data-parallel rank; ranks that share a sequence have the same."""
         return _state().get_data_parallel_rank()
 
     @property
     def data_size(self) -> int:
-        """Number of data-parallel ranks."""
+        """Return the number of data-parallel ranks."""
         return _state().get_data_parallel_world_size()
 
     def sum_over_model(self, tensor: Tensor) -> Tensor:
@@ -118,13 +118,13 @@ class Platform:
         return tensor
 
     def largest(self, value: int) -> int:
-        """The largest of all processes' values; a collective, so all must call it."""
+        """Return the largest of all processes' values; a collective, so all must call it."""
         tensor = torch.tensor([value], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
     def watched(self, timeout_minutes: float) -> AbstractContextManager[None]:
-        """A block that ends with a message where a rank hangs or dies; see `watching`."""
+        """Return a context that ends the process if a rank hangs or dies; see `watching`."""
         return watching(self.heartbeat, timeout_minutes, speaks=local_rank() == 0)
 
 
@@ -135,17 +135,17 @@ def _state():  # type: ignore[no-untyped-def]
 
 
 def data_and_context_group() -> dist.ProcessGroup | None:
-    """The ranks that hold the same part of the model; None before Megatron's groups are built."""
+    """Return the ranks that hold the same shard of the model; None before `start` built groups."""
     if not _state().model_parallel_is_initialized():
         return None
     return _state().get_data_parallel_group(with_context_parallel=True)
 
 
 def choose_device(config: PlatformConfig) -> torch.device:
-    """The device that `platform.device` names, or for `auto` a GPU where there is one.
+    """Return the device that `platform.device` names; for `auto` a GPU if there is one.
 
     Raises:
-        PlatformError: CUDA is asked for by name and not there.
+        PlatformError: CUDA is requested by name and not available.
     """
     if config.device == "cpu" or (config.device == "auto" and not cuda.is_available()):
         return torch.device("cpu")
@@ -155,10 +155,10 @@ def choose_device(config: PlatformConfig) -> torch.device:
 
 
 def choose_layers(config: PlatformConfig, device: torch.device) -> str:
-    """`transformer_engine` where asked for or, for `auto`, installed and on a GPU; else `torch`.
+    """Return the layers that `platform.layers` names; for `auto` the best that is available.
 
     Raises:
-        PlatformError: Transformer Engine is asked for by name and is not installed or has no GPU.
+        PlatformError: Transformer Engine is requested, and is not installed or there is no GPU.
     """
     installed = importlib.util.find_spec("transformer_engine") is not None
     if config.layers == "transformer_engine" and not (installed and device.type == "cuda"):
@@ -175,8 +175,8 @@ def start(config: PlatformConfig, parallel: ParallelConfig, seed: int) -> Platfo
     """Join the process group, build Megatron's groups and seed its generators.
 
     Raises:
-        PlatformError: what the configuration asks for is not here.
-        RankError: other processes do not come, until a minute after the time-out.
+        PlatformError: what the configuration requests is not available.
+        RankError: other processes do not join within a minute after the time-out.
     """
     device = choose_device(config)
     layers = choose_layers(config, device)
@@ -236,9 +236,9 @@ def stop() -> None:
     from megatron.core.models.common import embeddings
 
     parallel_state.destroy_model_parallel()
-    # Megatron forgets to forget some groups, and has others in caches of what embeddings computed.
-    # A process forked later that starts anew, or fills the caches, would free them, and wait for
-    # ever for their threads, which a fork does not have.
+    # Megatron leaves some groups in its globals, and others in the caches of embeddings. A process
+    # forked later would free them when it starts anew or fills the caches, and wait for ever for
+    # their threads, which a fork does not have.
     for embedding in (embeddings.RotaryEmbedding, embeddings.YarnRotaryEmbedding):
         embedding.forward.cache_clear()
     for name, value in vars(parallel_state).items():
@@ -250,7 +250,7 @@ def stop() -> None:
 
 @contextmanager
 def single_process() -> Iterator[Platform]:
-    """Megatron-Core on the CPU in this one process, in fp32: what tools and checks compute on."""
+    """Run Megatron-Core on the CPU in this one process, in fp32, for tools and checks."""
     platform = start(PlatformConfig(device="cpu", precision="fp32"), ParallelConfig(), seed=0)
     try:
         yield platform

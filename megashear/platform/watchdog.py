@@ -73,7 +73,7 @@ def watching(heartbeat: Heartbeat, timeout_minutes: float, *, speaks: bool) -> I
         yield
     except Exception as error:
         if is_lost_connection(error):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher: the message comes first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's: report first
             watchdog.left = ""
             raise RankError(watchdog.judge("a process of the run is lost")) from error
         watchdog.left = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -99,8 +99,8 @@ class _Watchdog:
     def __init__(self, heartbeat: Heartbeat, timeout: float, speaks: bool) -> None:
         # How this process leaves: None while it runs, else the error of its own or "".
         self.left: str | None = None
-        # What is published from the time-out on: where this process is stuck, also when it has
-        # ended. The others may notice later, by a second or more, and have to find it there.
+        # Published from the time-out on: where this process is stuck, also after it has ended,
+        # because others may notice a second or more later.
         self._stuck: dict[str, Any] | None = None
         self._heartbeat, self._timeout, self._speaks = heartbeat, timeout, speaks
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -113,8 +113,8 @@ class _Watchdog:
         heartbeat.mark("start")
         self._read_at = time.monotonic()
         unknown = {**self._state(), "host": "host unknown"}
-        self._said: dict[int, dict[str, Any]] = dict.fromkeys(range(self._size), unknown)
-        self._heard = dict.fromkeys(range(self._size), self._read_at)
+        self._states: dict[int, dict[str, Any]] = dict.fromkeys(range(self._size), unknown)
+        self._changed_at = dict.fromkeys(range(self._size), self._read_at)
         self._exchanging = threading.Thread(target=self._exchange, daemon=True)
         self._exchanging.start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -126,17 +126,17 @@ class _Watchdog:
         self._heartbeat.changed.set()
         self._exchanging.join(2 * self._period)
         if (self.left or self._stuck) and self._size > 1:
-            time.sleep(2 * self._period)  # they have to read it: the store may end with this rank
+            time.sleep(2 * self._period)  # to be read: the store may end with this rank
 
     def judge(self, what: str) -> str:
         """Return the message: what was noticed, which ranks are behind, where the others are."""
-        time.sleep(_JUDGE * self._period)  # who has stopped falls silent, who has not is heard
+        time.sleep(_JUDGE * self._period)  # a stopped rank is silent, a running one is not
         behind = self._behind()
-        where = "; ".join(self._places(behind)) or "it is not known which rank is behind"
+        where = "; ".join(self._describe(behind)) or "it is not known which rank is behind"
         message = f"step {self._heartbeat.now[1]}: {what}: {where}"
         others = [rank for rank in range(self._size) if rank not in behind]
         if self._speaks:
-            message += "".join(f"\n  {place}" for place in self._places(others))
+            message += "".join(f"\n  {line}" for line in self._describe(others))
             message += "\nStart the run again: it goes on from its newest checkpoint"
         return message
 
@@ -189,57 +189,63 @@ class _Watchdog:
 
     def _read(self) -> None:
         keys = [str(rank) for rank in range(self._size)]
-        # Some have not started; asked for, they would be waited for.
+        # The store would wait for the key of a rank that has not started.
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
         texts = self._store.multi_get(keys)
         self._read_at = time.monotonic()
         for key, text in zip(keys, texts, strict=True):
-            rank, said = int(key), json.loads(text)
-            if said != self._said[rank]:
-                self._said[rank], self._heard[rank] = said, self._read_at
+            rank, state = int(key), json.loads(text)
+            if state != self._states[rank]:
+                self._states[rank], self._changed_at[rank] = state, self._read_at
 
     def _behind(self) -> list[int]:
         """Return the ranks that the others wait for, by the strongest sign."""
-        running = [rank for rank, said in self._said.items() if said["left"] is None]
-        lowest = min((self._said[rank]["count"] for rank in running), default=0)
-        last = [rank for rank in running if self._said[rank]["count"] == lowest]
+        running = [rank for rank, state in self._states.items() if state["left"] is None]
+        lowest = min((self._states[rank]["count"] for rank in running), default=0)
+        last = [rank for rank in running if self._states[rank]["count"] == lowest]
         return (
-            [rank for rank, said in self._said.items() if said["left"]]
+            [rank for rank, state in self._states.items() if state["left"]]
             or [rank for rank in running if self._is_silent(rank)]
-            or [rank for rank in last if not self._said[rank]["waits"]]
+            or [rank for rank in last if not self._states[rank]["waits"]]
             or last
         )
 
     def _is_silent(self, rank: int) -> bool:
-        if self._said[rank]["stuck"]:
+        if self._states[rank]["stuck"]:
             return False
         silent = _SILENT * self._period
         if rank == 0 and time.monotonic() - self._read_at > silent:
             return True  # the store runs on rank 0 and does not answer
-        return self._read_at - self._heard[rank] > silent
+        return self._read_at - self._changed_at[rank] > silent
 
-    def _places(self, ranks: Iterable[int]) -> list[str]:
+    def _describe(self, ranks: Iterable[int]) -> list[str]:
         """Describe where ranks are, with one text for ranks at the same point."""
         together: dict[tuple[Any, ...], list[int]] = {}
         for rank in ranks:
-            said = self._said[rank]
-            where = said["where"] if said["left"] is None else said["left"]
-            key = (said["step"], said["doing"], self._is_silent(rank), said["left"] is None, where)
+            state = self._states[rank]
+            where = state["where"] if state["left"] is None else state["left"]
+            key = (
+                state["step"],
+                state["doing"],
+                self._is_silent(rank),
+                state["left"] is None,
+                where,
+            )
             together.setdefault(key, []).append(rank)
-        return [self._place(group) for group in together.values()]
+        return [self._describe_group(group) for group in together.values()]
 
-    def _place(self, ranks: list[int]) -> str:
-        said, silence = self._said[ranks[0]], time.monotonic() - self._heard[ranks[0]]
-        hosts = sorted({self._said[rank]["host"] for rank in ranks})
+    def _describe_group(self, ranks: list[int]) -> str:
+        state, silence = self._states[ranks[0]], time.monotonic() - self._changed_at[ranks[0]]
+        hosts = sorted({self._states[rank]["host"] for rank in ranks})
         who = f"{_ranges(ranks)} ({', '.join(hosts) if len(hosts) < 4 else f'{len(hosts)} hosts'})"
-        at = f"at step {said['step']} in {said['doing']}"
-        if said["left"]:
-            return f"{who} ended {at}: {said['left']}"
+        at = f"at step {state['step']} in {state['doing']}"
+        if state["left"]:
+            return f"{who} ended {at}: {state['left']}"
         if self._is_silent(ranks[0]):
             return f"{who} last heard {silence:.0f} s ago {at}"
-        waiting = "" if said["left"] is not None else f", {said['where']}"
-        return f"{who} {at} for {said['seconds'] + silence:.0f} s{waiting}"
+        waiting = "" if state["left"] is not None else f", {state['where']}"
+        return f"{who} {at} for {state['seconds'] + silence:.0f} s{waiting}"
 
 
 def _ranges(ranks: Sequence[int]) -> str:

@@ -57,7 +57,7 @@ def expected_parameter_count(
 
 
 def _expected(rule: ParamRule, probability_kept: dict[str, Tensor]) -> Tensor:
-    """Expected size of a parameter whose layer is kept: [1], or [L] where masks differ by layer."""
+    """Return the expected size of a parameter in a kept layer: [1], or [L] if masks differ."""
     count = torch.ones(1, dtype=torch.float64, device=probability_kept[LAYER].device)
     for axis in rule.axes:
         if axis.mask is None:

@@ -77,28 +77,28 @@ class Axis:
 
     @property
     def block_length(self) -> int:
-        """Positions of a block and of what is fixed after it."""
+        """Return the positions of a block with the fixed ones after it."""
         return self.block * self.repeat + self.fixed
 
     def blocks(self, ranks: int = 1) -> int:
-        """Blocks in one tile on one of `ranks` tensor-parallel ranks."""
+        """Return the blocks in one tile on one of `ranks` tensor-parallel ranks, with padding."""
         return -(-self.units // self.block // (ranks if self.parallel else 1))
 
-    def share(self, rank: int, ranks: int) -> range:
-        """Blocks of a tile in this rank's shard; fewer than `blocks` where it has padding."""
-        share = self.blocks(ranks)
-        first = min(rank * share, self.blocks())
-        return range(first, min(first + share, self.blocks()))
+    def shard_blocks(self, rank: int, ranks: int) -> range:
+        """Return the blocks of a tile in this rank's shard, without padding."""
+        number, end = self.blocks(ranks), self.blocks()
+        first = min(rank * number, end)
+        return range(first, min(first + number, end))
 
     def length(self, ranks: int = 1) -> int:
-        """Positions along the axis on one of `ranks` tensor-parallel ranks."""
+        """Return the positions along the axis on one of `ranks` tensor-parallel ranks."""
         return self.blocks(ranks) * self.block_length * self.tile
 
     def unit_of_position(self, rank: int = 0, ranks: int = 1) -> Tensor:
-        """int64 [length]: the unit of each position of this rank's shard, or -1 for none."""
-        share = self.blocks(ranks) * self.block
-        first = rank * share if self.parallel else 0
-        units = torch.arange(first, first + share)
+        """Return the unit of each position of this rank's shard, or -1 for none, int64 [length]."""
+        number = self.blocks(ranks) * self.block
+        first = rank * number if self.parallel else 0
+        units = torch.arange(first, first + number)
         units = units.masked_fill(units >= self.units, -1).repeat_interleave(self.repeat)
         blocks = units.view(-1, self.block * self.repeat)
         return functional.pad(blocks, (0, self.fixed), value=-1).flatten().repeat(self.tile)
@@ -134,17 +134,17 @@ class ParamRule:
         return any(axis.parallel for axis in self.axes)
 
     def shape(self, ranks: int = 1) -> tuple[int, ...]:
-        """Shape of one tensor-parallel rank's shard."""
+        """Return the shape of one tensor-parallel rank's shard."""
         return tuple(axis.length(ranks) for axis in self.axes)
 
     def shard(self, tensor: Tensor, rank: int, ranks: int) -> Tensor:
         """Return one tensor-parallel rank's shard of the whole parameter; padding is 0."""
         for dim, axis in enumerate(self.axes):
             if axis.parallel and ranks > 1:
-                share = axis.share(rank, ranks)
+                own = axis.shard_blocks(rank, ranks)
                 blocks = tensor.unflatten(dim, (axis.tile, -1, axis.block_length))
-                part = blocks.narrow(dim + 1, share.start, len(share))
-                padding = (0, 0) * (blocks.dim() - dim - 2) + (0, axis.blocks(ranks) - len(share))
+                part = blocks.narrow(dim + 1, own.start, len(own))
+                padding = (0, 0) * (blocks.dim() - dim - 2) + (0, axis.blocks(ranks) - len(own))
                 tensor = functional.pad(part, padding).flatten(dim, dim + 2)
         return tensor
 

@@ -1,4 +1,4 @@
-"""Does transformers read a directory's tokenizer as the token files were made?"""
+"""Check that transformers reads a directory's tokenizer as the token files were made."""
 
 from __future__ import annotations
 

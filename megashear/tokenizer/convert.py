@@ -1,4 +1,4 @@
-"""Writes tokenizer.json for a tokenizer that lies as tokenizer.model with settings beside it."""
+"""Write tokenizer.json for a tokenizer of a tokenizer.model and its settings."""
 
 from __future__ import annotations
 

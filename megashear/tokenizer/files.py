@@ -1,7 +1,7 @@
-"""What the files of a tokenizer state, in either of the two forms that models are published with.
+"""Read the files of a tokenizer, in either of the two forms that models are published with.
 
 `tokenizer.json` is whole: vocabulary, added tokens and template. `tokenizer.model` (sentencepiece)
-is the vocabulary of a base model; what a finetune added stands beside it, in tokenizer_config.json
+is the vocabulary of a base model; what a finetune added is in tokenizer_config.json
 (`added_tokens_decoder`) or added_tokens.json.
 """
 
@@ -23,7 +23,7 @@ FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is not in the sentencepiece model, or whose flags are stated beside it."""
+    """A token that is not in the sentencepiece model, or whose flags other files state."""
 
     id: int
     content: str
@@ -38,7 +38,7 @@ class TokenizerFiles:
         model: the sentencepiece file; None where there is none.
         json_file: the tokenizer.json; None where there is none.
         config: the content of tokenizer_config.json; empty where there is none.
-        added: tokens beside the sentencepiece model, by id.
+        added: tokens that are not in the sentencepiece model, by id.
     """
 
     model: Path | None
@@ -63,8 +63,8 @@ class TokenizerFiles:
         assert file is not None
         digest = hashlib.sha256(file.read_bytes())
         if self.json_file is None and self.added:
-            beside = [[token.id, token.content, token.flags] for token in self.added]
-            digest.update(json.dumps([beside, self.special("eos")], sort_keys=True).encode())
+            added = [[token.id, token.content, token.flags] for token in self.added]
+            digest.update(json.dumps([added, self.special("eos")], sort_keys=True).encode())
         return digest.hexdigest()
 
 
@@ -124,7 +124,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> tuple[AddedToken, ...]:
-    """Added tokens by id; added_tokens_decoder, which has flags, wins over added_tokens.json."""
+    """Return the added tokens by id; added_tokens_decoder, which has flags, wins."""
     special = {
         token.get("content") if isinstance(token, dict) else token
         for name, token in config.items()

@@ -303,7 +303,7 @@ def test_layout_computes_what_one_process_computes(
             shard = rules[name].shard(expected["weights"][name], *place)
             assert_close(weight.float(), shard, of_weights, f"{name} after three steps")
             if rules[name].axes[0].vocabulary:
-                padding = slice(len(rules[name].axes[0].share(*place)), None)
+                padding = slice(len(rules[name].axes[0].shard_blocks(*place)), None)
                 assert not weight[padding].any()
                 assert not found["gradients"][name][padding].any()
         for name, value in found["state"].items():
