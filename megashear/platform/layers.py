@@ -89,7 +89,7 @@ class SDPAttention(MegatronModule):
     def _attend(
         self, first: int, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
     ) -> Tensor:
-        """Gather the blocks of all ranks in the order of the sequence; backward sums gradients."""
+        """Attend from the queries from position `first` on to the keys in their window and mask."""
         end = first + query.shape[0]
         window = min(self.window or end, end)
         mask = None if seen is None else seen[..., :end]
