@@ -7,7 +7,7 @@
 # type tokenizer is warned about as well. Following the advice replaces its pattern by
 # Mistral's, and the ids change. With transformers_version 5.0.0 or later there is no warning.
 #
-# Seen: as advised by default: warning, ids right; fix_mistral_regex=True: ids WRONG;
+# Seen: by default: warning, ids right; fix_mistral_regex=True: ids WRONG;
 #       with transformers_version 5.23.0: no warning, ids right
 set -euo pipefail
 work=$(mktemp -d)
