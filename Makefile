@@ -33,7 +33,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## install everything into .venv, with pinned versions
 
-$(STAMP): setup.py constraints.txt tests/requirements-files.txt
+$(STAMP): setup.py pyproject.toml constraints.txt tests/requirements-files.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
 	  { echo "error: $(PYTHON) is not Python 3.10 to 3.12. Name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
