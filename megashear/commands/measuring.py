@@ -60,8 +60,8 @@ def measure_all(
         model = Path(models[0])
         run = model.absolute().parent.parent if model.name.startswith("step-") else model
         args.domains = args.domains or run
-        for each in models:
-            require_model(each)
+        if len(models) == 1:  # of several, all that is wrong with them is reported together
+            require_model(models[0])
         config = configuration(args, launched.world_size())
 
         from megashear.platform import parallel
