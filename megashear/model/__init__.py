@@ -1,1 +1,1 @@
-"""The masked GPT model: Megatron-Core's layers, and how masks act on their weights."""
+"""The masked GPT model: Megatron-Core's layers, each with a statement of how masks act on it."""

@@ -1,4 +1,4 @@
-"""Self-attention whose output projection has a bias of its own setting."""
+"""Self-attention that states how head and hidden masks act on its weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 
 class MaskedSelfAttention(SelfAttention):
@@ -25,3 +26,17 @@ class MaskedSelfAttention(SelfAttention):
         config = copy.copy(config)  # not dataclasses.replace: it would lose what is no field (yarn)
         config.add_bias_linear = proj_bias
         super().__init__(config=config, **arguments)
+
+    def masked_modules(self) -> dict[str, nn.Module]:
+        """Return the modules by the names that their parameters may have in the table."""
+        modules = {
+            "self_attention.linear_qkv.weight": self.linear_qkv,
+            "self_attention.linear_qkv.bias": self.linear_qkv,
+            "self_attention.q_layernorm.weight": self.q_layernorm,
+            "self_attention.k_layernorm.weight": self.k_layernorm,
+            "self_attention.linear_proj.weight": self.linear_proj,
+            "self_attention.linear_proj.bias": self.linear_proj,
+        }
+        if hasattr(self.linear_qkv, "layer_norm_weight"):  # Transformer Engine fuses the norm
+            modules["self_attention.linear_qkv.layer_norm_weight"] = self.linear_qkv
+        return modules

@@ -15,10 +15,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megashear.config.schema import QUERY_GROUP, ModelShape
+from megashear.model.masked_attention import MaskedSelfAttention
+from megashear.model.masked_mlp import MaskedMLP
 from megashear.pruning.table import ParamRule, layer_rules, outer_rules
-
-# Norms whose weight the table names as the linear layer's; only Transformer Engine fuses them.
-_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,23 @@ class BoundRule:
 class MaskedTransformerLayer(TransformerLayer):
     """Megatron-Core's transformer layer; a layer mask of 0 makes it add nothing."""
 
+    self_attention: MaskedSelfAttention
+    mlp: MaskedMLP
+
+    def masked_modules(self) -> dict[str, nn.Module]:
+        """Return the modules by the names of their parameters in the table, within a layer."""
+        modules = {**self.self_attention.masked_modules(), **self.mlp.masked_modules()}
+        modules.setdefault("self_attention.linear_qkv.layer_norm_weight", self.input_layernorm)
+        modules.setdefault("mlp.linear_fc1.layer_norm_weight", self.pre_mlp_layernorm)
+        return modules
+
     def bound_rules(self, shape: ModelShape, head_unit: str) -> Iterator[BoundRule]:
         """Yield the layer's rules, each with its parameter."""
         number = self.layer_number - 1  # Megatron counts layers from 1
+        modules = self.masked_modules()
+        prefix = f"decoder.layers.{number}."
         for rule in layer_rules(shape, number, head_unit):
-            name, _, attribute = rule.name.removeprefix(f"decoder.layers.{number}.").rpartition(".")
-            module = self.get_submodule(name)
-            if attribute == "layer_norm_weight" and not hasattr(module, attribute):
-                module = self.get_submodule(_NORMS[name])
-            yield _bind(rule, module)
+            yield _bind(rule, modules[rule.name.removeprefix(prefix)])
 
 
 class MaskedGPTModel(GPTModel):

@@ -1,8 +1,13 @@
-"""Megatron-Core's layer specs with the masked classes in them."""
+"""Megatron-Core's layer specs with the masked classes in them; differences between its releases.
+
+Checked with megatron-core 0.16.1 and 0.19.2.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -11,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megashear.config.schema import ModelShape
 from megashear.model.masked_attention import MaskedSelfAttention
 from megashear.model.masked_gpt import MaskedTransformerLayer
+from megashear.model.masked_mlp import MaskedMLP
 from megashear.platform import layers
 
 
@@ -45,6 +51,13 @@ def block_spec(
     masked = dataclasses.replace(
         submodules,
         self_attention=dataclasses.replace(attention, module=MaskedSelfAttention, params=params),
+        mlp=_masked_mlp(submodules.mlp),
     )
     layer = ModuleSpec(module=MaskedTransformerLayer, submodules=masked)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _masked_mlp(mlp: Any) -> Any:
+    if isinstance(mlp, ModuleSpec):  # megatron-core 0.16
+        return dataclasses.replace(mlp, module=MaskedMLP)
+    return functools.partial(MaskedMLP.as_mlp_submodule, *mlp.args, **mlp.keywords)  # 0.19
