@@ -63,7 +63,10 @@ class _NullStream(contextlib.nullcontext[None]):
 def _cuda_name_of_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Return `Tensor.type`; without arguments the CUDA type, with which Megatron compares."""
     name = _tensor_type(tensor, *args, **kwargs)
-    return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
+    # Under a TorchFunctionMode torch calls this function once more for the same tensor.
+    if args or kwargs or name.startswith("torch.cuda."):
+        return name
+    return name.replace("torch.", "torch.cuda.", 1)
 
 
 class _OneThreadGloo(dist.ProcessGroupGloo):
