@@ -110,7 +110,7 @@ def host_waits() -> Iterator[Counter[str]]:
     def read_once(to_host: ToHost) -> dict[str, Tensor]:
         waits.calls["ToHost.read"] += 1
         found = read(to_host)
-        waits.came_to_host(found)
+        waits.came_to_host(found.values())
         return found
 
     def known(optimizer: Optimizer, *_: Any) -> None:
