@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     cluster = Cluster(gpu, args.gpus_per_node, args.network * 1e9 / 8, args.mfu)
     runs = _planned_runs(files, configs, gpus, source)
+    _warn_of_exports(files, runs)
     plans = [plan(each, cluster, args.reserve) for each in runs]
     if args.json:
         print(json.dumps([each.facts() for each in plans], indent=1))
@@ -170,6 +172,15 @@ def _planned_runs(
             raise ConfigError(str(file), found)
         runs.append(PlannedRun(config, shape, number, count_domains(config, runs)))
     return runs
+
+
+def _warn_of_exports(files: Sequence[Path], runs: Sequence[PlannedRun]) -> None:
+    """Print a warning on stderr for each run whose model cannot be exported."""
+    from megashear.checkpoint.hf.config import export_problem
+
+    for file, each in zip(files, runs, strict=True):
+        if problem := export_problem(each.target or each.shape):
+            print(f"warning: {file}: the model that it makes {problem}", file=sys.stderr)
 
 
 def _load(file: Path, overrides: Sequence[str]) -> RunConfig:

@@ -74,6 +74,7 @@ def _check_shapes(
         ConfigError: with every problem.
     """
     from megashear.checkpoint import models
+    from megashear.checkpoint.hf.config import export_problem
     from megashear.config.validate import problems
     from megashear.errors import ConfigError
     from megashear.pruning.masks import resolve_target
@@ -85,6 +86,8 @@ def _check_shapes(
         target = resolve_target(source, prune.target, prune.pruning.head_unit)
         found = [(f"continue_config: {at}", text) for at, text in
                  problems(continue_run, target, processes, check_files=False)]  # fmt: skip
+        if problem := export_problem(target):
+            found.append(("prune_config: target", problem))
     if found:
         raise ConfigError(str(file), found)
 

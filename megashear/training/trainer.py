@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import models
+from megashear.checkpoint.hf.config import export_problem
 from megashear.checkpoint.info import CheckpointInfo
 from megashear.checkpoint.models import Model
 from megashear.checkpoint.runs import CheckpointManager
@@ -156,6 +157,8 @@ class Trainer:
         size = f"{parameter_count(self.shape):,} parameters"
         size += f" -> {parameter_count(target):,}" if target else ""
         self.log.say(f"{self.config.stage} in {self.run_dir}: {size}; {self.platform}")
+        if problem := export_problem(target or self.shape):
+            self.log.warn(f"warning: the model that this run makes {problem}")
         cost, high = cost_of_evaluations(self.config, self.evaluator.sequences)
         (self.log.warn if high else self.log.say)(cost)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megashear.checkpoint.foreign import refuse
@@ -244,12 +245,9 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     Raises:
         CheckpointError: no architecture fits.
     """
-    candidates = sorted(FAMILIES.values(), key=lambda family: family.model_type != shape.family)
-    unfit = {family.architecture: _unfit(family, shape) for family in candidates}
-    family = next((family for family in candidates if not unfit[family.architecture]), None)
+    family = _family_for(shape)
     if family is None:
-        reasons = [f"{name}: {', '.join(texts)}" for name, texts in unfit.items()]
-        refuse("no supported architecture of transformers is this model", reasons)
+        refuse("no supported architecture of transformers is this model", _why_none(shape))
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -268,6 +266,38 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
         full_layers = 0 if windowed else shape.num_layers
         config |= {"use_sliding_window": windowed, "max_window_layers": full_layers}
     return config
+
+
+def export_problem(shape: ModelShape) -> str | None:
+    """Return why a shape cannot be exported, with the nearest sizes that can; None if it can.
+
+    Megatron can train such a shape, so commands say it before hours are spent on one.
+    """
+    if _family_for(shape):
+        return None
+    text = "cannot be exported to Hugging Face: no supported architecture of transformers is this "
+    text += f"model ({'; '.join(_why_none(shape))})"
+    heads = shape.num_attention_heads
+    below = shape.hidden_size // heads * heads
+    sizes = [size for size in (below, below + heads) if size]
+    if _family_for(replace(shape, hidden_size=sizes[-1])):
+        text += f". hidden_size = {' or '.join(map(str, sizes))} can be exported"
+    return text
+
+
+def _family_for(shape: ModelShape) -> Family | None:
+    """Return the architecture of a shape: its own family's if that fits, else the first that does.
+
+    None if none fits.
+    """
+    candidates = sorted(FAMILIES.values(), key=lambda family: family.model_type != shape.family)
+    return next((family for family in candidates if not _unfit(family, shape)), None)
+
+
+def _why_none(shape: ModelShape) -> list[str]:
+    """Return why each architecture does not fit."""
+    families = sorted(FAMILIES.values(), key=lambda family: family.model_type != shape.family)
+    return [f"{family.architecture}: {', '.join(_unfit(family, shape))}" for family in families]
 
 
 def _unfit(family: Family, shape: ModelShape) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megashear.checkpoint.hf.config import hf_config, shape_from_hf_config
+from megashear.checkpoint.hf.config import export_problem, hf_config, shape_from_hf_config
 from megashear.checkpoint.hf.families import FAMILIES
 from megashear.config import schema
 from megashear.config.schema import ModelShape, RotaryScaling
@@ -355,3 +355,13 @@ def test_a_model_that_no_architecture_has_is_not_written() -> None:
     assert "Qwen3ForCausalLM: has no biases of the feed-forward, always has q/k norms" in message
     with pytest.raises(CheckpointError, match="has a bias of the attention's output and biases"):
         hf_config(replace(SHAPE, proj_bias=True))
+
+
+def test_what_cannot_be_exported_is_known_from_the_shape() -> None:
+    assert export_problem(SHAPE) is None and export_problem(NO_MULTIPLE) is None
+    biased = replace(NO_MULTIPLE, qkv_bias=True, proj_bias=True)
+    problem = export_problem(biased) or ""
+    assert "LlamaForCausalLM: needs hidden_size (30) to be a multiple" in problem
+    assert problem.endswith("hidden_size = 28 or 32 can be exported")
+    hf_config(replace(biased, hidden_size=28))
+    assert "can be exported" not in (export_problem(replace(SHAPE, proj_bias=True)) or "")
