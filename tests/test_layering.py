@@ -41,7 +41,7 @@ DIRECTION: dict[str, set[str]] = {
     },
     "training": {
         *("errors", "files", "config", "console", "records", "hardware"),
-        *("checkpoint", "data", "model", "pruning", "platform"),
+        *("checkpoint", "data", "model", "pruning", "platform", "tokenizer"),
     },
     "reference": {"errors", "config"},
     "report": {"errors", "files", "config", "reference", "records"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     # So that SIGTERM of a batch system keeps finished work, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows, problems, empty = [], [], 0
+    notes: set[str] = set()
     for output, inputs in _domains(args.input, args.output).items():
         try:
             report = tokenize_files(
@@ -82,6 +84,9 @@ def run(args: argparse.Namespace) -> None:
             problems.append(str(error))
             continue
         empty += report.empty
+        if report.note and report.note not in notes:
+            notes.add(report.note)
+            print(report.note, file=sys.stderr)
         tokens = sum(made.tokens for made in report.outputs.values())
         speed = f"{tokens / report.seconds:,.0f}" if report.seconds else "there already"
         for prefix, made in report.outputs.items():

@@ -27,6 +27,7 @@ DOMAINS_FILE = "domains.yaml"
 
 FREE_OPTIONS = (
     *("run_dir", "parallel", "log", "data.num_workers", "data.index_cache", "data.tokenizer"),
+    "data.other_tokenizer",
     *("platform.device", "platform.layers", "platform.kernels", "platform.loader"),
     "platform.timeout_minutes",
     *("trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints"),

@@ -129,6 +129,8 @@ class DataConfig:
     # Stage continue with domains_from reads on where that run stopped; true: from sample 0 again.
     reread_domains: bool = False
     tokenizer: str | None = None  # directory or file copied into exports
+    # Train although another tokenizer than the model's made the token files.
+    other_tokenizer: bool = False
 
 
 @dataclass(frozen=True)

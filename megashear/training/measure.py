@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from megashear.config.validate import problems
 from megashear.config.values import Problem
 from megashear.data.dataset import build_valid_datasets
 from megashear.data.fingerprint import check_one_tokenizer
-from megashear.errors import ConfigError, ShearError
+from megashear.errors import ConfigError, DataError, ShearError
 from megashear.model.build import build_model
 from megashear.model.masked_weights import MaskedWeights
-from megashear.platform.launched import world_size
+from megashear.platform.launched import launched_rank, world_size
 from megashear.platform.parallel import Platform
 from megashear.pruning.counting import expected_parameter_count, parameter_count
 from megashear.training.evaluation import DomainLoss, Evaluator
+from megashear.training.tokenizer_check import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,23 @@ def open_all(paths: Sequence[str], config: RunConfig) -> list[Model]:
             found.append((model if path == "init_from" else path, text))
     if found:
         raise ConfigError("evaluation", list(dict.fromkeys(found)))
-    check_one_tokenizer([domain.valid for domain in config.data.domains])
+    valid = [domain.valid for domain in config.data.domains]
+    check_one_tokenizer(valid)
+    if launched_rank() == 0:
+        _warn_of_other_tokenizers(opened, valid, config.data.other_tokenizer)
     build_valid_datasets(config.data, min(model.shape.vocab_size for model in opened))
     return opened
+
+
+def _warn_of_other_tokenizers(opened: Sequence[Model], valid: Sequence[str], meant: bool) -> None:
+    """Warn on stderr of models whose tokenizer is known not to have made the validation files."""
+    for model in opened:
+        if model.tokenizer is None:
+            continue
+        try:
+            check_tokenizer(valid, model.tokenizer, {}, other_tokenizer=meant)
+        except DataError as error:
+            print(f"{model.path}: its losses mean little: {error}", file=sys.stderr)
 
 
 def measure(model: Model, config: RunConfig, platform: Platform) -> Measured:

@@ -50,6 +50,7 @@ from megashear.training.run_log import RunLog
 from megashear.training.run_records import RunRecords, StepTimes
 from megashear.training.signals import StopSignals
 from megashear.training.step import DomainLosses, run_micro_batches
+from megashear.training.tokenizer_check import check_tokenizer
 
 
 class Trainer:
@@ -117,6 +118,7 @@ class Trainer:
         self.domain_weights = DomainWeights.from_config(data)
         self.dataset = build_train_dataset(data, self.shape.vocab_size, self.domain_weights)
         valid = build_valid_datasets(data, self.shape.vocab_size)
+        self._check_tokenizer()
         self.content = on_first_process(partial(content_hashes, data.domains))
         if resumed is not None and "content" in resumed.progress:
             refuse_changed_content(data.domains, resumed.progress["content"], self.content)
@@ -127,6 +129,16 @@ class Trainer:
             self.platform,
             config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
         )
+
+    def _check_tokenizer(self) -> None:
+        """Refuse token files of another tokenizer than the model's; warn of what is not known."""
+        data = self.config.data
+        if self.source is None and data.tokenizer is None:
+            return  # stage pretrain: the token files decide
+        prefixes = [file for domain in data.domains for file in (domain.train, domain.valid)]
+        check = partial(check_tokenizer, prefixes, self._tokenizer, self.generation)
+        for text in on_first_process(partial(check, other_tokenizer=data.other_tokenizer)):
+            self.log.warn(text)
 
     def _build_model(self, *, new: bool) -> None:
         """Build model, optimizer and objective; a new run gets the weights of `init_from`."""

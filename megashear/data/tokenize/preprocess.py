@@ -36,6 +36,7 @@ class TokenizeReport:
     outputs: dict[str, Counts]  # by prefix
     empty: int = 0  # documents skipped because they hold no text
     seconds: float = 0.0  # duration of reading, encoding and writing; 0 if nothing was left to do
+    note: str = ""  # what a user should know of contradictions in the tokenizer's files
 
 
 def tokenize_files(
@@ -81,13 +82,13 @@ def tokenize_files(
     keep = all(file.is_file() for file in files)  # a pipe cannot be read again
     made = _made_before(prefixes, id_of(job))
     if made and not folder_of(str(output)).exists():
-        return TokenizeReport(made)
+        return TokenizeReport(made, note=known.note)
     try:
         with work_folder(str(output), verbose=progress) as folder:
             work = Unfinished(folder, prefixes, job, token_type(known.vocab_size), keep)
             if not work.progress.finished:
                 if made:
-                    return TokenizeReport(made)
+                    return TokenizeReport(made, note=known.note)
                 _refuse_existing(prefixes, overwrite)
                 if work.note and progress:
                     print(f"{output}: {work.note}", file=sys.stderr)
@@ -101,7 +102,7 @@ def tokenize_files(
         raise DataError(f"cannot write {output}: {error.strerror or error}") from error
     done = work.progress
     outputs = dict(zip(prefixes, done.counts, strict=True))
-    return TokenizeReport(outputs, done.empty, done.seconds)
+    return TokenizeReport(outputs, done.empty, done.seconds, known.note)
 
 
 def _prefixes(output: str, valid_fraction: float | None) -> list[str]:
