@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def run(args: argparse.Namespace) -> None:
         )
     print(table([*shape_rows(model.shape), ("tokenizer", printable(named or "none"))]))
     print(f"written to {args.out}")
+    if named is None:
+        text = "the model has no tokenizer, so an engine cannot read or write text with it"
+        print(f"{text}. Add one: export again with --tokenizer PATH --overwrite", file=sys.stderr)
 
 
 def find_tokenizer(named: str | None, scratch: Path) -> Path | None:

@@ -106,6 +106,15 @@ def test_text_and_tokenizer_go_all_the_way(tmp_path: Path, tool: Tool) -> None:
     assert lines(output)["tokens compared"] == str(ids["input_ids"].shape[1] - 1)  # without bos
 
 
+def test_an_export_without_a_tokenizer_says_how_to_add_one(tmp_path: Path, tool: Tool) -> None:
+    save_llama(tmp_path / "source")
+    tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")
+    arguments = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out")
+    status, _, errors = tool("export", *arguments)
+    assert status == 0 and "export again with --tokenizer PATH" in errors
+    assert "--tokenizer PATH" not in tool("export", *arguments, "--tokenizer", "none")[2]
+
+
 def test_half_precision_export(tmp_path: Path, tool: Tool) -> None:
     save_llama(tmp_path / "source")
     tool("import", "--hf", tmp_path / "source", "--out", tmp_path / "checkpoint")

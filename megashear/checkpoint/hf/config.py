@@ -41,11 +41,17 @@ NO_BIAS = "this architecture has no such biases in transformers"
 
 NO_WINDOW = "this architecture has no sliding window in transformers"
 
+NO_DROPOUT = ((0,), "dropout is not supported; write 0.0 to train without it")
+
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only the gated SiLU feed-forward is supported"),
     "attention_bias": ((False,), NO_BIAS),
     "mlp_bias": ((False,), NO_BIAS),
-    "attention_dropout": ((0,), "dropout is not supported; write 0.0 to train without it"),
+    "bias": ((False,), NO_BIAS),
+    "attention_dropout": NO_DROPOUT,
+    "hidden_dropout": NO_DROPOUT,
+    "resid_pdrop": NO_DROPOUT,
+    "embd_pdrop": NO_DROPOUT,
     "pretraining_tp": ((1,), "write 1: the same mathematics, rounded in another order"),
     "rope_interleaved": ((False,), "only rotary embeddings that rotate halves are supported"),
     "partial_rotary_factor": ((1,), "only rotary embeddings of the whole head are supported"),
@@ -63,7 +69,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 ORIGIN = (
     "_name_or_path name_or_path _commit_hash architectures model_type transformers_version dtype "
     "torch_dtype use_bfloat16 torchscript tokenizer_class unsloth_version unsloth_fixed "
-    "transformers.js_config max_sequence_length"
+    "transformers.js_config max_sequence_length padding_side"
 )
 
 RUNNING = (
@@ -139,6 +145,8 @@ def family_of(config: Mapping[str, Any], source: object = "config.json") -> Fami
         CheckpointError: the family is not in the table.
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
+    if architectures == ["LLaMAForCausalLM"]:  # as the first conversions of LLaMA wrote it
+        architectures = ["LlamaForCausalLM"]
     for family in FAMILIES.values():
         if (
             (architectures or [family.architecture]) == [family.architecture]

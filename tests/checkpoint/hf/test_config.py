@@ -289,6 +289,24 @@ def test_what_does_not_change_the_mathematics_is_accepted(key: str, value: Any) 
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", ["LLaMAForCausalLM"]),  # of the first conversions of LLaMA
+        ("hidden_dropout", 0.0),
+        ("resid_pdrop", 0),
+        ("bias", False),
+        ("padding_side", "left"),
+    ],
+)
+def test_what_trainers_write_without_effect_is_accepted(key: str, value: Any) -> None:
+    assert shape_from_hf_config(written(**{key: value})) == SHAPE
+
+
+def test_dropout_is_refused_whatever_its_name() -> None:
+    assert "hidden_dropout = 0.1: dropout is not supported" in refusal(written(hidden_dropout=0.1))
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
