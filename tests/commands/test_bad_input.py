@@ -171,7 +171,7 @@ def test_all_problems_of_a_configuration_are_said_at_once(ended: Any, folder: Pa
 
 def test_a_model_without_a_tensor_names_it(ended: Any, folder: Path) -> None:
     error = ended["incomplete"].error
-    assert error.startswith("error: ")
+    assert "\nerror: " in error  # after a warning: nothing is known of the tokenizer
     assert "incomplete" in error and "model.layers.1.mlp.up_proj.weight" in error
     assert not list((folder / "run-incomplete").glob("checkpoints/*"))
 
