@@ -11,7 +11,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def _field(item: ast.AnnAssign, comments: dict[int, tokenize.TokenInfo]) -> Fiel
     return Field(item.target.id, ast.unparse(item.annotation), default, comment)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     cells = [header, tuple("---" for _ in header), *rows]
     return "".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |\n" for row in cells)
 
