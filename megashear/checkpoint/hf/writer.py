@@ -81,10 +81,10 @@ def write_huggingface(
     kept = generation or {}
     check_generation(kept, shape.vocab_size, "special tokens and generation of the checkpoint")
     with whole_directory(directory, overwrite=overwrite, content=CONTENT) as partial:
-        told: Generation = {}
+        stated: Generation = {}
         if tokenizer is not None:
-            told = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
-        ids, settings = settings_of(kept, told, other_tokenizer)
+            stated = copy_tokenizer(Path(tokenizer), partial, shape.vocab_size)
+        ids, settings = settings_of(kept, stated, other_tokenizer)
         write_json(partial / CONFIG, {**config, **ids})  # transformers reads it for the tokenizer
         _check_tokenizer(partial)
         tensors = _hf_tensors_of(shape, weights, None if dtype is None else getattr(torch, dtype))
